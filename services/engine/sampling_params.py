@@ -1,0 +1,27 @@
+"""What a draw depends on and what it yields; no torch here, so schedulers and servicers can speak of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one sequence's tokens are drawn.  ``temperature`` 0 is greedy, ``top_k`` 0 and ``top_p`` 1 are off;
+    ``num_logprobs`` None asks for none, 0 for the drawn token's alone.  ``seed`` is any unsigned 64-bit number."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    num_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One drawn token.  Log-probabilities are natural logarithms of the distribution before temperature, top_k and
+    top_p; ``top`` holds (token id, logprob), likeliest first."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
