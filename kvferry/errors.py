@@ -16,7 +16,7 @@ Error
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -120,7 +120,9 @@ def to_status(error: Error) -> rpc_status._Status:
     details = []
     for detail in (
         error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata),
-        None if error.retry_after_s is None else error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_s)),
+        None
+        if error.retry_after_s is None
+        else error_details_pb2.RetryInfo(retry_delay=_duration(error.retry_after_s)),
     ):
         if detail is not None:
             packed = any_pb2.Any()
@@ -132,11 +134,11 @@ def to_status(error: Error) -> rpc_status._Status:
 
 def from_rpc_error(error: grpc.RpcError) -> Error:
     """The exception for a failed call, with the details that the other side attached."""
-    assert isinstance(error, grpc.Call), "gRPC raises errors that are calls"
-    code, message = error.code(), error.details() or ""
+    call = cast(grpc.Call, error)  # gRPC raises errors that are calls as well
+    code, message = call.code(), call.details() or ""
     cls = _BY_CODE.get(code, InternalError)
     reason, retry_after_s, metadata = None, None, {}
-    for key, value in error.trailing_metadata() or ():
+    for key, value in call.trailing_metadata() or ():
         if key != "grpc-status-details-bin":
             continue
         status = status_pb2.Status.FromString(value)

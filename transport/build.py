@@ -1,10 +1,14 @@
 """Compiles ucp.c against the UCX in use, into build/.  Run by `make setup`: python -m transport.build"""
 
+from __future__ import annotations
+
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("ucp.c")
@@ -15,23 +19,32 @@ def ucx_home() -> Path:
     """Where UCX lies: KVFERRY_UCX_HOME (a prefix with include/ and lib/, such as a system UCX that brings InfiniBand), or
     the libucx wheel.  Raises FileNotFoundError with what to do."""
     if home := os.environ.get("KVFERRY_UCX_HOME"):
-        if not list(Path(home).glob("**/libucp.so.0")):
-            raise FileNotFoundError(f"KVFERRY_UCX_HOME={home} holds no libucp.so.0; point it at a UCX installation's prefix")
         return Path(home)
-    try:
-        import libucx
-    except ImportError as e:
-        raise FileNotFoundError("UCX was not found: pip install libucx-cu13, or set KVFERRY_UCX_HOME to a UCX prefix") from e
-    return Path(libucx.__file__).parent
+    # Found without importing it: its package would load a second copy of the libraries into this process.
+    spec = importlib.util.find_spec("libucx")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("UCX was not found: pip install libucx-cu13, or set KVFERRY_UCX_HOME to a UCX prefix")
+    return Path(spec.origin).parent
+
+
+def ucx_libraries() -> Path:
+    """The directory with libucp.so.0.  Raises FileNotFoundError with what to do."""
+    home = ucx_home()
+    for name in ("lib", "lib64", f"lib/{sysconfig.get_config_var('MULTIARCH')}"):
+        if (home / name / "libucp.so.0").exists():
+            return home / name
+    raise FileNotFoundError(f"no libucp.so.0 under {home}: point KVFERRY_UCX_HOME at a UCX installation's prefix")
 
 
 def library_path() -> Path:
-    """Names the compiled binding after its source, so that a stale one is never loaded."""
-    return BUILD / f"libkvferry_ucp.{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:12]}.so"
+    """Names the compiled binding after its source and the UCX it is linked with, so that a stale one is never loaded."""
+    ucp = ucx_libraries() / "libucp.so.0"
+    stamp = f"{SOURCE.read_text()}{ucp}{ucp.stat().st_size}{ucp.stat().st_mtime_ns}"
+    return BUILD / f"libkvferry_ucp.{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.so"
 
 
 def build() -> Path:
-    """Compiles unless already done.  Raises RuntimeError with the compiler's words."""
+    """Compiles unless already done.  Raises FileNotFoundError (no UCX) or RuntimeError with the compiler's words."""
     target = library_path()
     if target.exists():
         return target
@@ -40,8 +53,11 @@ def build() -> Path:
         raise RuntimeError("no C compiler found: apt-get install gcc, then make setup")
     BUILD.mkdir(exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}")
-    command = [compiler, "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-shared", "-fPIC", "-pthread",
-               f"-I{ucx_home() / 'include'}", str(SOURCE), "-o", str(partial)]  # fmt: skip
+    libraries = ucx_libraries()
+    # By soname and rpath: the wheel holds libucp.so and libucp.so.0 as two files, and loading both crashes at exit.
+    command = [compiler, "-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-shared", "-fPIC", "-pthread",
+               f"-I{ucx_home() / 'include'}", str(SOURCE), "-o", str(partial), f"-L{libraries}",
+               "-l:libucp.so.0", "-l:libucs.so.0", f"-Wl,-rpath,{libraries}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"compiling {SOURCE.name} failed:\n{done.stderr.strip()}")

@@ -3,6 +3,7 @@
  * UCP wants every call on a worker to come from one thread, and a copy over shared memory happens inside the
  * posting call itself.  So one C thread owns the worker: callers hand it whole batches and never wait for bytes.
  * Completions collect in a list and raise an eventfd, which an event loop can watch without polling.
+ * Every handle is used by one caller at a time and not after it was given back; the caller (ucp.py) holds to that.
  *
  * Memory of a peer on the same host is reached through ucp_rkey_ptr: a mapping of the peer's segment into this
  * process, written by plain stores.  The mapping keeps its pages when the peer dies, so a death can neither abort nor
@@ -12,12 +13,10 @@
  * Compiled against the headers of the UCX in use: no struct layout is written down twice.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -25,12 +24,21 @@
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
+#if UCP_API_VERSION < UCP_VERSION(1, 12)
+#error "kvferry needs UCX 1.12 or newer"
+#endif
+
 #define SLICE_BYTES (4u << 20) /* A job yields to the others after this much: no peer waits for another's batch. */
+#define PIECE_BYTES (1u << 20) /* The largest single copy or operation: a cancel takes effect between two. */
+#define WINDOW 64              /* Operations of one job that UCP may hold: what a cancel has to wait for. */
+#define PROGRESS_TURNS 64      /* Calls into UCP before jobs and callers get their turn again. */
 #define IDLE_POLL_MS 500
-#define CLOSE_TIMEOUT_NS 2000000000ull
+#define CLOSE_TIMEOUT_NS 1000000000ull
 
 enum path { PATH_MAPPED = 1, PATH_RMA = 2 };
 enum op { OP_WRITE = 0, OP_READ = 1 };
+enum outcome { DONE = 0, CANCELLED = 1, PEER_LOST = 2, FAILED = 3, CLOSED = 4 };
+enum turn { ALL_STARTED, MORE_TO_START, WAITS };
 
 typedef struct region {
     ucp_mem_h memh;
@@ -43,17 +51,22 @@ typedef struct peer {
     struct peer *next;
     struct ferry *ferry;
     ucp_ep_h ep;
-    ucs_status_t status; /* UCS_OK until the endpoint's error handler ran */
-    int notified;
-    uint64_t id;
+    atomic_int status; /* UCS_OK until the endpoint failed; read by any thread */
+    int settled;       /* guarded by the lock: the peer answered once, or failed to */
 } peer_t;
 
 typedef struct remote {
+    struct remote *next;
     peer_t *peer;
     ucp_rkey_h rkey;
     uint64_t base, nbytes;
     char *mapped; /* NULL unless the peer's segment is mapped here */
 } remote_t;
+
+typedef struct completion {
+    uint64_t cookie, nbytes, num_pieces, queued_ns, busy_ns;
+    int32_t outcome, status, path;
+} completion_t;
 
 typedef struct job {
     struct job *next;
@@ -62,48 +75,41 @@ typedef struct job {
     region_t *region;
     remote_t *remote;
     uint64_t n, at, nbytes;
-    uint64_t *local, *away, *size;
+    uint64_t *local, *away, *size; /* into arrays */
     uint64_t t_post_ns, t_start_ns;
     ucs_status_t status;
-    int cancelled;
+    int cancelled, cut_short;
     int outstanding; /* requests UCP still holds, the flush among them */
     int flushed;
+    completion_t completion; /* filled in when the job moves to the done list */
+    uint64_t arrays[];
 } job_t;
 
-typedef struct completion {
-    uint64_t cookie, nbytes, t_post_ns, t_start_ns, t_end_ns;
-    int32_t status, path;
-} completion_t;
+enum command { CMD_CONNECT, CMD_DISCONNECT, CMD_IMPORT, CMD_DROP, CMD_ALLOCATE, CMD_RELEASE, CMD_PACK, CMD_CANCEL };
 
-typedef struct done {
-    struct done *next;
-    completion_t c;
-} done_t;
-
-enum command { CMD_CONNECT, CMD_IMPORT, CMD_DROP_REMOTE, CMD_DISCONNECT, CMD_ALLOC, CMD_RELEASE, CMD_PACK, CMD_CANCEL };
-
-typedef struct call { /* a synchronous call: the caller sleeps until the thread has run it */
+typedef struct call { /* work for the thread; the caller sleeps until it ran, unless it is detached */
     struct call *next;
     enum command command;
     void *in, *out;
     uint64_t a, b, length;
     ucs_status_t status;
-    int finished;
+    int finished, detached;
 } call_t;
 
 typedef struct ferry {
     ucp_context_h context;
     ucp_worker_h worker;
     pthread_t thread;
-    pthread_mutex_t lock;
+    pthread_mutex_t lock; /* guards stopping, calls, inbox and done; everything else is the thread's */
     pthread_cond_t called;
     int stopping, wake_fd, event_fd, worker_fd;
-    call_t *calls;
-    job_t *inbox, **inbox_tail;       /* posted, not yet seen by the thread */
-    job_t *active, **active_tail;     /* owned by the thread */
-    done_t *done, **done_tail;
+    call_t *calls, **calls_tail;
+    job_t *inbox, **inbox_tail;   /* posted, not yet seen by the thread */
+    job_t *active, **active_tail; /* under way */
+    job_t *done, **done_tail;     /* ended, not yet drained */
     peer_t *peers;
-    uint64_t next_peer;
+    remote_t *remotes;
+    uint64_t num_regions;
     void *address;
     size_t address_length;
 } ferry_t;
@@ -129,22 +135,10 @@ static void hush(int fd)
     (void)ignored;
 }
 
-static void report(ferry_t *f, completion_t c)
-{
-    done_t *d = calloc(1, sizeof *d);
-    if (!d) abort(); /* a completion that cannot be told would strand its blocks for ever */
-    d->c = c;
-    pthread_mutex_lock(&f->lock);
-    *f->done_tail = d;
-    f->done_tail = &d->next;
-    pthread_mutex_unlock(&f->lock);
-    ring(f->event_fd);
-}
-
 static void on_peer_error(void *arg, ucp_ep_h ep, ucs_status_t status)
 {
     (void)ep;
-    ((peer_t *)arg)->status = status;
+    atomic_store(&((peer_t *)arg)->status, status);
 }
 
 static void on_request(void *request, ucs_status_t status, void *arg)
@@ -152,6 +146,22 @@ static void on_request(void *request, ucs_status_t status, void *arg)
     job_t *job = arg;
     if (status != UCS_OK && job->status == UCS_OK) job->status = status;
     job->outstanding--;
+    ucp_request_free(request);
+}
+
+static void settle(peer_t *peer, ucs_status_t status)
+{
+    int fine = UCS_OK;
+    atomic_compare_exchange_strong(&peer->status, &fine, status);
+    pthread_mutex_lock(&peer->ferry->lock);
+    peer->settled = 1;
+    pthread_cond_broadcast(&peer->ferry->called);
+    pthread_mutex_unlock(&peer->ferry->lock);
+}
+
+static void on_connected(void *request, ucs_status_t status, void *arg)
+{
+    settle(arg, status);
     ucp_request_free(request);
 }
 
@@ -164,34 +174,38 @@ static void track(job_t *job, ucs_status_ptr_t request)
     }
 }
 
-/* Copies or posts up to one slice; true when nothing is left to start. */
-static int start_slice(job_t *job)
+/* Copies or posts up to one slice. */
+static enum turn start_slice(job_t *job)
 {
-    uint64_t budget = SLICE_BYTES;
+    region_t *region = job->region;
+    remote_t *remote = job->remote;
     ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA |
                                              UCP_OP_ATTR_FIELD_MEMH | UCP_OP_ATTR_FIELD_MEMORY_TYPE,
                              .cb.send = on_request,
                              .user_data = job,
-                             .memory_type = job->region->memory_type,
-                             .memh = job->region->memh};
-    while (job->at < job->n && budget > 0) {
-        if (job->cancelled) job->status = UCS_ERR_CANCELED;
-        else if (job->remote->peer->status != UCS_OK) job->status = job->remote->peer->status;
-        if (job->status != UCS_OK) {
+                             .memory_type = region->memory_type,
+                             .memh = region->memh};
+    for (uint64_t budget = SLICE_BYTES; job->at < job->n;) {
+        if (job->status == UCS_OK) job->status = atomic_load(&remote->peer->status);
+        if (job->cancelled || job->status != UCS_OK) {
+            job->cut_short = 1;
             job->at = job->n;
             break;
         }
+        if (job->outstanding >= WINDOW) return WAITS;
+        if (budget == 0) return MORE_TO_START;
         uint64_t i = job->at, length = job->size[i];
+        if (length > PIECE_BYTES) length = PIECE_BYTES;
         if (length > budget) length = budget;
-        char *here = job->region->base + job->local[i];
-        if (job->remote->mapped) {
-            char *there = job->remote->mapped + job->away[i];
+        char *here = region->base + job->local[i];
+        if (remote->mapped) {
+            char *there = remote->mapped + job->away[i];
             if (job->op == OP_WRITE) memcpy(there, here, length);
             else memcpy(here, there, length);
         } else {
-            uint64_t there = job->remote->base + job->away[i];
-            track(job, job->op == OP_WRITE ? ucp_put_nbx(job->remote->peer->ep, here, length, there, job->remote->rkey, &p)
-                                           : ucp_get_nbx(job->remote->peer->ep, here, length, there, job->remote->rkey, &p));
+            uint64_t there = remote->base + job->away[i];
+            track(job, job->op == OP_WRITE ? ucp_put_nbx(remote->peer->ep, here, length, there, remote->rkey, &p)
+                                           : ucp_get_nbx(remote->peer->ep, here, length, there, remote->rkey, &p));
         }
         budget -= length;
         job->nbytes += length;
@@ -199,17 +213,30 @@ static int start_slice(job_t *job)
         job->away[i] += length;
         if ((job->size[i] -= length) == 0) job->at++;
     }
-    return job->at == job->n;
+    return ALL_STARTED;
 }
 
-static void finish(ferry_t *f, job_t *job)
+static void finish(ferry_t *f, job_t *job, int closed)
 {
-    if (job->remote->mapped) atomic_thread_fence(memory_order_seq_cst); /* every store is out before anybody hears of it */
-    report(f, (completion_t){.cookie = job->cookie, .nbytes = job->nbytes, .t_post_ns = job->t_post_ns,
-                             .t_start_ns = job->t_start_ns, .t_end_ns = now_ns(), .status = job->status,
-                             .path = job->remote->mapped ? PATH_MAPPED : PATH_RMA});
-    free(job->local);
-    free(job);
+    enum outcome outcome = FAILED;
+    if (closed || job->status == UCS_ERR_CANCELED) outcome = CLOSED; /* an endpoint closed by force says so too */
+    else if (job->status == UCS_OK) outcome = job->cut_short ? CANCELLED : DONE;
+    else if (atomic_load(&job->remote->peer->status) != UCS_OK) outcome = PEER_LOST;
+    atomic_thread_fence(memory_order_seq_cst); /* every store is out before anybody hears of it */
+    job->completion = (completion_t){.cookie = job->cookie,
+                                     .nbytes = job->nbytes,
+                                     .num_pieces = job->n,
+                                     .queued_ns = job->t_start_ns - job->t_post_ns,
+                                     .busy_ns = now_ns() - job->t_start_ns,
+                                     .outcome = outcome,
+                                     .status = job->status,
+                                     .path = job->remote->mapped ? PATH_MAPPED : PATH_RMA};
+    job->next = NULL;
+    pthread_mutex_lock(&f->lock);
+    *f->done_tail = job;
+    f->done_tail = &job->next;
+    pthread_mutex_unlock(&f->lock);
+    ring(f->event_fd);
 }
 
 /* One turn over the active jobs, a slice each.  True while some job could go on without waiting. */
@@ -217,32 +244,35 @@ static int advance(ferry_t *f)
 {
     int busy = 0;
     for (job_t **link = &f->active, *job; (job = *link) != NULL;) {
+        peer_t *peer = job->remote->peer;
         if (job->t_start_ns == 0) job->t_start_ns = now_ns();
-        int started = start_slice(job);
-        if (started && !job->remote->mapped && !job->flushed && job->remote->peer->status == UCS_OK) {
+        enum turn turn = start_slice(job);
+        busy |= turn == MORE_TO_START;
+        /* Also after a cancel: what was posted must land, or fail, before the writer may say that it stopped. */
+        if (turn == ALL_STARTED && !job->remote->mapped && !job->flushed && atomic_load(&peer->status) == UCS_OK) {
             ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
                                      .cb.send = on_request,
                                      .user_data = job};
-            track(job, ucp_ep_flush_nbx(job->remote->peer->ep, &p)); /* also after a cancel: what was posted must land or fail */
+            track(job, ucp_ep_flush_nbx(peer->ep, &p));
             job->flushed = 1;
         }
-        if (started && job->outstanding == 0) {
-            if (job->status == UCS_OK) job->status = job->remote->mapped ? UCS_OK : job->remote->peer->status;
+        if (turn == ALL_STARTED && job->outstanding == 0) {
+            if (!job->remote->mapped && job->status == UCS_OK) job->status = atomic_load(&peer->status);
             if ((*link = job->next) == NULL) f->active_tail = link;
-            finish(f, job);
+            finish(f, job, 0);
         } else {
-            busy |= !started;
             link = &job->next;
         }
     }
     return busy;
 }
 
-static void close_endpoint(ferry_t *f, peer_t *peer, int force)
+static void close_endpoint(ferry_t *f, peer_t *peer)
 {
-    ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS,
-                             .flags = force ? UCP_EP_CLOSE_FLAG_FORCE : 0};
+    if (peer->ep == NULL) return;
+    ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS, .flags = UCP_EP_CLOSE_FLAG_FORCE};
     ucs_status_ptr_t request = ucp_ep_close_nbx(peer->ep, &p);
+    peer->ep = NULL;
     if (UCS_PTR_IS_PTR(request)) {
         uint64_t end = now_ns() + CLOSE_TIMEOUT_NS;
         while (ucp_request_check_status(request) == UCS_INPROGRESS && now_ns() < end) ucp_worker_progress(f->worker);
@@ -250,118 +280,151 @@ static void close_endpoint(ferry_t *f, peer_t *peer, int force)
     }
 }
 
-static ucs_status_t run_call(ferry_t *f, call_t *c)
+static ucs_status_t connect_peer(ferry_t *f, call_t *c)
 {
-    ucs_status_t status = UCS_OK;
-    switch (c->command) {
-    case CMD_CONNECT: {
-        peer_t *peer = calloc(1, sizeof *peer);
-        if (!peer) return UCS_ERR_NO_MEMORY;
-        peer->ferry = f;
-        peer->id = f->next_peer++;
-        ucp_ep_params_t p = {.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
-                                           UCP_EP_PARAM_FIELD_ERR_HANDLER,
-                             .address = c->in,
-                             .err_mode = UCP_ERR_HANDLING_MODE_PEER,
-                             .err_handler = {on_peer_error, peer}};
-        if ((status = ucp_ep_create(f->worker, &p, &peer->ep)) != UCS_OK) {
-            free(peer);
-            return status;
-        }
-        peer->next = f->peers;
-        f->peers = peer;
-        c->out = peer;
-        c->a = peer->id;
-        return UCS_OK;
-    }
-    case CMD_IMPORT: {
-        remote_t *remote = calloc(1, sizeof *remote);
-        if (!remote) return UCS_ERR_NO_MEMORY;
-        remote->peer = c->out;
-        remote->base = c->a;
-        remote->nbytes = c->b;
-        if ((status = ucp_ep_rkey_unpack(remote->peer->ep, c->in, &remote->rkey)) != UCS_OK) {
-            free(remote);
-            return status;
-        }
-        void *mapped = NULL;
-        if (ucp_rkey_ptr(remote->rkey, remote->base, &mapped) == UCS_OK) remote->mapped = mapped;
-        c->out = remote;
-        return UCS_OK;
-    }
-    case CMD_DROP_REMOTE: {
-        remote_t *remote = c->in;
-        for (job_t *job = f->active; job; job = job->next)
-            if (job->remote == remote) return UCS_ERR_BUSY;
-        ucp_rkey_destroy(remote->rkey);
-        free(remote);
-        return UCS_OK;
-    }
-    case CMD_DISCONNECT: {
-        peer_t *peer = c->in;
-        for (job_t *job = f->active; job; job = job->next)
-            if (job->remote->peer == peer) return UCS_ERR_BUSY;
-        for (peer_t **link = &f->peers; *link; link = &(*link)->next)
-            if (*link == peer) {
-                *link = peer->next;
-                break;
-            }
-        close_endpoint(f, peer, 1);
+    peer_t *peer = calloc(1, sizeof *peer);
+    if (!peer) return UCS_ERR_NO_MEMORY;
+    peer->ferry = f;
+    ucp_ep_params_t p = {.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
+                                       UCP_EP_PARAM_FIELD_ERR_HANDLER,
+                         .address = c->in,
+                         .err_mode = UCP_ERR_HANDLING_MODE_PEER,
+                         .err_handler = {on_peer_error, peer}};
+    ucs_status_t status = ucp_ep_create(f->worker, &p, &peer->ep);
+    if (status != UCS_OK) {
         free(peer);
-        return UCS_OK;
+        return status;
     }
-    case CMD_ALLOC: {
-        region_t *region = calloc(1, sizeof *region);
-        if (!region) return UCS_ERR_NO_MEMORY;
-        ucp_mem_map_params_t p = {.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS |
-                                                UCP_MEM_MAP_PARAM_FIELD_ADDRESS,
-                                  .address = c->in,
-                                  .length = c->length,
-                                  .flags = c->in ? 0 : UCP_MEM_MAP_ALLOCATE};
-        if ((status = ucp_mem_map(f->context, &p, &region->memh)) != UCS_OK) {
-            free(region);
-            return status;
-        }
-        ucp_mem_attr_t attr = {.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS | UCP_MEM_ATTR_FIELD_LENGTH | UCP_MEM_ATTR_FIELD_MEM_TYPE};
-        ucp_mem_query(region->memh, &attr);
-        region->base = attr.address;
-        region->nbytes = c->length;
-        region->memory_type = attr.mem_type;
-        c->out = region;
-        c->a = (uint64_t)region->base;
-        return UCS_OK;
+    peer->next = f->peers;
+    f->peers = peer;
+    c->out = peer;
+    /* The flush ends once the peer's worker has answered.  Only then can a segment found by its process's number be
+     * trusted to be the peer's: numbers are used again. */
+    ucp_request_param_t flush = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
+                                 .cb.send = on_connected,
+                                 .user_data = peer};
+    ucs_status_ptr_t request = ucp_ep_flush_nbx(peer->ep, &flush);
+    if (!UCS_PTR_IS_PTR(request)) settle(peer, UCS_PTR_RAW_STATUS(request));
+    return UCS_OK;
+}
+
+static ucs_status_t disconnect_peer(ferry_t *f, peer_t *peer)
+{
+    for (remote_t *remote = f->remotes; remote; remote = remote->next)
+        if (remote->peer == peer) return UCS_ERR_BUSY;
+    peer_t **link = &f->peers;
+    while (*link != peer) link = &(*link)->next;
+    *link = peer->next;
+    close_endpoint(f, peer);
+    if (peer->settled) free(peer); /* else UCP still holds the flush that names it: a leak, but no use after free */
+    return UCS_OK;
+}
+
+static ucs_status_t import_remote(ferry_t *f, call_t *c)
+{
+    remote_t *remote = calloc(1, sizeof *remote);
+    if (!remote) return UCS_ERR_NO_MEMORY;
+    remote->peer = c->out;
+    remote->base = c->a;
+    remote->nbytes = c->b;
+    ucs_status_t status = atomic_load(&remote->peer->status);
+    if (status == UCS_OK) status = ucp_ep_rkey_unpack(remote->peer->ep, c->in, &remote->rkey);
+    if (status != UCS_OK) {
+        free(remote);
+        return status;
     }
-    case CMD_RELEASE: {
-        region_t *region = c->in;
-        for (job_t *job = f->active; job; job = job->next)
-            if (job->region == region) return UCS_ERR_BUSY;
-        status = ucp_mem_unmap(f->context, region->memh);
+    void *mapped = NULL;
+    if (ucp_rkey_ptr(remote->rkey, remote->base, &mapped) == UCS_OK) remote->mapped = mapped;
+    remote->next = f->remotes;
+    f->remotes = remote;
+    c->out = remote;
+    return UCS_OK;
+}
+
+static ucs_status_t drop_remote(ferry_t *f, remote_t *remote)
+{
+    for (job_t *job = f->active; job; job = job->next)
+        if (job->remote == remote) return UCS_ERR_BUSY;
+    remote_t **link = &f->remotes;
+    while (*link != remote) link = &(*link)->next;
+    *link = remote->next;
+    ucp_rkey_destroy(remote->rkey);
+    free(remote);
+    return UCS_OK;
+}
+
+static ucs_status_t allocate_region(ferry_t *f, call_t *c)
+{
+    region_t *region = calloc(1, sizeof *region);
+    if (!region) return UCS_ERR_NO_MEMORY;
+    ucp_mem_map_params_t p = {.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS,
+                              .length = c->length,
+                              .flags = UCP_MEM_MAP_ALLOCATE};
+    ucp_mem_attr_t attr = {.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS | UCP_MEM_ATTR_FIELD_MEM_TYPE};
+    ucs_status_t status = ucp_mem_map(f->context, &p, &region->memh);
+    if (status == UCS_OK && (status = ucp_mem_query(region->memh, &attr)) != UCS_OK)
+        ucp_mem_unmap(f->context, region->memh);
+    if (status != UCS_OK) {
         free(region);
         return status;
     }
-    case CMD_PACK: {
-        region_t *region = c->in;
-        void *packed;
-        size_t length;
-        if ((status = ucp_rkey_pack(f->context, region->memh, &packed, &length)) != UCS_OK) return status;
-        if (length > c->length) status = UCS_ERR_BUFFER_TOO_SMALL;
-        else memcpy(c->out, packed, length);
-        c->length = length;
-        ucp_rkey_buffer_release(packed);
-        return status;
-    }
-    case CMD_CANCEL:
-        for (job_t *job = f->active; job; job = job->next)
-            if (job->cookie == c->a) {
-                job->cancelled = 1;
-                return UCS_OK;
-            }
-        return UCS_ERR_NO_ELEM;
+    region->base = attr.address;
+    region->nbytes = c->length;
+    region->memory_type = attr.mem_type;
+    f->num_regions++;
+    c->out = region;
+    c->a = (uint64_t)region->base;
+    return UCS_OK;
+}
+
+static ucs_status_t release_region(ferry_t *f, region_t *region)
+{
+    for (job_t *job = f->active; job; job = job->next)
+        if (job->region == region) return UCS_ERR_BUSY;
+    ucs_status_t status = ucp_mem_unmap(f->context, region->memh);
+    f->num_regions--;
+    free(region);
+    return status;
+}
+
+static ucs_status_t pack_region(ferry_t *f, call_t *c)
+{
+    void *packed;
+    size_t length;
+    ucs_status_t status = ucp_rkey_pack(f->context, ((region_t *)c->in)->memh, &packed, &length);
+    if (status != UCS_OK) return status;
+    if (length > c->length) status = UCS_ERR_BUFFER_TOO_SMALL;
+    else memcpy(c->out, packed, length);
+    c->length = length;
+    ucp_rkey_buffer_release(packed);
+    return status;
+}
+
+static ucs_status_t cancel_job(ferry_t *f, uint64_t cookie)
+{
+    for (job_t *job = f->active; job; job = job->next)
+        if (job->cookie == cookie) job->cancelled = 1;
+    return UCS_OK; /* a job that is not there has ended, which its completion tells */
+}
+
+static ucs_status_t run_call(ferry_t *f, call_t *c)
+{
+    switch (c->command) {
+    case CMD_CONNECT: return connect_peer(f, c);
+    case CMD_DISCONNECT: return disconnect_peer(f, c->in);
+    case CMD_IMPORT: return import_remote(f, c);
+    case CMD_DROP: return drop_remote(f, c->in);
+    case CMD_ALLOCATE: return allocate_region(f, c);
+    case CMD_RELEASE: return release_region(f, c->in);
+    case CMD_PACK: return pack_region(f, c);
+    case CMD_CANCEL: return cancel_job(f, c->a);
     }
     return UCS_ERR_INVALID_PARAM;
 }
 
-static void take_in(ferry_t *f)
+/* Takes what callers left, jobs before calls: a call sees every job that was posted before it was made.  Returns whether
+ * the ferry is stopping; nothing comes in after that. */
+static int take_in(ferry_t *f)
 {
     pthread_mutex_lock(&f->lock);
     if (f->inbox) {
@@ -372,92 +435,124 @@ static void take_in(ferry_t *f)
     }
     call_t *calls = f->calls;
     f->calls = NULL;
+    f->calls_tail = &f->calls;
+    int stopping = f->stopping;
     pthread_mutex_unlock(&f->lock);
-    int any = calls != NULL;
-    while (calls) {
-        call_t *c = calls;
-        calls = c->next;
+    for (call_t *c = calls, *next; c; c = next) {
+        next = c->next;
         ucs_status_t status = run_call(f, c);
+        if (c->detached) {
+            free(c);
+            continue;
+        }
         pthread_mutex_lock(&f->lock);
         c->status = status;
-        c->finished = 1;
-        pthread_mutex_unlock(&f->lock);
-    }
-    if (any) {
-        pthread_mutex_lock(&f->lock);
+        c->finished = 1; /* c lies on its caller's stack: not ours any more once the lock is let go */
         pthread_cond_broadcast(&f->called);
         pthread_mutex_unlock(&f->lock);
     }
+    return stopping;
 }
 
-static void tell_failures(ferry_t *f)
+/* Cuts the jobs short and waits a bounded time for what UCP holds; endpoints that do not answer are then closed by force,
+ * which fails their requests.  What is still there after that can no longer be waited for. */
+static void shut_down(ferry_t *f)
 {
-    for (peer_t *peer = f->peers; peer; peer = peer->next)
-        if (peer->status != UCS_OK && !peer->notified) {
-            peer->notified = 1;
-            report(f, (completion_t){.cookie = peer->id, .status = peer->status, .path = 0, .t_end_ns = now_ns()});
+    for (int forced = 0; forced < 2 && f->active; forced++) {
+        uint64_t end = now_ns() + CLOSE_TIMEOUT_NS;
+        for (job_t *job = f->active; job; job = job->next) {
+            job->cancelled = 1;
+            if (forced && !job->remote->mapped) {
+                int fine = UCS_OK;
+                atomic_compare_exchange_strong(&job->remote->peer->status, &fine, UCS_ERR_CANCELED);
+                close_endpoint(f, job->remote->peer);
+            }
         }
+        while (advance(f), f->active && now_ns() < end) ucp_worker_progress(f->worker);
+    }
+    while (f->remotes) {
+        remote_t *remote = f->remotes;
+        f->remotes = remote->next;
+        ucp_rkey_destroy(remote->rkey);
+        remote->rkey = NULL;
+        if (!f->active) free(remote);
+    }
+    for (peer_t *peer = f->peers; peer; peer = peer->next) close_endpoint(f, peer);
+    ucp_worker_destroy(f->worker);
+    for (job_t *job = f->active, *next; job; job = next) {
+        next = job->next;
+        finish(f, job, 1);
+    }
+    f->active = NULL;
+    while (f->peers) {
+        peer_t *peer = f->peers;
+        f->peers = peer->next;
+        free(peer);
+    }
 }
 
 static void *run(void *arg)
 {
     ferry_t *f = arg;
     struct pollfd fds[2] = {{.fd = f->wake_fd, .events = POLLIN}, {.fd = f->worker_fd, .events = POLLIN}};
-    for (;;) {
-        take_in(f);
+    while (!take_in(f)) {
         int busy = advance(f);
-        while (ucp_worker_progress(f->worker)) busy = 1;
-        tell_failures(f);
-        if (busy) continue;
-        pthread_mutex_lock(&f->lock);
-        int stopping = f->stopping && !f->inbox && !f->calls;
-        pthread_mutex_unlock(&f->lock);
-        if (stopping && !f->active) return NULL;
-        ucs_status_t armed = ucp_worker_arm(f->worker);
-        if (armed == UCS_ERR_BUSY) continue;
-        poll(fds, 2, f->active ? 1 : IDLE_POLL_MS);
+        for (int i = 0; i < PROGRESS_TURNS && ucp_worker_progress(f->worker); i++) busy = 1;
+        if (busy || ucp_worker_arm(f->worker) == UCS_ERR_BUSY) continue;
+        poll(fds, 2, IDLE_POLL_MS);
         hush(f->wake_fd);
     }
+    shut_down(f);
+    return NULL;
+}
+
+/* With the lock held.  False when the ferry is stopping. */
+static int enqueue(ferry_t *f, call_t *c)
+{
+    if (f->stopping) return 0;
+    *f->calls_tail = c;
+    f->calls_tail = &c->next;
+    ring(f->wake_fd);
+    return 1;
 }
 
 static ucs_status_t call(ferry_t *f, call_t *c)
 {
+    c->status = UCS_ERR_CANCELED;
     pthread_mutex_lock(&f->lock);
-    if (f->stopping) {
-        pthread_mutex_unlock(&f->lock);
-        return UCS_ERR_CANCELED;
-    }
-    call_t **tail = &f->calls;
-    while (*tail) tail = &(*tail)->next;
-    *tail = c;
-    ring(f->wake_fd);
-    while (!c->finished) pthread_cond_wait(&f->called, &f->lock);
+    if (enqueue(f, c))
+        while (!c->finished) pthread_cond_wait(&f->called, &f->lock);
     pthread_mutex_unlock(&f->lock);
     return c->status;
 }
 
-/* ---- what Python calls; statuses are ucs_status_t, negative on failure ---- */
+/* What Python calls.  Statuses are ucs_status_t, negative on failure. */
 
-int kvf_open(ferry_t **out)
+/* event_fd, a non-blocking eventfd that stays the caller's, becomes readable when there is something to drain. */
+int kvf_open(int event_fd, ferry_t **out)
 {
     ferry_t *f = calloc(1, sizeof *f);
     if (!f) return UCS_ERR_NO_MEMORY;
-    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
-                           .features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP,
-                           .name = "kvferry"};
-    ucs_status_t status;
     pthread_mutex_init(&f->lock, NULL);
-    pthread_cond_init(&f->called, NULL);
+    pthread_condattr_t monotonic;
+    pthread_condattr_init(&monotonic);
+    pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);
+    pthread_cond_init(&f->called, &monotonic);
+    pthread_condattr_destroy(&monotonic);
+    f->calls_tail = &f->calls;
     f->inbox_tail = &f->inbox;
     f->active_tail = &f->active;
     f->done_tail = &f->done;
-    f->next_peer = 1;
     f->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    f->event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    status = UCS_ERR_IO_ERROR;
-    if (f->wake_fd < 0 || f->event_fd < 0) goto fail;
+    f->event_fd = event_fd;
+    ucs_status_t status = UCS_ERR_IO_ERROR;
+    if (f->wake_fd < 0) goto fail;
+    ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
+                           .features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP,
+                           .name = "kvferry"};
     if ((status = ucp_init(&params, NULL, &f->context)) != UCS_OK) goto fail;
-    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE, .thread_mode = UCS_THREAD_MODE_SERIALIZED};
+    ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
+                              .thread_mode = UCS_THREAD_MODE_SERIALIZED};
     if ((status = ucp_worker_create(f->context, &wp, &f->worker)) != UCS_OK) goto fail_context;
     ucp_address_t *address;
     if ((status = ucp_worker_get_efd(f->worker, &f->worker_fd)) != UCS_OK) goto fail_worker;
@@ -476,39 +571,37 @@ fail_context:
     ucp_cleanup(f->context);
 fail:
     if (f->wake_fd >= 0) close(f->wake_fd);
-    if (f->event_fd >= 0) close(f->event_fd);
     free(f);
     return status;
 }
 
-/* Waits for the jobs under way, ends the thread, closes what is left.  Regions must have been released before. */
-void kvf_close(ferry_t *f)
+/* Ends every job, its completion is there to drain, and then the thread.  Every other call fails from now on.  Bounded:
+ * a few times CLOSE_TIMEOUT_NS at worst, when peers do not answer. */
+void kvf_stop(ferry_t *f)
 {
     pthread_mutex_lock(&f->lock);
     f->stopping = 1;
     pthread_mutex_unlock(&f->lock);
     ring(f->wake_fd);
     pthread_join(f->thread, NULL);
-    while (f->peers) {
-        peer_t *peer = f->peers;
-        f->peers = peer->next;
-        close_endpoint(f, peer, 1);
-        free(peer);
-    }
-    ucp_worker_destroy(f->worker);
-    ucp_cleanup(f->context);
+}
+
+/* After kvf_stop and the last drain.  Memory of regions not released stays until the process ends: somebody may still
+ * look at it. */
+void kvf_free(ferry_t *f)
+{
+    if (f->num_regions == 0) ucp_cleanup(f->context);
     while (f->done) {
-        done_t *d = f->done;
-        f->done = d->next;
-        free(d);
+        job_t *job = f->done;
+        f->done = job->next;
+        free(job);
     }
     close(f->wake_fd);
-    close(f->event_fd);
+    pthread_cond_destroy(&f->called);
+    pthread_mutex_destroy(&f->lock);
     free(f->address);
     free(f);
 }
-
-int kvf_event_fd(ferry_t *f) { return f->event_fd; }
 
 uint64_t kvf_address(ferry_t *f, void *out, uint64_t capacity)
 {
@@ -516,10 +609,10 @@ uint64_t kvf_address(ferry_t *f, void *out, uint64_t capacity)
     return f->address_length;
 }
 
-/* address NULL: UCX allocates the memory itself (a shared-memory segment where it can). */
-int kvf_region(ferry_t *f, void *address, uint64_t nbytes, region_t **out, uint64_t *base)
+/* UCX allocates the memory itself: a shared-memory segment where it can. */
+int kvf_allocate(ferry_t *f, uint64_t nbytes, region_t **out, uint64_t *base)
 {
-    call_t c = {.command = CMD_ALLOC, .in = address, .length = nbytes};
+    call_t c = {.command = CMD_ALLOCATE, .length = nbytes};
     int status = call(f, &c);
     if (status == UCS_OK) {
         *out = c.out;
@@ -528,13 +621,13 @@ int kvf_region(ferry_t *f, void *address, uint64_t nbytes, region_t **out, uint6
     return status;
 }
 
-int kvf_region_release(ferry_t *f, region_t *region)
+int kvf_release(ferry_t *f, region_t *region)
 {
     call_t c = {.command = CMD_RELEASE, .in = region};
     return call(f, &c);
 }
 
-int kvf_region_pack(ferry_t *f, region_t *region, void *out, uint64_t *length)
+int kvf_pack(ferry_t *f, region_t *region, void *out, uint64_t *length)
 {
     call_t c = {.command = CMD_PACK, .in = region, .out = out, .length = *length};
     int status = call(f, &c);
@@ -542,16 +635,30 @@ int kvf_region_pack(ferry_t *f, region_t *region, void *out, uint64_t *length)
     return status;
 }
 
-int kvf_connect(ferry_t *f, void *address, peer_t **out, uint64_t *id)
+/* Waits until the peer answered, at most timeout_ms. */
+int kvf_connect(ferry_t *f, void *address, uint64_t timeout_ms, peer_t **out)
 {
     call_t c = {.command = CMD_CONNECT, .in = address};
     int status = call(f, &c);
+    if (status != UCS_OK) return status;
+    peer_t *peer = c.out;
+    uint64_t end_ns = now_ns() + timeout_ms * 1000000;
+    struct timespec end = {.tv_sec = end_ns / 1000000000, .tv_nsec = end_ns % 1000000000};
+    pthread_mutex_lock(&f->lock);
+    while (!peer->settled && !pthread_cond_timedwait(&f->called, &f->lock, &end)) {}
+    status = peer->settled ? atomic_load(&peer->status) : UCS_ERR_TIMED_OUT;
+    pthread_mutex_unlock(&f->lock);
     if (status == UCS_OK) {
-        *out = c.out;
-        *id = c.a;
+        *out = peer;
+        return UCS_OK;
     }
+    c = (call_t){.command = CMD_DISCONNECT, .in = peer};
+    call(f, &c);
     return status;
 }
+
+/* UCS_OK, or why the peer counts as lost.  Any thread, no waiting. */
+int kvf_peer_status(peer_t *peer) { return atomic_load(&peer->status); }
 
 int kvf_disconnect(ferry_t *f, peer_t *peer)
 {
@@ -572,7 +679,7 @@ int kvf_import(ferry_t *f, peer_t *peer, void *rkey, uint64_t base, uint64_t nby
 
 int kvf_drop(ferry_t *f, remote_t *remote)
 {
-    call_t c = {.command = CMD_DROP_REMOTE, .in = remote};
+    call_t c = {.command = CMD_DROP, .in = remote};
     return call(f, &c);
 }
 
@@ -585,21 +692,12 @@ int kvf_post(ferry_t *f, int op, region_t *region, remote_t *remote, uint64_t n,
         if (size[i] > region->nbytes || local[i] > region->nbytes - size[i] || size[i] > remote->nbytes ||
             away[i] > remote->nbytes - size[i])
             return UCS_ERR_INVALID_PARAM;
-    job_t *job = calloc(1, sizeof *job);
-    uint64_t *arrays = malloc((3 * n + 1) * sizeof *arrays);
-    if (!job || !arrays) {
-        free(job);
-        free(arrays);
-        return UCS_ERR_NO_MEMORY;
-    }
-    job->op = op;
-    job->cookie = cookie;
-    job->region = region;
-    job->remote = remote;
-    job->local = arrays;
-    job->away = arrays + n;
-    job->size = arrays + 2 * n;
-    job->t_post_ns = now_ns();
+    job_t *job = malloc(sizeof *job + 3 * n * sizeof *job->arrays);
+    if (!job) return UCS_ERR_NO_MEMORY;
+    *job = (job_t){.op = op, .cookie = cookie, .region = region, .remote = remote, .t_post_ns = now_ns()};
+    job->local = job->arrays;
+    job->away = job->arrays + n;
+    job->size = job->arrays + 2 * n;
     uint64_t m = 0;
     for (uint64_t i = 0; i < n; i++) {
         if (size[i] == 0) continue;
@@ -613,41 +711,52 @@ int kvf_post(ferry_t *f, int op, region_t *region, remote_t *remote, uint64_t n,
     }
     job->n = m;
     pthread_mutex_lock(&f->lock);
-    if (f->stopping) {
-        pthread_mutex_unlock(&f->lock);
-        free(arrays);
-        free(job);
-        return UCS_ERR_CANCELED;
+    int stopping = f->stopping;
+    if (!stopping) {
+        *f->inbox_tail = job;
+        f->inbox_tail = &job->next;
+        ring(f->wake_fd);
     }
-    *f->inbox_tail = job;
-    f->inbox_tail = &job->next;
     pthread_mutex_unlock(&f->lock);
-    ring(f->wake_fd);
+    if (stopping) free(job);
+    return stopping ? UCS_ERR_CANCELED : UCS_OK;
+}
+
+/* Asks a job to stop at its next piece, without waiting; its completion still comes. */
+int kvf_cancel(ferry_t *f, uint64_t cookie)
+{
+    call_t *c = calloc(1, sizeof *c);
+    if (!c) return UCS_ERR_NO_MEMORY;
+    c->command = CMD_CANCEL;
+    c->a = cookie;
+    c->detached = 1;
+    pthread_mutex_lock(&f->lock);
+    int taken = enqueue(f, c);
+    pthread_mutex_unlock(&f->lock);
+    if (!taken) free(c);
     return UCS_OK;
 }
 
-/* Stops a job at its next piece; its completion still comes.  UCS_ERR_NO_ELEM when it already ended. */
-int kvf_cancel(ferry_t *f, uint64_t cookie)
-{
-    call_t c = {.command = CMD_CANCEL, .a = cookie};
-    return call(f, &c);
-}
-
+/* Moves up to capacity completions out and clears the eventfd, unless some are left. */
 uint64_t kvf_drain(ferry_t *f, completion_t *out, uint64_t capacity)
 {
     uint64_t n = 0;
     hush(f->event_fd);
     pthread_mutex_lock(&f->lock);
     while (f->done && n < capacity) {
-        done_t *d = f->done;
-        if ((f->done = d->next) == NULL) f->done_tail = &f->done;
-        out[n++] = d->c;
-        free(d);
+        job_t *job = f->done;
+        if ((f->done = job->next) == NULL) f->done_tail = &f->done;
+        out[n++] = job->completion;
+        free(job);
     }
     if (f->done) ring(f->event_fd);
     pthread_mutex_unlock(&f->lock);
     return n;
 }
 
+/* What ctypes believes of the struct it reads must be what was compiled. */
+uint64_t kvf_completion_size(void) { return sizeof(completion_t); }
+
 const char *kvf_status_string(int status) { return ucs_status_string(status); }
-const char *kvf_version(void) { return ucp_get_version_string(); }
+
+void kvf_version(unsigned *major, unsigned *minor, unsigned *release) { ucp_get_version(major, minor, release); }

@@ -137,10 +137,10 @@ class DecodeServiceServicer(object):
     """
 
     def Decode(self, request, context):
-        """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens from index 1
-        on, once the writer has committed. Without: this worker computes the prompt, and tokens begin at index 0. One
-        Finished ends the stream. Cancelling stops the compute and takes the blocks back, through quarantine where a writer
-        may still be writing.
+        """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
+        writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
+        commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
+        blocks back, through quarantine where a writer may still be writing.
         RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
         ABORTED             the writer gave up or the ticket expired; start again
         """

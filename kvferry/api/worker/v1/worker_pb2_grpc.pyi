@@ -76,10 +76,10 @@ class DecodeServiceStub:
     @typing.overload
     def __new__(cls, channel: grpc.aio.Channel) -> DecodeServiceAsyncStub: ...
     Decode: grpc.UnaryStreamMultiCallable[kvferry.api.worker.v1.worker_pb2.DecodeRequest, kvferry.api.worker.v1.worker_pb2.DecodeResponse]
-    """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens from index 1
-    on, once the writer has committed. Without: this worker computes the prompt, and tokens begin at index 0. One
-    Finished ends the stream. Cancelling stops the compute and takes the blocks back, through quarantine where a writer
-    may still be writing.
+    """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
+    writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
+    commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
+    blocks back, through quarantine where a writer may still be writing.
       RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
       ABORTED             the writer gave up or the ticket expired; start again
     """
@@ -96,10 +96,10 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
 
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     Decode: grpc.aio.UnaryStreamMultiCallable[kvferry.api.worker.v1.worker_pb2.DecodeRequest, kvferry.api.worker.v1.worker_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens from index 1
-    on, once the writer has committed. Without: this worker computes the prompt, and tokens begin at index 0. One
-    Finished ends the stream. Cancelling stops the compute and takes the blocks back, through quarantine where a writer
-    may still be writing.
+    """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
+    writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
+    commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
+    blocks back, through quarantine where a writer may still be writing.
       RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
       ABORTED             the writer gave up or the ticket expired; start again
     """
@@ -119,10 +119,10 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         request: kvferry.api.worker.v1.worker_pb2.DecodeRequest,
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[kvferry.api.worker.v1.worker_pb2.DecodeResponse], collections.abc.AsyncIterator[kvferry.api.worker.v1.worker_pb2.DecodeResponse]]:
-        """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens from index 1
-        on, once the writer has committed. Without: this worker computes the prompt, and tokens begin at index 0. One
-        Finished ends the stream. Cancelling stops the compute and takes the blocks back, through quarantine where a writer
-        may still be writing.
+        """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
+        writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
+        commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
+        blocks back, through quarantine where a writer may still be writing.
           RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
           ABORTED             the writer gave up or the ticket expired; start again
         """

@@ -1,0 +1,109 @@
+"""The gateway process: python -m gateway"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import AsyncExitStack
+
+import structlog
+from grpc_health.v1 import health_pb2
+
+from gateway.config import GatewayConfig
+from gateway.dispatch import Dispatcher
+from gateway.frontend import Frontend
+from gateway.http.app import create_app
+from gateway.http.front_door import Vocabulary
+from gateway.http.limits import HttpLimits
+from gateway.http.server import HttpServer
+from gateway.servicer import ClusterServicer, InferenceServicer
+from gateway.view import ClusterView, watch
+from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
+from kvferry.errors import Error
+from services.engine.model_files import open_model
+from services.runtime import logs, tracing
+from services.runtime.channels import Channels
+from services.runtime.config import load
+from services.runtime.server import (
+    add_standard_services,
+    bind,
+    create_server,
+    run_until_stopped,
+    running,
+    split_address,
+)
+from services.runtime.startup import StartupError
+
+log = structlog.get_logger(__name__)
+
+SERVER_GRACE_S = 2.0
+
+
+async def run_gateway(config: GatewayConfig) -> None:
+    """Serves until cancelled; then lets running requests finish, within ``config.drain_timeout_s``.  Raises StartupError."""
+    async with AsyncExitStack() as stack:
+        server = create_server()
+        bind(server, config.listen)
+        try:
+            files = await asyncio.to_thread(open_model, config.model)
+        except Error as e:
+            raise StartupError(str(e)) from e
+        channels = await stack.enter_async_context(Channels())
+        view = ClusterView()
+        dispatcher = Dispatcher(
+            view, channels, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
+            max_attempts=config.max_attempts, stall_timeout_s=config.stall_timeout_s,
+        )  # fmt: skip
+        frontend = Frontend(
+            files, view, dispatcher, max_requests=config.max_requests, max_request_s=config.max_request_s
+        )
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
+        inference_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(frontend, view), server)
+        names = [s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values()]
+        health = await add_standard_services(server, names)
+
+        membership_changed = asyncio.Event()
+
+        async def report_health() -> None:
+            """SERVING for as long as a request would find workers."""
+            ready = None
+            while True:
+                if ready is not frontend.ready:
+                    ready = frontend.ready
+                    status = (
+                        health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+                    )
+                    for name in ("", *names):
+                        await health.set(name, status)
+                membership_changed.clear()
+                await membership_changed.wait()
+
+        background = await stack.enter_async_context(asyncio.TaskGroup())
+        tasks = [
+            background.create_task(watch(view, config.directory, on_change=lambda _: membership_changed.set())),
+            background.create_task(report_health()),
+        ]
+        stack.callback(lambda: [task.cancel() for task in tasks])
+        vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)
+        limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s)
+        http = HttpServer(create_app(frontend, vocabulary=vocabulary, limits=limits))
+        await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
+        await http.start(*split_address(config.http_listen), flag="--http-listen")
+        stack.push_async_callback(http.stop, SERVER_GRACE_S)
+        log.info("ready", grpc=config.listen, http=config.http_listen, model=files.config.name)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await frontend.drain(config.drain_timeout_s)
+
+
+def main() -> int:
+    prog = "python -m gateway"
+    config = load(GatewayConfig, sys.argv[1:], prog)
+    logs.configure("gateway", level=config.log_level)
+    tracing.configure("gateway")
+    return run_until_stopped(run_gateway(config), prog=prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""What a gateway is told at start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.runtime.config import option
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """The front door: gRPC and OpenAI-compatible HTTP, routed over the cluster's workers."""
+
+    listen: str = option("127.0.0.1:8470", help="host:port of the gRPC server")
+    http_listen: str = option("127.0.0.1:8471", help="host:port of the HTTP server (OpenAI API, /health, /metrics)")
+    directory: str = option("127.0.0.1:8472", help="host:port of the cache directory")
+    model: str = option(
+        "smollm2-135m-instruct", help="the workers' model: a .gguf file, a Hugging Face directory or id, or a name"
+    )
+    max_requests: int = option(256, help="requests in flight; more are refused", minimum=1)
+    max_attempts: int = option(3, help="how often one request may be started on workers", minimum=1)
+    min_ship_tokens: int = option(
+        32, help="prompts of which a decode worker lacks fewer tokens are computed there", minimum=0
+    )
+    stall_timeout_s: float = option(120.0, help="a worker silent for so long has failed", minimum=0.1)
+    max_request_s: float = option(600.0, help="longest time for one request", minimum=0.1)
+    max_body_nbytes: int = option(2 * 1024 * 1024, help="largest HTTP request body", minimum=1024)
+    drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
+    log_level: str = option("info", help="debug, info, warning or error")

@@ -1,0 +1,214 @@
+"""The gateway behind its protocols: admits, validates, dispatches, and turns tokens into an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.text import TextStream
+from gateway.validation import Validator
+from gateway.view import ClusterView
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.inference.v1 import inference_pb2
+from kvferry.errors import DeadlineError, Error, OverloadedError
+from services.engine.model_files import ModelFiles
+
+log = structlog.get_logger(__name__)
+
+RETRY_AFTER_S = 1.0
+
+_REQUESTS = Counter("kvferry_requests", "Requests by how they ended", ["outcome"])
+_IN_FLIGHT = Gauge("kvferry_requests_in_flight", "Requests being answered")
+_OUTPUT_TOKENS = Counter("kvferry_output_tokens", "Tokens sent to clients")
+_TTFT = Histogram(
+    "kvferry_ttft_seconds", "Time to first token",
+    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
+)  # fmt: skip
+_ITL = Histogram(
+    "kvferry_itl_seconds", "Time between a request's successive tokens",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
+)  # fmt: skip
+
+
+class Clock:
+    """When a request's tokens left."""
+
+    def __init__(self) -> None:
+        self.arrived_s = time.monotonic()
+        self.tokenize_s = 0.0
+        self._left_s: list[float] = []
+
+    def token_left(self) -> None:
+        now_s = time.monotonic()
+        if self._left_s:
+            _ITL.observe(now_s - self._left_s[-1])
+        else:
+            _TTFT.observe(now_s - self.arrived_s)
+        self._left_s.append(now_s)
+
+    def timeline(self, trace: Trace) -> inference_pb2.Timeline:
+        gaps = sorted(b - a for a, b in zip(self._left_s, self._left_s[1:], strict=False))
+        timeline = inference_pb2.Timeline(
+            tokenize_us=_us(self.tokenize_s),
+            route_us=_us(trace.route_s),
+            ttft_us=_us(self._left_s[0] - self.arrived_s) if self._left_s else 0,
+            total_us=_us(time.monotonic() - self.arrived_s),
+            itl_p50_us=_us(gaps[len(gaps) // 2]) if gaps else 0,
+            itl_p99_us=_us(gaps[min(len(gaps) - 1, len(gaps) * 99 // 100)]) if gaps else 0,
+            num_retries=trace.num_retries,
+        )
+        if route := trace.route:
+            timeline.route_reason = route.reason
+            timeline.prefill_worker = route.prefill.key.worker_id if route.prefill else ""
+            timeline.decode_worker = route.decode.key.worker_id
+        if trace.committed is not None:
+            timeline.prefill.CopyFrom(trace.committed.prefill)
+            timeline.transfer.CopyFrom(trace.committed.transfer)
+        if trace.finished is not None:
+            timeline.decode.CopyFrom(trace.finished.decode)
+            if trace.finished.HasField("prefill"):
+                timeline.prefill.CopyFrom(trace.finished.prefill)
+        return timeline
+
+
+class Frontend:
+    def __init__(
+        self, files: ModelFiles, view: ClusterView, dispatcher: Dispatcher, *, max_requests: int, max_request_s: float
+    ) -> None:
+        self.validator = Validator(files)
+        self.files = files
+        self.num_requests_total = 0
+        self.num_in_flight = 0
+        self._view = view
+        self._dispatcher = dispatcher
+        self._max_requests = max_requests
+        self._max_request_s = max_request_s
+        self._draining = False
+
+    @property
+    def model(self) -> common_pb2.ModelInfo:
+        config = self.files.config
+        return common_pb2.ModelInfo(
+            name=config.name,
+            revision=config.revision,
+            context_length=config.context_length,
+            vocab_size=config.vocab_size,
+        )
+
+    @property
+    def ready(self) -> bool:
+        return not self._draining and any(
+            w.info.role == common_pb2.WORKER_ROLE_DECODE and w.info.model.revision == self.files.config.revision
+            for w in self._view.workers.values()
+        )
+
+    def token_text(self, token_id: int) -> str:
+        """Any token for a reader: special ones by name, broken characters as U+FFFD."""
+        tokenizer = self.files.tokenizer
+        return tokenizer.token_bytes(token_id).decode("utf-8", "replace") or tokenizer.token(token_id) or ""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuses new requests; returns when those in flight have ended, or after ``timeout_s``."""
+        self._draining = True
+        end_s = time.monotonic() + timeout_s
+        while self.num_in_flight and time.monotonic() < end_s:
+            await asyncio.sleep(0.05)
+
+    async def generate(
+        self, request: inference_pb2.GenerateRequest
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        """One Started, chunks, one Finished.  Closing it stops the compute.  Raises kvferry.errors.Error."""
+        clock = Clock()
+        if self._draining or self.num_in_flight >= self._max_requests:
+            _REQUESTS.labels("refused").inc()
+            what = "the gateway is shutting down" if self._draining else f"{self.num_in_flight} requests are in flight"
+            raise OverloadedError(what, retry_after_s=RETRY_AFTER_S)
+        self.num_in_flight += 1
+        self.num_requests_total += 1
+        _IN_FLIGHT.inc()
+        outcome = "cancelled"
+        try:
+            job = await self.validator.to_job(request)
+            clock.tokenize_s = time.monotonic() - clock.arrived_s
+            async with aclosing(self._answer(job, tuple(request.stop), clock)) as responses:
+                async for response in responses:
+                    yield response
+            outcome = "completed"
+        except Error as e:
+            outcome = e.reason.lower()
+            log.info("request_failed", reason=e.reason, error=e.message)
+            raise
+        finally:
+            self.num_in_flight -= 1
+            _IN_FLIGHT.dec()
+            _REQUESTS.labels(outcome).inc()
+
+    async def _answer(
+        self, job: Job, stop: tuple[str, ...], clock: Clock
+    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+        structlog.contextvars.bind_contextvars(request_id=job.request_id)
+        started = inference_pb2.Started(
+            request_id=job.request_id,
+            model=self.files.config.name,
+            num_prompt_tokens=len(job.prompt),
+            seed=job.sampling.seed,
+        )
+        text = TextStream(self.files.tokenizer.token_bytes, stop)
+        silent = frozenset(job.sampling.stop_token_ids)
+        trace = Trace()
+        num_output = 0
+        async with aclosing(self._dispatcher.run(job, trace)) as tokens:
+            async for token in _until(tokens, clock.arrived_s + self._max_request_s):
+                if num_output == 0:
+                    yield inference_pb2.GenerateResponse(started=started)
+                num_output += 1
+                piece = "" if token.id in silent else text.feed(token.id)
+                clock.token_left()
+                _OUTPUT_TOKENS.inc()
+                yield inference_pb2.GenerateResponse(chunk=inference_pb2.Chunk(tokens=[token], text=piece))
+                if text.stopped:
+                    break
+        if rest := text.flush():
+            yield inference_pb2.GenerateResponse(chunk=inference_pb2.Chunk(text=rest))
+        yield inference_pb2.GenerateResponse(finished=self._finished(job, clock, trace, num_output))
+
+    def _finished(self, job: Job, clock: Clock, trace: Trace, num_output: int) -> inference_pb2.Finished:
+        timeline = clock.timeline(trace)
+        # Only a stop string ends the answer before the decode worker does.
+        reason = trace.finished.reason if trace.finished else common_pb2.FINISH_REASON_STOP
+        log.info(
+            "finished", output_tokens=num_output, ttft_ms=timeline.ttft_us // 1000, total_ms=timeline.total_us // 1000
+        )
+        return inference_pb2.Finished(
+            reason=reason,
+            usage=inference_pb2.Usage(
+                num_prompt_tokens=len(job.prompt),
+                num_output_tokens=num_output,
+                num_cached_tokens=timeline.prefill.num_cached_tokens,
+            ),
+            timeline=timeline,
+        )
+
+
+async def _until(
+    tokens: AsyncGenerator[common_pb2.Token, None], deadline_s: float
+) -> AsyncGenerator[common_pb2.Token, None]:
+    while True:
+        try:
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                token = await anext(tokens)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as e:
+            raise DeadlineError("the request took longer than the gateway allows") from e
+        yield token
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))

@@ -1,0 +1,219 @@
+"""POST /v1/completions and /v1/chat/completions: from the request's first byte to the answer's last."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, Protocol
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from gateway.http import schema
+from gateway.http.connection import BodyTooLargeError, ClientGoneError, read_body, refuse_body, until, while_connected
+from gateway.http.encoding import DONE_EVENT, sse_event
+from gateway.http.errors import error_body, error_response, internal_error, json_response, too_large
+from gateway.http.front_door import FrontDoor, Vocabulary
+from gateway.http.limits import HttpLimits
+from gateway.http.shapes import Head, Shape, timeline_content
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.inference.v1 import inference_pb2
+from kvferry.errors import Error, InternalError, InvalidRequestError, NotFoundError, UnavailableError
+
+_log = structlog.stdlib.get_logger(__name__)
+
+# How long a client that does not read may hold up the news that its answer has failed.
+_LAST_WORD_S = 1.0
+
+_SSE_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    # nginx would gather the events otherwise.
+    (b"x-accel-buffering", b"no"),
+]
+
+Events = AsyncIterator[inference_pb2.GenerateResponse]
+
+
+class MakeShape(Protocol):
+    def __call__(self, head: Head, vocabulary: Vocabulary, *, with_logprobs: bool) -> Shape: ...
+
+
+def require_model(front_door: FrontDoor, name: str) -> common_pb2.ModelInfo:
+    """Raises NotFoundError unless ``name`` is the model that is served."""
+    model = front_door.model
+    if name != model.name:
+        message = f"the model '{name[:128]}' does not exist; this gateway serves '{model.name}'"
+        raise NotFoundError(message, reason="MODEL_NOT_FOUND", metadata={"field": "model"})
+    return model
+
+
+class Completions:
+    """ASGI application of one generating route.  Raises kvferry.errors.Error as long as no response has begun; from
+    then on an error is the stream's last event.  When the client hangs up, at any time, the generation is cancelled."""
+
+    def __init__(self, front_door: FrontDoor, vocabulary: Vocabulary, limits: HttpLimits,
+                 asks: type[schema.GenerationRequest], shape: MakeShape) -> None:  # fmt: skip
+        self._front_door = front_door
+        self._vocabulary = vocabulary
+        self._limits = limits
+        self._asks = asks
+        self._shape = shape
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_s = asyncio.get_running_loop().time()
+        headers = Headers(scope=scope)
+        reply = _Reply(scope, receive, send)
+        try:
+            deadline_s = arrived_s + self._timeout_s(headers)
+            async with until(deadline_s):
+                body = await read_body(receive, headers.get("content-length"), self._limits.max_body_nbytes)
+            asked = schema.parse(self._asks, body)
+            await while_connected(receive, self._answer(asked, reply, deadline_s))
+        except BodyTooLargeError:
+            await refuse_body(too_large(self._limits.max_body_nbytes), scope, receive, send)
+        except ClientGoneError:
+            _log.info("client hung up", answer_begun=reply.begun)
+        except asyncio.CancelledError:
+            # Only the server cancels, after its grace, and this task has no other end than this answer.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_WORD_S):
+                    await reply.fail(UnavailableError("the gateway is shutting down"))
+
+    def _timeout_s(self, headers: Headers) -> float:
+        text = headers.get("x-request-timeout")
+        if text is None:
+            return min(self._limits.default_timeout_s, self._limits.max_timeout_s)
+        try:
+            timeout_s = float(text)
+        except ValueError:
+            timeout_s = math.nan
+        if not 0 < timeout_s <= self._limits.max_timeout_s:
+            raise InvalidRequestError(
+                f"the header x-request-timeout must be a number of seconds above 0 and up to "
+                f"{self._limits.max_timeout_s:g}, not {text[:64]!r}",
+                reason="INVALID_VALUE",
+                metadata={"field": "x-request-timeout"},
+            )
+        return timeout_s
+
+    async def _answer(self, asked: schema.GenerationRequest, reply: _Reply, deadline_s: float) -> None:
+        """Runs in one task from the first event to the iterator's closing, as FrontDoor wants it."""
+        model = require_model(self._front_door, asked.model)
+        request = asked.to_proto(reply.request_id)
+        head = Head(id=reply.request_id, created_s=int(time.time()), model=model.name, fingerprint=model.revision)
+        shape = self._shape(head, self._vocabulary, with_logprobs=asked.num_logprobs is not None)
+        write = _write_stream if asked.stream else _write_whole
+        try:
+            async with until(deadline_s), _closing(self._front_door.generate(request)) as events:
+                await write(events, asked, shape, reply)
+        except Exception as error:
+            if not reply.begun:
+                raise
+            if not isinstance(error, Error):
+                _log.exception("the stream failed")
+            async with asyncio.timeout(_LAST_WORD_S):
+                await reply.fail(error if isinstance(error, Error) else internal_error(reply.request_id))
+
+
+class _Reply:
+    """The response to one request, and how far it has come."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self.begun = False
+        self._streams = False
+        self.request_id: str = scope["state"]["request_id"]
+        self.wants_timeline = Headers(scope=scope).get("x-kvferry-timeline") == "1"
+
+    async def whole(self, content: dict[str, Any]) -> None:
+        self.begun = True
+        await json_response(content)(self._scope, self._receive, self._send)
+
+    async def write(self, events: bytes) -> None:
+        """Sends server-sent events.  Waits while the client does not read."""
+        if not self.begun:
+            self.begun = self._streams = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+
+    async def end(self, events: bytes) -> None:
+        await self.write(events)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def fail(self, error: Error) -> None:
+        """A response of its own, or the last event of the stream that has begun.  Another response that has begun is
+        past mending, and the server breaks it off."""
+        if self._streams:
+            await self.end(sse_event(error_body(error)))
+        elif not self.begun:
+            self.begun = True
+            await error_response(error)(self._scope, self._receive, self._send)
+
+
+async def _write_whole(events: Events, _: schema.GenerationRequest, shape: Shape, reply: _Reply) -> None:
+    """Answers after the iterator's own end, so that whoever has the whole answer knows that its resources are free."""
+    texts: list[str] = []
+    tokens: list[common_pb2.Token] = []
+    finished: inference_pb2.Finished | None = None
+    async for event in events:
+        kind = event.WhichOneof("event")
+        if kind == "chunk":
+            texts.append(event.chunk.text)
+            tokens.extend(event.chunk.tokens)
+        elif kind == "finished":
+            finished = event.finished
+    if finished is None:
+        raise _broken_off()
+    content = shape.whole("".join(texts), tokens, finished)
+    if reply.wants_timeline:
+        content["kvferry"] = timeline_content(finished.timeline)
+    await reply.whole(content)
+
+
+async def _write_stream(events: Events, asked: schema.GenerationRequest, shape: Shape, reply: _Reply) -> None:
+    """Begins the response with the first chunk, not before: until then a failure can still have its own status, which
+    is what clients decide on whether to try again.  Ends it after the iterator's own end, as ``_write_whole`` does."""
+    with_logprobs = asked.num_logprobs is not None
+    # With include_usage every event has the field, null in all but the last.
+    extra: dict[str, Any] = {"usage": None} if asked.include_usage else {}
+    opening = shape.opening()
+    finished: inference_pb2.Finished | None = None
+    ahead = b"" if opening is None else sse_event({**opening, **extra})
+    async for event in events:
+        kind = event.WhichOneof("event")
+        if kind == "chunk":
+            chunk = event.chunk
+            if chunk.text or (with_logprobs and chunk.tokens):
+                await reply.write(ahead + sse_event({**shape.delta(chunk.text, chunk.tokens), **extra}))
+                ahead = b""
+        elif kind == "finished":
+            finished = event.finished
+    if finished is None:
+        raise _broken_off()
+    parts = [{**shape.closing(finished.reason), **extra}]
+    if asked.include_usage:
+        parts.append(shape.usage(finished.usage))
+    if reply.wants_timeline:
+        parts[-1]["kvferry"] = timeline_content(finished.timeline)
+    await reply.end(b"".join((ahead, *map(sse_event, parts), DONE_EVENT)))
+
+
+def _broken_off() -> InternalError:
+    return InternalError("the answer broke off without an end")
+
+
+@asynccontextmanager
+async def _closing(events: Events) -> AsyncIterator[Events]:
+    try:
+        yield events
+    finally:
+        # An iterator need not be a generator.
+        if (aclose := getattr(events, "aclose", None)) is not None:
+            await aclose()

@@ -1,0 +1,96 @@
+"""The HTTP server, as a task of the running loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from services.runtime.startup import StartupError
+
+# What a request may still take to say goodbye, once its grace is over and it was cancelled.
+_CANCELLED_S = 2.0
+
+
+class HttpServer:
+    """Serves ``app`` in the loop that calls ``start``.  Signals are left to the process; ``start`` and ``stop`` are called
+    once each, in this order."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(app, lifespan="off", ws="none", access_log=False, log_config=None, server_header=False)
+        self._server = _Server(config)
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int, *, flag: str = "--http") -> int:
+        """Returns the port, chosen by the system when ``port`` is 0, once connections are accepted.  Raises StartupError,
+        naming ``flag`` as the remedy, when the address cannot be had."""
+        assert self._task is None, "a server starts once"
+        listener = await _listen(host, port, flag)
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http server")
+        listening = asyncio.create_task(self._server.listening.wait())
+        await asyncio.wait((self._task, listening), return_when=asyncio.FIRST_COMPLETED)
+        listening.cancel()
+        if self._task.done():
+            self._task.result()
+        bound: int = listener.getsockname()[1]
+        return bound
+
+    async def stop(self, grace_s: float) -> None:
+        """Accepts no more, closes idle connections, gives requests ``grace_s`` to end and cancels what is left: those
+        clients are told that the gateway shuts down."""
+        assert self._task is not None, "stop comes after start"
+        # Despite its annotation the setting takes fractions: it goes into asyncio.wait_for.
+        self._server.config.timeout_graceful_shutdown = grace_s  # type: ignore[assignment]
+        self._server.should_exit = True
+        await self._task
+        if tasks := set(self._server.server_state.tasks):
+            await asyncio.wait(tasks, timeout=_CANCELLED_S)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, saying when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+async def _listen(host: str, port: int, flag: str) -> socket.socket:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, proto, _, where = found[0]
+        listener = socket.socket(family, kind, proto)
+        try:
+            # A restart need not wait for the old connections' TIME_WAIT.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setblocking(False)
+            listener.bind(where)
+            # With SO_REUSEADDR, only listening tells that another socket was bound as well but did not yet listen.
+            listener.listen(2048)
+        except OSError:
+            listener.close()
+            raise
+        return listener
+    except socket.gaierror as error:
+        raise StartupError(f"cannot resolve the host of {address}; choose another with {flag}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"address {address} is in use by another process; choose another with {flag}"
+        else:
+            message = f"cannot listen on {address}: {os.strerror(error.errno or 0)}; choose another with {flag}"
+        raise StartupError(message) from error

@@ -1,0 +1,233 @@
+"""One request's life on the cluster, as one explicit state machine.  Pure: events in, actions out.
+
+An attempt is one try on chosen workers: a decode stream and, when the prompt is computed elsewhere, a prefill stream.
+Both streams may bring the first token; each token leaves once, in order.  What goes wrong before the decode worker has
+the KV starts the next attempt on other workers; a worker that is lost later fails the request.
+
+    ROUTING ──routed──▶ ATTEMPTING ──first token from decode──▶ DECODING ──▶ ENDED
+       ▲                    │
+       └──retriable failure─┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from gateway.routing import WorkerKey
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2
+from kvferry.errors import (
+    AbortedError,
+    ConflictError,
+    Error,
+    InternalError,
+    OverloadedError,
+    UnavailableError,
+)
+
+_RETRIABLE = (AbortedError, ConflictError, InternalError, OverloadedError, UnavailableError)
+
+
+class Stream(Enum):
+    PREFILL = auto()
+    DECODE = auto()
+
+
+class State(Enum):
+    ROUTING = auto()
+    ATTEMPTING = auto()
+    DECODING = auto()
+    ENDED = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    decode: WorkerKey
+    prefill: WorkerKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class NotRouted:
+    """No worker can take it."""
+
+    error: Error
+
+
+@dataclass(frozen=True, slots=True)
+class TicketCame:
+    attempt: int
+    ticket: worker_pb2.Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCame:
+    attempt: int
+    stream: Stream
+    token: common_pb2.Token
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    attempt: int
+    committed: worker_pb2.Committed
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeDone:
+    attempt: int
+    finished: worker_pb2.DecodeFinished
+
+
+@dataclass(frozen=True, slots=True)
+class StreamFailed:
+    attempt: int
+    stream: Stream
+    error: Error
+
+
+Event = Routed | NotRouted | TicketCame | TokenCame | PrefillDone | DecodeDone | StreamFailed
+
+
+@dataclass(frozen=True, slots=True)
+class ChooseRoute:
+    """Answer with Routed or NotRouted."""
+
+    excluded: frozenset[WorkerKey]
+
+
+@dataclass(frozen=True, slots=True)
+class OpenDecode:
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPrefill:
+    attempt: int
+    ticket: worker_pb2.Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAttempt:
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    token: common_pb2.Token
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    finished: worker_pb2.DecodeFinished
+
+
+@dataclass(frozen=True, slots=True)
+class Fail:
+    error: Error
+
+
+Action = ChooseRoute | OpenDecode | OpenPrefill | CancelAttempt | Emit | Finish | Fail
+
+
+class RequestMachine:
+    def __init__(self, max_attempts: int) -> None:
+        self.state = State.ROUTING
+        self.attempt = 1
+        self._max_attempts = max_attempts
+        self._excluded: frozenset[WorkerKey] = frozenset()
+        self._route: Routed | None = None
+        self._emitted: list[int] = []
+        self._committed: worker_pb2.Committed | None = None
+        self._finished: worker_pb2.DecodeFinished | None = None
+        self._last_error: Error | None = None
+        self._prefill_lost = False
+
+    def start(self) -> list[Action]:
+        return [ChooseRoute(self._excluded)]
+
+    def on(self, event: Event) -> list[Action]:
+        """Events of attempts gone by are ignored."""
+        if self.state is State.ENDED or getattr(event, "attempt", self.attempt) != self.attempt:
+            return []
+        match event:
+            case Routed():
+                self._route = event
+                self._committed = None
+                self.state = State.ATTEMPTING
+                return [OpenDecode(self.attempt)]
+            case NotRouted(error=error):
+                return self._fail(self._last_error or error)
+            case TicketCame(ticket=ticket):
+                return [OpenPrefill(self.attempt, ticket)]
+            case TokenCame(stream=stream, token=token):
+                if stream is Stream.DECODE:
+                    self.state = State.DECODING
+                return self._emit(token)
+            case PrefillDone(committed=committed):
+                self._committed = committed
+                return self._finish_if_complete()
+            case DecodeDone(finished=finished):
+                self._finished = finished
+                return self._finish_if_complete()
+            case StreamFailed(stream=stream, error=error):
+                return self._on_failure(stream, error)
+
+    def _emit(self, token: common_pb2.Token) -> list[Action]:
+        if token.index < len(self._emitted):
+            if self._emitted[token.index] != token.id:
+                return self._fail(
+                    InternalError(
+                        f"two workers drew different tokens at position {token.index}; the answer was stopped rather than "
+                        f"continued wrongly",
+                        reason="WORKERS_DISAGREE",
+                    )
+                )
+            return []
+        if token.index > len(self._emitted):
+            return self._fail(InternalError(f"token {len(self._emitted)} is missing", reason="TOKEN_MISSING"))
+        self._emitted.append(token.id)
+        return [Emit(token)]
+
+    def _finish_if_complete(self) -> list[Action]:
+        """The writer's figures come on another stream than the end; wait for both, unless the writer is gone."""
+        if self._finished is None:
+            return []
+        assert self._route is not None
+        if self._route.prefill is not None and self._committed is None and not self._prefill_lost:
+            return []
+        self.state = State.ENDED
+        return [Finish(self._finished)]
+
+    def _on_failure(self, stream: Stream, error: Error) -> list[Action]:
+        assert self._route is not None
+        if (stream is Stream.PREFILL and self._committed) or (stream is Stream.DECODE and self._finished):
+            return []  # it had said all it had to say
+        if stream is Stream.PREFILL and self.state is State.DECODING:
+            self._prefill_lost = True  # the KV had arrived: the writer is no longer needed
+            return self._finish_if_complete()
+        if self.state is State.DECODING:
+            lost = UnavailableError(
+                f"decode worker {self._route.decode.worker_id} failed after {len(self._emitted)} tokens: {error}",
+                reason="DECODE_WORKER_LOST",
+            )
+            return self._fail(lost)
+        if not isinstance(error, _RETRIABLE) or self.attempt >= self._max_attempts:
+            return self._fail(error)
+        self._last_error = error
+        self._excluded |= {self._culprit(stream, error)}
+        self.state = State.ROUTING
+        self._prefill_lost = False
+        self.attempt += 1
+        return [CancelAttempt(self.attempt - 1), ChooseRoute(self._excluded)]
+
+    def _culprit(self, stream: Stream, error: Error) -> WorkerKey:
+        assert self._route is not None
+        prefill = self._route.prefill
+        # A decode worker says ABORTED of what its writer did.
+        by_writer = stream is Stream.PREFILL or isinstance(error, AbortedError)
+        return prefill if by_writer and prefill is not None else self._route.decode
+
+    def _fail(self, error: Error) -> list[Action]:
+        self.state = State.ENDED
+        return [CancelAttempt(self.attempt), Fail(error)]

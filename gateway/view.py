@@ -1,0 +1,199 @@
+"""The gateway's own picture of the cluster, kept fresh by the directory's watch stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import grpc
+import structlog
+
+from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from services.directory.index import BlockIndex, split_hashes
+from services.runtime.backoff import Backoff
+from services.runtime.channel import open_channel
+
+_log = structlog.stdlib.get_logger(__name__)
+
+# The directory gives a sign of life every 2 s.
+_SILENCE_S = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    state: directory_pb2.WorkerState
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """``reason`` is unspecified when the directory no longer remembers it."""
+
+    worker_id: str
+    incarnation: int
+    reason: directory_pb2.LeaveReason.ValueType
+
+
+Change = WorkerJoined | WorkerGone
+
+
+class ClusterView:
+    """Who is alive and who holds which blocks, as of the last response applied.
+
+    A directory that restarts knows nobody at first, and its workers need a moment to return.  So workers that a snapshot
+    lacks are kept, with their blocks, for ``grace_s`` more seconds.  ``clock`` is any monotonic one, in seconds.
+    Not thread-safe.  What the properties return is to be read, not changed.
+    """
+
+    def __init__(self, *, grace_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._grace_s = grace_s
+        self._clock = clock
+        self._workers: dict[str, directory_pb2.WorkerState] = {}
+        self._index = BlockIndex()
+        self._revision = 0
+        self._heard_s: float | None = None
+        self._unconfirmed: set[str] = set()
+        self._unconfirmed_until_s = 0.0
+
+    @property
+    def workers(self) -> Mapping[str, directory_pb2.WorkerState]:
+        """By worker_id."""
+        return MappingProxyType(self._workers)
+
+    @property
+    def revision(self) -> int:
+        """Where a watch may resume; 0 asks for a snapshot."""
+        return self._revision
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the directory was last heard from; infinite before the first time."""
+        return float("inf") if self._heard_s is None else self._clock() - self._heard_s
+
+    def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
+        """For each worker that holds the chain's first block, how many leading blocks it holds."""
+        return self._index.longest_prefix(hashes)
+
+    def num_blocks(self, worker_id: str) -> int:
+        """How many blocks the worker's prefix cache holds."""
+        return self._index.num_blocks(worker_id)
+
+    def apply(self, response: directory_pb2.WatchResponse) -> list[Change]:
+        """Returns who came and went, in order.  Block and load changes are not mentioned; neither is a worker that
+        registered again as the same incarnation."""
+        now_s = self._clock()
+        self._heard_s = now_s
+        changes: list[Change] = []
+        if response.snapshot:
+            self._unconfirmed = set(self._workers)
+            self._unconfirmed_until_s = now_s + self._grace_s
+        for event in response.events:
+            match event.WhichOneof("event"):
+                case "joined":
+                    changes += self._join(event.joined)
+                case "left":
+                    changes += self._leave(event.left.worker_id, event.left.incarnation, event.left.reason)
+                case "load":
+                    if (state := self._present(event.load.worker_id, event.load.incarnation)) is not None:
+                        state.load.CopyFrom(event.load.load)
+                case "blocks":
+                    if self._present(event.blocks.worker_id, event.blocks.incarnation) is not None:
+                        self._apply_blocks(event.blocks)
+        if response.revision or response.snapshot:
+            self._revision = response.revision
+        if self._unconfirmed and now_s >= self._unconfirmed_until_s:
+            for worker_id in sorted(self._unconfirmed):
+                incarnation = self._workers[worker_id].info.incarnation
+                changes += self._leave(worker_id, incarnation, directory_pb2.LEAVE_REASON_UNSPECIFIED)
+        return changes
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when blocks or grace belong to a worker that is not there."""
+        self._index.check_integrity()
+        assert set(self._index.num_blocks_by_worker()) <= set(self._workers)
+        assert self._unconfirmed <= set(self._workers)
+
+    def _present(self, worker_id: str, incarnation: int) -> directory_pb2.WorkerState | None:
+        state = self._workers.get(worker_id)
+        return state if state is not None and state.info.incarnation == incarnation else None
+
+    def _join(self, joined: directory_pb2.WorkerState) -> list[Change]:
+        worker_id, incarnation = joined.info.worker_id, joined.info.incarnation
+        state = directory_pb2.WorkerState()
+        state.CopyFrom(joined)
+        changes: list[Change] = []
+        known = self._workers.get(worker_id)
+        if known is not None and known.info.incarnation != incarnation:
+            changes += self._leave(worker_id, known.info.incarnation, directory_pb2.LEAVE_REASON_REPLACED)
+        if known is None or known.info.incarnation != incarnation:
+            changes.append(WorkerJoined(state))
+        self._workers[worker_id] = state
+        self._unconfirmed.discard(worker_id)
+        # Its blocks follow.
+        self._index.cleared(worker_id)
+        return changes
+
+    def _leave(self, worker_id: str, incarnation: int, reason: directory_pb2.LeaveReason.ValueType) -> list[Change]:
+        if self._present(worker_id, incarnation) is None:
+            return []
+        del self._workers[worker_id]
+        self._unconfirmed.discard(worker_id)
+        self._index.cleared(worker_id)
+        return [WorkerGone(worker_id, incarnation, reason)]
+
+    def _apply_blocks(self, blocks: directory_pb2.BlocksChanged) -> None:
+        for event in blocks.events:
+            match event.WhichOneof("event"):
+                case "stored":
+                    self._index.stored(blocks.worker_id, split_hashes(event.stored))
+                case "removed":
+                    self._index.removed(blocks.worker_id, split_hashes(event.removed))
+                case "cleared":
+                    self._index.cleared(blocks.worker_id)
+
+
+async def watch(
+    view: ClusterView, directory_address: str, *, on_change: Callable[[list[Change]], None] | None = None
+) -> None:
+    """Keeps ``view`` fresh until cancelled: follows the directory, resumes where it was after a loss, tries again for
+    ever with a capped backoff.  ``on_change`` hears who came and went and must not raise or block."""
+    backoff = Backoff()
+    async with open_channel(directory_address) as channel:
+        stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+        lost = False
+        while True:
+            call = stub.Watch(directory_pb2.WatchRequest(from_revision=view.revision))
+            try:
+                while True:
+                    async with asyncio.timeout(_SILENCE_S):
+                        response = await call.read()
+                    if not isinstance(response, directory_pb2.WatchResponse):
+                        raise ConnectionError("the directory ended the watch")
+                    if lost:
+                        lost = False
+                        _log.info("watching the directory again", directory=directory_address)
+                    backoff.reset()
+                    changes = view.apply(response)
+                    for change in changes:
+                        _log_change(change)
+                    if changes and on_change is not None:
+                        on_change(changes)
+            except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
+                if not lost:
+                    lost = True
+                    reason = error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error) or "silence"
+                    _log.warning("lost the directory; the view grows old", directory=directory_address, reason=reason)
+            finally:
+                call.cancel()
+            await asyncio.sleep(backoff.next_s())
+
+
+def _log_change(change: Change) -> None:
+    if isinstance(change, WorkerJoined):
+        info = change.state.info
+        _log.info("worker joined", worker_id=info.worker_id, incarnation=info.incarnation, at=info.control_address)
+    else:
+        reason = directory_pb2.LeaveReason.Name(change.reason)
+        _log.info("worker gone", worker_id=change.worker_id, incarnation=change.incarnation, reason=reason)

@@ -1,0 +1,252 @@
+"""The one place where the client's values become protobuf and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from kvferry import errors, types
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2
+from kvferry.api.inference.v1 import inference_pb2
+
+_FINISH_REASONS = {
+    common_pb2.FINISH_REASON_STOP: types.FinishReason.STOP,
+    common_pb2.FINISH_REASON_LENGTH: types.FinishReason.LENGTH,
+}
+_ROLES = {
+    common_pb2.WORKER_ROLE_PREFILL: types.WorkerRole.PREFILL,
+    common_pb2.WORKER_ROLE_DECODE: types.WorkerRole.DECODE,
+}
+_HEALTH = {1: types.HealthStatus.SERVING, 2: types.HealthStatus.NOT_SERVING}
+
+_US = 1e-6
+
+# errors.from_rpc_error speaks of grpc.Call; the errors of grpc.aio have its methods without being one by name.
+grpc.Call.register(grpc.aio.AioRpcError)
+
+
+def generate_request(
+    prompt: str | Sequence[int] | inference_pb2.Chat,
+    *,
+    model: str,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    stop: str | Sequence[str],
+    stop_token_ids: Sequence[int],
+    ignore_eos: bool,
+    logprobs: int | None,
+    request_id: str | None,
+) -> inference_pb2.GenerateRequest:
+    """Raises InvalidRequestError for what protobuf cannot carry; ranges are the gateway's to judge."""
+    try:
+        request = inference_pb2.GenerateRequest(
+            model=model,
+            sampling=common_pb2.SamplingParams(
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
+                num_logprobs=logprobs,
+            ),
+            stop=(stop,) if isinstance(stop, str) else stop,
+            request_id=request_id or "",
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        elif isinstance(prompt, inference_pb2.Chat):
+            request.chat.CopyFrom(prompt)
+        elif isinstance(prompt, (bytes, bytearray)):
+            raise errors.InvalidRequestError("prompt must be text or token ids, not bytes")
+        else:
+            request.token_ids.CopyFrom(inference_pb2.TokenIds(ids=prompt))
+    except (TypeError, ValueError) as error:
+        raise errors.InvalidRequestError(f"the request cannot be sent: {error}") from error
+    return request
+
+
+def chat(messages: Sequence[types.Message]) -> inference_pb2.Chat:
+    converted = []
+    for index, message in enumerate(messages):
+        if isinstance(message, Mapping):
+            if set(message) != {"role", "content"}:
+                raise errors.InvalidRequestError(f"messages[{index}] must have role and content, and nothing else")
+            role, content = message["role"], message["content"]
+        elif isinstance(message, types.ChatMessage):
+            role, content = message.role, message.content
+        else:
+            raise errors.InvalidRequestError(f"messages[{index}] is neither a ChatMessage nor a mapping")
+        try:
+            converted.append(inference_pb2.ChatMessage(role=role, content=content))
+        except (TypeError, ValueError) as error:
+            raise errors.InvalidRequestError(f"messages[{index}] cannot be sent: {error}") from error
+    return inference_pb2.Chat(messages=converted)
+
+
+def tokenize_request(prompt: str | Sequence[types.Message], model: str) -> inference_pb2.TokenizeRequest:
+    try:
+        if isinstance(prompt, str):
+            return inference_pb2.TokenizeRequest(model=model, text=prompt)
+        return inference_pb2.TokenizeRequest(model=model, chat=chat(prompt))
+    except (TypeError, ValueError) as error:
+        raise errors.InvalidRequestError(f"the text cannot be sent: {error}") from error
+
+
+def detokenize_request(ids: Sequence[int], model: str) -> inference_pb2.DetokenizeRequest:
+    try:
+        return inference_pb2.DetokenizeRequest(model=model, ids=ids)
+    except (TypeError, ValueError) as error:
+        raise errors.InvalidRequestError(f"the ids cannot be sent: {error}") from error
+
+
+def chunk(message: inference_pb2.Chunk) -> types.Chunk:
+    return types.Chunk(text=message.text, tokens=tuple(map(_token, message.tokens)))
+
+
+def finish_reason(value: common_pb2.FinishReason.ValueType) -> types.FinishReason:
+    return _FINISH_REASONS.get(value, types.FinishReason.UNKNOWN)
+
+
+def usage(message: inference_pb2.Usage) -> types.Usage:
+    return types.Usage(
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_output_tokens=message.num_output_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+    )
+
+
+def timeline(message: inference_pb2.Timeline) -> types.Timeline:
+    return types.Timeline(
+        tokenize_s=message.tokenize_us * _US,
+        route_s=message.route_us * _US,
+        ttft_s=message.ttft_us * _US,
+        total_s=message.total_us * _US,
+        itl_p50_s=message.itl_p50_us * _US,
+        itl_p99_s=message.itl_p99_us * _US,
+        prefill_worker=message.prefill_worker,
+        decode_worker=message.decode_worker,
+        prefill=_prefill(message.prefill) if message.HasField("prefill") else None,
+        transfer=_transfer(message.transfer) if message.HasField("transfer") else None,
+        decode=_decode(message.decode) if message.HasField("decode") else None,
+        num_retries=message.num_retries,
+        route_reason=message.route_reason,
+    )
+
+
+def model(message: common_pb2.ModelInfo) -> types.ModelInfo:
+    return types.ModelInfo(
+        name=message.name,
+        revision=message.revision,
+        context_length=message.context_length,
+        vocab_size=message.vocab_size,
+    )
+
+
+def cluster(message: inference_pb2.DescribeClusterResponse) -> types.Cluster:
+    return types.Cluster(
+        model=model(message.model),
+        workers=tuple(map(_worker, message.workers)),
+        view_age_s=message.view_age_ms / 1000,
+        num_requests_in_flight=message.num_requests_in_flight,
+        num_requests_total=message.num_requests_total,
+        version=message.version,
+    )
+
+
+def health(reply: bytes) -> types.HealthStatus:
+    """Reads a grpc.health.v1.HealthCheckResponse, whose only field is number 1, an enum."""
+    status = 0
+    if reply:
+        if reply[0] != 0x08 or len(reply) != 2:
+            raise errors.InternalError("the health service sent something else than a HealthCheckResponse")
+        status = reply[1]
+    return _HEALTH.get(status, types.HealthStatus.UNKNOWN)
+
+
+def error(rpc_error: grpc.RpcError) -> errors.Error:
+    """The typed error for a failed call, made by either client."""
+    try:
+        return errors.from_rpc_error(rpc_error)
+    except DecodeError:
+        return errors.InternalError("the server sent error details that cannot be read")
+
+
+def _token(message: common_pb2.Token) -> types.Token:
+    return types.Token(
+        index=message.index,
+        id=message.id,
+        logprob=message.logprob if message.HasField("logprob") else None,
+        top_logprobs=tuple(types.TokenLogprob(top.token_id, top.logprob) for top in message.top_logprobs),
+    )
+
+
+def _prefill(message: common_pb2.PrefillStats) -> types.PrefillStats:
+    return types.PrefillStats(
+        queue_s=message.queue_us * _US,
+        compute_s=message.compute_us * _US,
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_cached_tokens=message.num_cached_tokens,
+        num_chunks=message.num_chunks,
+    )
+
+
+def _transfer(message: common_pb2.TransferStats) -> types.TransferStats:
+    return types.TransferStats(
+        num_blocks=message.num_blocks,
+        num_bytes=message.num_bytes,
+        busy_s=message.busy_us * _US,
+        exposed_s=message.exposed_us * _US,
+        path=message.path,
+    )
+
+
+def _decode(message: common_pb2.DecodeStats) -> types.DecodeStats:
+    return types.DecodeStats(
+        wait_for_kv_s=message.wait_for_kv_us * _US,
+        compute_s=message.compute_us * _US,
+        num_steps=message.num_steps,
+        num_cached_tokens=message.num_cached_tokens,
+        prefilled_locally=message.prefilled_locally,
+        num_preemptions=message.num_preemptions,
+    )
+
+
+def _worker(message: directory_pb2.WorkerState) -> types.Worker:
+    info, load = message.info, message.load
+    return types.Worker(
+        worker_id=info.worker_id,
+        incarnation=info.incarnation,
+        role=_ROLES.get(info.role, types.WorkerRole.UNKNOWN),
+        control_address=info.control_address,
+        version=info.version,
+        model=model(info.model),
+        layout=types.Layout(
+            fingerprint=info.layout.fingerprint,
+            block_size_tokens=info.layout.block_size_tokens,
+            block_nbytes=info.layout.block_nbytes,
+            dtype=info.layout.dtype,
+        ),
+        blocks=types.BlockCounts(
+            total=load.blocks.total,
+            free=load.blocks.free,
+            active=load.blocks.active,
+            cached=load.blocks.cached,
+            lent=load.blocks.lent,
+            quarantined=load.blocks.quarantined,
+        ),
+        num_running=load.num_running,
+        num_waiting=load.num_waiting,
+        num_queued_prefill_tokens=load.num_queued_prefill_tokens,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        decode_tokens_per_s=load.decode_tokens_per_s,
+        draining=load.draining,
+    )

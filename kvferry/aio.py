@@ -1,0 +1,307 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from types import TracebackType
+from typing import Any, Protocol, Self, TypeVar, cast
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message as ProtobufMessage
+
+from kvferry import _channel, _convert, _retry, errors
+from kvferry._answer import Answer
+from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
+from kvferry.client import (
+    DEFAULT_ADDRESS,
+    DEFAULT_GENERATE_TIMEOUT_S,
+    DEFAULT_KEEPALIVE_S,
+    DEFAULT_MAX_ATTEMPTS,
+    DEFAULT_TIMEOUT_S,
+)
+from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, TlsConfig
+
+_Request = TypeVar("_Request", bound=ProtobufMessage)
+_Response = TypeVar("_Response")
+
+
+class _Call(Protocol):
+    def read(self) -> Awaitable[Any]: ...
+    def cancel(self) -> bool: ...
+
+
+class AsyncStream(Answer):
+    """One answer as it comes: ``async for`` over its :class:`Chunk`, or take the whole with :meth:`result`.
+
+    As :class:`kvferry.Stream`; besides, cancelling the task that reads cancels the call.  One task may read.
+    """
+
+    def __init__(self, start: Callable[[float], _Call], deadline: _retry.Deadline, max_attempts: int) -> None:
+        super().__init__()
+        self._start = start
+        self._deadline = deadline
+        self._max_attempts = max_attempts
+        self._closed = False
+        self._begun = False
+        self._error: errors.Error | None = None
+        self._call: _Call | None = start(deadline.remaining_s())
+
+    def __aiter__(self) -> AsyncIterator[Chunk]:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        """The next piece of the answer; raises kvferry.Error when there will be none."""
+        if self._error is not None:
+            raise self._error
+        try:
+            while (response := await self._next_response()) is not None:
+                if (chunk := self._take(response)) is not None:
+                    return chunk
+            self._check_complete()
+        except errors.Error as error:
+            self._error = error
+            raise
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancels the call unless it has ended.  Idempotent; a reader in another task gets kvferry.CancelledError."""
+        self._closed = True
+        if self._call is not None:
+            self._call.cancel()
+
+    cancel = close
+
+    async def result(self) -> Completion:
+        """Reads to the end, and returns the whole answer, what was read before included."""
+        async for _ in self:
+            pass
+        return self._completion()
+
+    async def _next_response(self) -> inference_pb2.GenerateResponse | None:
+        if self._begun:
+            return await self._read()
+        retrying = _retry.asynchronous(self._deadline, self._max_attempts, _retry.was_refused)
+        response: inference_pb2.GenerateResponse | None = await retrying(self._attempt)
+        self._begun = True
+        return response
+
+    async def _attempt(self) -> inference_pb2.GenerateResponse | None:
+        if self._closed:
+            raise errors.CancelledError("the stream was closed")
+        if self._call is None:
+            self._call = self._start(self._deadline.remaining_s())
+        try:
+            return await self._read()
+        except errors.Error:
+            self._call = None
+            raise
+
+    async def _read(self) -> inference_pb2.GenerateResponse | None:
+        assert self._call is not None
+        try:
+            response: object = await self._call.read()
+        except grpc.RpcError as error:
+            raise _convert.error(error) from error
+        except asyncio.CancelledError:
+            # grpc.aio says so too when close() has cancelled the call; then this task was not.
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise errors.CancelledError("the stream was closed") from None
+            raise
+        return None if response is grpc.aio.EOF else cast("inference_pb2.GenerateResponse", response)
+
+
+class AsyncClient:
+    """A connection to a kvferry gateway for asyncio.  As :class:`kvferry.Client`; made and used in one event loop.
+
+    ``generate`` and ``chat`` return their stream at once, without awaiting.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        tls: TlsConfig | None = None,
+        api_key: str | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        generate_timeout: float = DEFAULT_GENERATE_TIMEOUT_S,
+        max_attempts: int = DEFAULT_MAX_ATTEMPTS,
+        keepalive_s: float = DEFAULT_KEEPALIVE_S,
+    ) -> None:
+        asyncio.get_running_loop()  # grpc would quietly bind the channel to a loop that never runs
+        self.address = address
+        self._metadata = _channel.metadata(api_key)
+        self._timeout_s = timeout
+        self._generate_timeout_s = generate_timeout
+        self._max_attempts = max_attempts
+        options = _channel.options(keepalive_s)
+        self._channel = (
+            grpc.aio.insecure_channel(address, options)
+            if tls is None
+            else grpc.aio.secure_channel(address, _channel.credentials(tls), options)
+        )
+        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
+        self._cluster = inference_pb2_grpc.ClusterServiceStub(self._channel)
+        self._health: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_channel.HEALTH_CHECK)
+        self._closed = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Cancels what is still running and frees the connection.  Idempotent."""
+        self._closed = True
+        await self._channel.close()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        model: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> AsyncStream:
+        """As :meth:`kvferry.Client.generate`."""
+        return self._stream(
+            _convert.generate_request(
+                prompt,
+                model=model,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+                request_id=request_id,
+            ),
+            timeout,
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        model: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        ignore_eos: bool = False,
+        logprobs: int | None = None,
+        timeout: float | None = None,
+        request_id: str | None = None,
+    ) -> AsyncStream:
+        """As :meth:`kvferry.Client.chat`."""
+        return self._stream(
+            _convert.generate_request(
+                _convert.chat(messages),
+                model=model,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                seed=seed,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+                request_id=request_id,
+            ),
+            timeout,
+        )
+
+    async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
+        response = await self._unary(self._inference.ListModels, inference_pb2.ListModelsRequest(), timeout)
+        return tuple(map(_convert.model, response.models))
+
+    async def tokenize(
+        self, prompt: str | Sequence[Message], *, model: str = "", timeout: float | None = None
+    ) -> tuple[int, ...]:
+        """As :meth:`kvferry.Client.tokenize`."""
+        request = _convert.tokenize_request(prompt, model)
+        return tuple((await self._unary(self._inference.Tokenize, request, timeout)).ids)
+
+    async def detokenize(self, ids: Sequence[int], *, model: str = "", timeout: float | None = None) -> str:
+        """As :meth:`kvferry.Client.detokenize`."""
+        request = _convert.detokenize_request(ids, model)
+        return (await self._unary(self._inference.Detokenize, request, timeout)).text
+
+    async def cluster(self, *, timeout: float | None = None) -> Cluster:
+        """As :meth:`kvferry.Client.cluster`."""
+        return _convert.cluster(
+            await self._unary(self._cluster.DescribeCluster, inference_pb2.DescribeClusterRequest(), timeout)
+        )
+
+    async def health(self, *, timeout: float | None = None) -> HealthStatus:
+        """As :meth:`kvferry.Client.health`."""
+        self._check_open()
+        deadline = self._deadline(timeout, self._timeout_s)
+        try:
+            return _convert.health(await self._health(b"", timeout=deadline.remaining_s(), metadata=self._metadata))
+        except grpc.RpcError as error:
+            raise _convert.error(error) from error
+
+    def _stream(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> AsyncStream:
+        deadline = self._deadline(timeout_s, self._generate_timeout_s)
+
+        def start(remaining_s: float) -> _Call:
+            self._check_open()
+            return self._inference.Generate(request, timeout=remaining_s, metadata=self._metadata)
+
+        return AsyncStream(start, deadline, self._max_attempts)
+
+    async def _unary(
+        self,
+        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        request: _Request,
+        timeout_s: float | None,
+    ) -> _Response:
+        """For calls that change nothing, and so may be made again."""
+        deadline = self._deadline(timeout_s, self._timeout_s)
+
+        async def attempt() -> _Response:
+            self._check_open()
+            try:
+                return await method(request, timeout=deadline.remaining_s(), metadata=self._metadata)
+            except grpc.RpcError as error:
+                raise _convert.error(error) from error
+
+        return await _retry.asynchronous(deadline, self._max_attempts, _retry.is_transient)(attempt)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise errors.ConflictError("the client is closed")
+
+    @staticmethod
+    def _deadline(timeout_s: float | None, default_s: float) -> _retry.Deadline:
+        return _retry.Deadline(default_s if timeout_s is None else timeout_s)

@@ -1,0 +1,60 @@
+"""The command line, ``kvferry``.  Importing ``kvferry`` does not import this."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from kvferry._version import __version__
+from kvferry.cli.chat import chat
+from kvferry.cli.demo import demo
+from kvferry.cli.generate import generate
+from kvferry.cli.serve import serve
+from kvferry.cli.status import status
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"kvferry {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Serve a language model with prefill and decode split, and talk to it.
+
+    \b
+    Try it:
+      kvferry demo               a cluster, one answer, its timeline
+      kvferry serve              a cluster that stays
+      kvferry chat               talk to it, from another terminal
+      kvferry status --watch     see what it does
+
+    The gateway to talk to is --address, or KVFERRY_ADDRESS, or 127.0.0.1:8470. Exit codes: 0 fine, 1 failed, 2 wrong
+    usage, 130 interrupted.
+    """
+
+
+def make_app(*, rich: bool) -> typer.Typer:
+    """``rich`` frames and colours the help."""
+    app = typer.Typer(
+        name="kvferry",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown" if rich else None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for command in (demo, serve, generate, chat, status):
+        app.command()(command)
+    return app
+
+
+def main() -> None:
+    make_app(rich=sys.stdout.isatty())()

@@ -1,0 +1,114 @@
+"""kvferry chat: a conversation, with a person or with a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+import kvferry
+from kvferry.cli import options, output, timeline
+from kvferry.client import DEFAULT_ADDRESS, Client, Stream
+from kvferry.types import ChatMessage
+
+HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+
+
+def chat(
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = None,
+    model: options.ModelName = "",
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.", show_default=False)] = None,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    show_timeline: options.ShowTimeline = False,
+) -> None:
+    """Talk with the model; it remembers the conversation.
+
+    /reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer. When stdin is a pipe, each of its
+    lines is one message of the conversation.
+
+    \b
+    Examples:
+      kvferry chat --system "Answer in one sentence."
+      printf 'What is 2+2?\\nAnd twice that?\\n' | kvferry chat --temperature 0
+    """
+    interactive = sys.stdin.isatty()
+    opening = [ChatMessage("system", system)] if system is not None else []
+    history = list(opening)
+    with output.failures(address), Client(address) as client:
+        if interactive:
+            model = model or client.models()[0].name
+            output.say(f"{model}: {HELP}")
+        for line in _typed() if interactive else _piped():
+            if line == "/exit":
+                return
+            if line == "/reset":
+                history = list(opening)
+                continue
+            history.append(ChatMessage("user", line))
+            try:
+                with client.chat(
+                    history,
+                    model=model,
+                    max_tokens=max_tokens,
+                    temperature=temperature,
+                    top_p=top_p,
+                    top_k=top_k,
+                    seed=seed,
+                    stop=stop or (),
+                    timeout=timeout,
+                ) as stream:
+                    answer = _answer(stream, interactive)
+            except kvferry.Error as error:
+                if not interactive:
+                    raise
+                history.pop()
+                output.say(f"kvferry: {output.sentence(error, address)}")
+                continue
+            history.append(ChatMessage("assistant", answer))
+            if show_timeline and stream.timeline is not None and stream.usage is not None:
+                timeline.show(stream.timeline, stream.usage)
+
+
+def _answer(stream: Stream, interactive: bool) -> str:
+    """Prints the answer as it comes; when Ctrl-C stops it, what came until then is the answer."""
+    try:
+        for chunk in stream:
+            print(chunk.text, end="", flush=True)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        stream.close()
+        print(" [stopped]", end="")
+    print(flush=True)
+    return stream.text
+
+
+def _typed() -> Iterator[str]:
+    """Lines from the keyboard until Ctrl-D."""
+    import readline  # noqa: F401  (gives input() its editing and history)
+
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line:
+            yield line
+
+
+def _piped() -> Iterator[str]:
+    for line in sys.stdin:
+        if stripped := line.strip():
+            yield stripped

@@ -1,0 +1,408 @@
+"""A cluster on this machine: one process per member, watched, restarted and stopped together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import grpc
+
+from kvferry.cli import leash
+from kvferry.cli.members import ClusterConfig, ClusterError, Member, clone_root, plan
+
+HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
+SERVING = b"\x08\x01"
+LOG_TAIL_LINES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """``start_s`` bounds the start of the whole cluster, ``stop_s`` how long each member may take to end after
+    SIGTERM.  A member that dies comes back after ``backoff_s``, doubled for each death in a row up to
+    ``max_backoff_s``; having lived ``steady_s`` ends the row."""
+
+    start_s: float = 180.0
+    stop_s: float = 25.0  # the services let running requests finish for 20 s
+    backoff_s: float = 0.5
+    max_backoff_s: float = 10.0
+    steady_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    name: str
+    pid: int
+    after_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """``restart_in_s`` is None when it will not be started again."""
+
+    name: str
+    status: int
+    log_tail: tuple[str, ...]
+    restart_in_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    name: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """``killed``: it had to be, because it did not end in time."""
+
+    name: str
+    status: int
+    killed: bool
+
+
+Event = Ready | Died | Restarted | Stopped
+
+
+class LocalCluster:
+    """Starts ``members`` as processes, in order; restarts whichever dies; stops them in reverse order.
+
+    Each has a session of its own, so a terminal's Ctrl-C does not reach it, and dies with this process even when that
+    is killed.  Output goes to ``log_dir/<name>.log``.  ``on_event`` is called from several threads, one call at a time,
+    and must not call back.  With ``restart`` False the dead stay dead.  A member that dies during the start ends the
+    start.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        log_dir: Path,
+        *,
+        grpc_address: str = "",
+        http_url: str = "",
+        on_event: Callable[[Event], None] = lambda event: None,
+        restart: bool = True,
+        timing: Timing | None = None,
+    ) -> None:
+        self.log_dir = log_dir
+        self.grpc_address = grpc_address
+        self.http_url = http_url
+        self._on_event = on_event
+        self._event_lock = threading.Lock()
+        self._timing = timing or Timing()
+        self._restart = restart
+        self._children = {m.name: _Child(m, log_dir / f"{m.name}.log", self) for m in members}
+        self._stopping = threading.Event()
+        self._starting = False
+        self._lock = threading.Lock()
+        self._failed: Died | None = None
+        self._health_watch: grpc.Call | None = None
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ClusterConfig,
+        *,
+        log_dir: Path | None = None,
+        on_event: Callable[[Event], None] = lambda event: None,
+        restart: bool = True,
+        timing: Timing | None = None,
+    ) -> LocalCluster:
+        """The cluster that ``config`` describes, from the clone around this package.  Nothing is started.  Raises
+        ClusterError without a clone and PortError when a port is taken."""
+        root = clone_root()
+        planned = plan(config, root)
+        return cls(
+            planned.members,
+            log_dir or root / "build" / "logs",
+            grpc_address=planned.grpc_address,
+            http_url=planned.http_url,
+            on_event=on_event,
+            restart=restart,
+            timing=timing,
+        )
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(child.member for child in self._children.values())
+
+    def address(self, name: str) -> str:
+        """Where the member's gRPC server listens."""
+        address = self._children[name].member.health_address
+        assert address is not None, f"{name} has no gRPC server"
+        return address
+
+    def pid(self, name: str) -> int | None:
+        """None while it does not run."""
+        return self._children[name].pid
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Starts all and returns when all are ready.  On failure, or when interrupted, nothing is left running;
+        ClusterError names the member at fault."""
+        began = time.monotonic()
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._starting = True
+        try:
+            for child in self._children.values():
+                child.start()
+            for child in self._children.values():
+                pid = self._await_ready(child, began + self._timing.start_s)
+                self._emit(Ready(child.member.name, pid, time.monotonic() - began))
+            with self._lock:
+                self._starting = False
+                self._raise_if_failed()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """SIGTERM in reverse order, each waited for, SIGKILL for those that do not end.  Idempotent."""
+        self._stopping.set()
+        for child in reversed(self._children.values()):
+            child.stop(self._timing.stop_s)
+
+    def kill_now(self) -> None:
+        """SIGKILL to all at once; :meth:`stop` then returns soon.  May be called while another thread stops."""
+        self._stopping.set()
+        for child in self._children.values():
+            child.send_signal(signal.SIGKILL)
+
+    def kill(self, name: str, signum: signal.Signals = signal.SIGKILL) -> None:
+        """Sends a signal to one member, and leaves the consequences to supervision.  After SIGKILL returns when the
+        process has ended, so that a following :meth:`wait_ready` speaks of the next."""
+        child = self._children[name]
+        pid = child.pid
+        child.send_signal(signum)
+        if signum is signal.SIGKILL and pid is not None:
+            child.wait_ended(pid, self._timing.stop_s)
+
+    def wait_ready(self, name: str, timeout_s: float) -> None:
+        """Blocks until the member is ready, say after a restart; ClusterError when it is not in time."""
+        self._await_ready(self._children[name], time.monotonic() + timeout_s)
+
+    def _await_ready(self, child: _Child, deadline: float) -> int:
+        """Waits without polling: on the member's process, then on its health service's own watch stream."""
+        name, address = child.member.name, child.member.health_address
+        pid = child.wait_running(deadline)
+        with self._lock:
+            self._raise_if_failed()
+        if pid is None:
+            raise ClusterError(f"{name} was not running in time")
+        if address is None:
+            return pid
+        with grpc.insecure_channel(address, _HEALTH_OPTIONS) as channel:
+            method: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(HEALTH_WATCH)
+            watch = method(b"", timeout=max(deadline - time.monotonic(), 0.001), wait_for_ready=True)
+            with self._lock:
+                self._raise_if_failed()
+                self._health_watch = watch
+            try:
+                for reply in watch:
+                    if reply == SERVING:
+                        return pid
+            except grpc.RpcError:
+                pass  # the deadline, or the cancellation by which _died() interrupts
+            finally:
+                with self._lock:
+                    self._health_watch = None
+                watch.cancel()
+        with self._lock:
+            self._raise_if_failed()
+        raise ClusterError(f"{name} was not ready in time; log: {child.log_path}", child.log_tail())
+
+    def _raise_if_failed(self) -> None:
+        if self._failed is not None:
+            died = self._failed
+            log_path = self._children[died.name].log_path
+            raise ClusterError(f"{died.name} {describe_status(died.status)} during the start; log: {log_path}",
+                               died.log_tail)  # fmt: skip
+
+    def _emit(self, event: Event) -> None:
+        with self._event_lock:
+            self._on_event(event)
+
+    def _died(self, child: _Child, status: int, lived_s: float) -> float | None:
+        """Called by the child's thread; the pause in seconds before its restart, or None for none."""
+        with self._lock:
+            failed_start = self._starting
+            restart = self._restart and not failed_start
+            backoff_s = child.next_backoff_s(lived_s, self._timing) if restart else None
+            died = Died(child.member.name, status, child.log_tail(), backoff_s)
+            if failed_start and self._failed is None:
+                self._failed = died
+                if self._health_watch is not None:
+                    self._health_watch.cancel()
+        if not failed_start:  # the start raises instead
+            self._emit(died)
+        return backoff_s
+
+
+class _Child:
+    """One member's process and the thread that starts it, waits for it and starts it again.
+
+    The thread outlives each process that it starts: the kernel ends a process with the *thread* that made it.  The
+    process is reaped under the lock that guards sending signals, so a signal never goes to a stranger with its pid.
+    """
+
+    def __init__(self, member: Member, log_path: Path, cluster: LocalCluster) -> None:
+        self.member = member
+        self.log_path = log_path
+        self._cluster = cluster
+        self._process: subprocess.Popen[bytes] | None = None
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._over = False
+        self._status: int | None = None
+        self._backoff_s = 0.0
+
+    @property
+    def pid(self) -> int | None:
+        with self._changed:
+            return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        self.log_path.write_bytes(b"")
+        self._thread = threading.Thread(target=self._run, name=f"supervise-{self.member.name}", daemon=True)
+        self._thread.start()
+
+    def wait_running(self, deadline: float) -> int | None:
+        """Blocks until the process exists; None when it will not, or not in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._process is not None or self._over, deadline - time.monotonic())
+            return None if self._process is None else self._process.pid
+
+    def wait_ended(self, pid: int, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._process is None or self._process.pid != pid, timeout_s)
+
+    def send_signal(self, signum: signal.Signals) -> None:
+        with self._changed:
+            if self._process is None:
+                return
+            if signum is signal.SIGKILL:
+                os.killpg(self._process.pid, signum)  # what it has started too
+            else:
+                self._process.send_signal(signum)
+
+    def stop(self, grace_s: float) -> None:
+        """Call with the cluster stopping."""
+        if self._thread is None:
+            return
+        with self._changed:
+            ran = self._process is not None
+        self.send_signal(signal.SIGTERM)
+        self._thread.join(grace_s)
+        killed = self._thread.is_alive()
+        if killed:
+            self.send_signal(signal.SIGKILL)
+            self._thread.join(grace_s)
+        self._thread = None
+        if ran and self._status is not None:
+            self._cluster._emit(Stopped(self.member.name, self._status, killed))
+
+    def next_backoff_s(self, lived_s: float, timing: Timing) -> float:
+        grown_s = 0.0 if lived_s >= timing.steady_s else 2 * self._backoff_s
+        self._backoff_s = min(max(grown_s, timing.backoff_s), timing.max_backoff_s)
+        return self._backoff_s
+
+    def log_tail(self) -> tuple[str, ...]:
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 32_768))
+                text = log.read().decode(errors="replace")
+        except OSError:
+            return ()
+        return tuple(deque(map(readable, text.splitlines()), LOG_TAIL_LINES))
+
+    def _run(self) -> None:
+        restarting = False
+        try:
+            while not self._cluster._stopping.is_set():
+                began = time.monotonic()
+                process = self._spawn()
+                if process is None:
+                    return
+                if restarting:
+                    self._cluster._emit(Restarted(self.member.name, process.pid))
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+                with self._changed:
+                    status = self._status = process.wait()
+                    self._process = None
+                    self._changed.notify_all()
+                if self._cluster._stopping.is_set():
+                    return
+                backoff_s = self._cluster._died(self, status, time.monotonic() - began)
+                if backoff_s is None or self._cluster._stopping.wait(backoff_s):
+                    return
+                restarting = True
+        finally:
+            with self._changed:
+                self._over = True
+                self._changed.notify_all()
+
+    def _spawn(self) -> subprocess.Popen[bytes] | None:
+        command = (sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *self.member.command)
+        with self.log_path.open("ab") as log, self._changed:
+            if self._cluster._stopping.is_set():  # under the lock: stop() signals either this process or none
+                return None
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.member.cwd,
+                env={**os.environ, **self.member.environment},
+                start_new_session=True,
+            )
+            self._changed.notify_all()
+            return self._process
+
+
+def describe_status(status: int) -> str:
+    if status >= 0:
+        return f"ended with exit status {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
+
+
+def readable(line: str) -> str:
+    """A line of a log as a person would want it: structured ones reduced to level, event and the exception's end."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return line
+    if not isinstance(record, dict) or "event" not in record:
+        return line
+    words = [str(record.get("level", "")), str(record["event"])]
+    exception = str(record.get("exception", "")).strip()
+    if exception:
+        words.append(f"({exception.splitlines()[-1]})")
+    return " ".join(filter(None, words))
+
+
+_HEALTH_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 250),
+]

@@ -1,0 +1,139 @@
+"""What a local cluster consists of: one command line for each process."""
+
+from __future__ import annotations
+
+import enum
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import kvferry
+from kvferry.cli import ports
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+DEFAULT_GRPC_PORT = 8470
+DEFAULT_HTTP_PORT = 8471
+
+
+class Role(enum.Enum):
+    DIRECTORY = "directory"
+    PREFILL = "prefill"
+    DECODE = "decode"
+    GATEWAY = "gateway"
+
+
+class ClusterError(Exception):
+    """The cluster cannot run; says why and what to do.  ``log_tail`` holds the last words of the process at fault."""
+
+    def __init__(self, message: str, log_tail: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.log_tail = log_tail
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One process of the cluster.  With ``health_address``, host:port of a standard gRPC health service, it counts as
+    ready when that says SERVING; without, as soon as it runs."""
+
+    name: str
+    role: Role
+    command: tuple[str, ...]
+    health_address: str | None = None
+    metrics_url: str | None = None
+    cwd: Path | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterConfig:
+    """What to start.  Ports 0 are picked free; ``threads`` per worker, None shares the machine's cores out; what else
+    is None is left to the services' own defaults.  Only the gateway listens on ``host``, all else on the loopback."""
+
+    model: str = DEFAULT_MODEL
+    dtype: str | None = None
+    num_prefill: int = 1
+    num_decode: int = 1
+    host: str = ports.LOOPBACK
+    grpc_port: int = DEFAULT_GRPC_PORT
+    http_port: int = DEFAULT_HTTP_PORT
+    threads: int | None = None
+    kv_memory: str | None = None
+    log_level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Members in the order in which they start; the addresses are for clients on this machine."""
+
+    members: tuple[Member, ...]
+    grpc_address: str
+    http_url: str
+
+
+def clone_root() -> Path:
+    """The clone that this package was imported from; ClusterError when it is installed alone."""
+    root = Path(kvferry.__file__).resolve().parent.parent
+    if not all((root / package / "__init__.py").is_file() for package in ("services", "gateway", "transport")):
+        raise ClusterError(
+            "this installation of kvferry has the client alone, and a cluster needs the services too: "
+            "clone the repository and run `make serve` there"
+        )
+    return root
+
+
+def plan(config: ClusterConfig, root: Path) -> Plan:
+    """Decides ports and command lines; starts nothing.  Raises PortError when a port that clients see is taken."""
+    for port, flag in ((config.grpc_port, "--grpc-port"), (config.http_port, "--http-port")):
+        if port:
+            ports.check_free(config.host, port, flag)
+    num_workers = config.num_prefill + config.num_decode
+    free = iter(ports.pick_free(4 + 2 * num_workers, avoid=(config.grpc_port, config.http_port)))
+    # The members run in the clone, the user may be elsewhere.
+    model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
+    grpc_port, http_port = config.grpc_port or next(free), config.http_port or next(free)
+    directory = ports.join(ports.LOOPBACK, next(free))
+    client_host = ports.reachable(config.host)
+    grpc_address = ports.join(client_host, grpc_port)
+    http_url = f"http://{ports.join(client_host, http_port)}"
+
+    def member(role: Role, name: str, module: str, health: str, flags: dict[str, str], metrics_url: str) -> Member:
+        command = (sys.executable, "-m", module, *(part for flag in flags.items() for part in flag))
+        return Member(name, role, command, health, metrics_url, cwd=root, environment={"PYTHONUNBUFFERED": "1"})
+
+    def metrics(port: int) -> str:
+        return f"http://{ports.join(ports.LOOPBACK, port)}/metrics"
+
+    metrics_port = next(free)
+    directory_flags = {"--listen": directory, "--metrics-port": str(metrics_port), "--log-level": config.log_level}
+    members = [
+        member(Role.DIRECTORY, "directory", "services.directory", directory, directory_flags, metrics(metrics_port))
+    ]
+    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // num_workers)
+    for role, count in ((Role.PREFILL, config.num_prefill), (Role.DECODE, config.num_decode)):
+        for index in range(count):
+            address, metrics_port, name = ports.join(ports.LOOPBACK, next(free)), next(free), f"{role.value}-{index}"
+            flags = {
+                "--listen": address,
+                "--directory": directory,
+                "--worker-id": name,
+                "--model": model,
+                "--threads": str(threads),
+                "--metrics-port": str(metrics_port),
+                "--log-level": config.log_level,
+            }
+            if config.dtype is not None:
+                flags["--dtype"] = config.dtype
+            if config.kv_memory is not None:
+                flags["--kv-memory"] = config.kv_memory
+            members.append(member(role, name, f"services.{role.value}", address, flags, metrics(metrics_port)))
+    gateway_flags = {
+        "--listen": ports.join(config.host, grpc_port),
+        "--http-listen": ports.join(config.host, http_port),
+        "--directory": directory,
+        "--model": model,
+        "--log-level": config.log_level,
+    }
+    members.append(member(Role.GATEWAY, "gateway", "gateway", grpc_address, gateway_flags, f"{http_url}/metrics"))
+    return Plan(tuple(members), grpc_address, http_url)

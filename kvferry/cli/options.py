@@ -1,0 +1,82 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class LogLevel(enum.Enum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+ADDRESS_ENV = "KVFERRY_ADDRESS"
+
+_TALK, _SAMPLE, _RUN = "Gateway", "Sampling", "Cluster"
+
+Address = Annotated[
+    str, typer.Option(envvar=ADDRESS_ENV, help="host:port of the gateway's gRPC server.", rich_help_panel=_TALK)
+]
+Timeout = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="Seconds the call may take.", show_default=False, rich_help_panel=_TALK),
+]
+ModelName = Annotated[
+    str, typer.Option("--model", help="Model to ask for; the gateway's only one by default.", rich_help_panel=_TALK)
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Most tokens to generate.", show_default=False, rich_help_panel=_SAMPLE)
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default=False, rich_help_panel=_SAMPLE)]
+TopP = Annotated[
+    float | None, typer.Option(help="Nucleus sampling, in (0, 1].", show_default=False, rich_help_panel=_SAMPLE)
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Keep the k likeliest tokens; 0 is off.", show_default=False, rich_help_panel=_SAMPLE)
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Makes sampling repeatable.", show_default=False, rich_help_panel=_SAMPLE)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="End before this text; may be given again.", show_default=False, rich_help_panel=_SAMPLE),
+]
+ShowTimeline = Annotated[bool, typer.Option("--timeline", help="Print where the request's time went.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
+
+ServedModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A .gguf file, a Hugging Face directory or id, or the default's name.",
+        rich_help_panel=_RUN,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="Type of weights and KV, such as float32 or bfloat16.", show_default=False, rich_help_panel=_RUN),
+]
+NumPrefill = Annotated[int, typer.Option("--prefill", min=0, help="Prefill workers.", rich_help_panel=_RUN)]
+NumDecode = Annotated[int, typer.Option("--decode", min=1, help="Decode workers.", rich_help_panel=_RUN)]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="CPU threads per worker; by default they share the cores.", show_default=False, rich_help_panel=_RUN
+    ),
+]
+KvMemory = Annotated[
+    str | None,
+    typer.Option(help="KV pool of each worker, such as 512MiB.", show_default=False, rich_help_panel=_RUN),
+]
+LogDir = Annotated[
+    Path | None,
+    typer.Option(help="Where the processes log; build/logs in the clone by default.", show_default=False,
+                 rich_help_panel=_RUN),
+]  # fmt: skip
+Level = Annotated[LogLevel, typer.Option("--log-level", help="How much they log.", rich_help_panel=_RUN)]

@@ -1,0 +1,128 @@
+"""kvferry serve: a cluster on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from kvferry.cli import options, output
+from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.members import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, DEFAULT_MODEL, ClusterConfig
+from kvferry.cli.ports import LOOPBACK
+from kvferry.cli.progress import StartProgress
+from kvferry.client import DEFAULT_ADDRESS, Client
+
+
+def serve(
+    model: options.ServedModel = DEFAULT_MODEL,
+    dtype: options.Dtype = None,
+    prefill: options.NumPrefill = 1,
+    decode: options.NumDecode = 1,
+    host: Annotated[str, typer.Option(help="Where the gateway listens.", rich_help_panel="Cluster")] = LOOPBACK,
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The gateway's gRPC; 0 picks one.", rich_help_panel="Cluster")
+    ] = DEFAULT_GRPC_PORT,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The gateway's HTTP; 0 picks one.", rich_help_panel="Cluster")
+    ] = DEFAULT_HTTP_PORT,
+    threads: options.Threads = None,
+    kv_memory: options.KvMemory = None,
+    log_dir: options.LogDir = None,
+    log_level: options.Level = options.LogLevel.INFO,
+) -> None:
+    """Run a whole cluster on this machine until Ctrl-C.
+
+    Starts a directory, prefill workers, decode workers and a gateway, each as a process of its own, waits until they
+    are healthy, and starts again whichever dies. Needs a clone of the repository.
+
+    \b
+    Examples:
+      kvferry serve
+      kvferry serve --prefill 2 --decode 2 --kv-memory 1GiB
+      kvferry serve --model ./model.gguf --dtype bfloat16 --http-port 8000
+    """
+    if grpc_port == http_port != 0:
+        raise typer.BadParameter(f"gRPC and HTTP cannot both have port {grpc_port}", param_hint="--http-port")
+    config = ClusterConfig(
+        model=model,
+        dtype=dtype,
+        num_prefill=prefill,
+        num_decode=decode,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        threads=threads,
+        kv_memory=kv_memory,
+        log_level=log_level.value,
+    )
+    progress = StartProgress()
+    with output.failures():
+        cluster = LocalCluster.from_config(config, log_dir=log_dir, on_event=progress.on_event)
+        with interruptible():
+            try:
+                with progress.show([member.name for member in cluster.members]):
+                    cluster.start()
+                _announce(cluster)
+                threading.Event().wait()
+            except KeyboardInterrupt:
+                output.say("\nstopping; Ctrl-C again kills at once")
+            finally:
+                stop(cluster)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block like Ctrl-C does."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def stop(cluster: LocalCluster) -> None:
+    """Stops the cluster cleanly; being interrupted meanwhile kills what is left at once."""
+    try:
+        cluster.stop()
+    except KeyboardInterrupt:
+        cluster.kill_now()
+        cluster.stop()
+
+
+def _announce(cluster: LocalCluster) -> None:
+    with Client(cluster.grpc_address) as client:
+        model = client.models()[0].name
+    address = "" if cluster.grpc_address == DEFAULT_ADDRESS else f" --address {cluster.grpc_address}"
+    metrics = "\n".join(
+        f"  {'metrics' if first else '':9}{member.metrics_url}  ({member.name})"
+        for first, member in zip((True, *(False,) * len(cluster.members)), reversed(cluster.members), strict=False)
+    )
+    print(
+        f"""
+kvferry serves {model}
+  gRPC     {cluster.grpc_address}
+  HTTP     {cluster.http_url}/v1  (OpenAI API)
+{metrics}
+  logs     {cluster.log_dir}
+
+Try it:
+  kvferry chat{address}
+  kvferry generate "The capital of France is" --timeline{address}
+  kvferry status{address}
+  curl {cluster.http_url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+Ctrl-C stops everything.""",
+        flush=True,
+    )

@@ -1,0 +1,93 @@
+"""kvferry status: the cluster as its gateway sees it."""
+
+from __future__ import annotations
+
+import threading
+from typing import Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.text import Text
+
+from kvferry.cli import options, output
+from kvferry.cli.timeline import size
+from kvferry.client import DEFAULT_ADDRESS, Client
+from kvferry.types import Cluster, Worker
+
+HEADINGS = (
+    "worker", "role", "state", "address", "running", "waiting", "queued tokens", "prefill tok/s", "decode tok/s",
+    "free", "active", "cached", "lent", "quarantined", "blocks", "KV pool",
+)  # fmt: skip
+_NUMERIC = frozenset(range(4, len(HEADINGS)))
+
+
+def status(
+    address: options.Address = DEFAULT_ADDRESS,
+    timeout: options.Timeout = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks with --watch.")] = 1.0,
+    as_json: options.Json = False,
+) -> None:
+    """Show workers, their KV blocks by state, their load and rates.
+
+    Free, active, cached, lent and quarantined blocks add up to a worker's blocks. The gateway answers from its own view,
+    whose age is shown.
+
+    \b
+    Examples:
+      kvferry status
+      kvferry status --watch
+      kvferry status --json | jq '.workers[].blocks'
+    """
+    with output.failures(address), Client(address) as client:
+        if not watch:
+            _show(client.cluster(timeout=timeout), as_json)
+            return
+        pause = threading.Event()
+        try:
+            if output.is_terminal() and not as_json:
+                with Live(_rendered(client.cluster(timeout=timeout)), auto_refresh=False) as live:
+                    while not pause.wait(interval):
+                        live.update(_rendered(client.cluster(timeout=timeout)), refresh=True)
+            while True:
+                _show(client.cluster(timeout=timeout), as_json)
+                pause.wait(interval)
+        except KeyboardInterrupt:
+            return  # the way to leave --watch
+
+
+def _show(cluster: Cluster, as_json: bool) -> None:
+    if as_json:
+        output.print_json(cluster)
+    else:
+        output.show_table(summary(cluster), HEADINGS, list(map(_row, cluster.workers)), _NUMERIC)
+
+
+def _rendered(cluster: Cluster) -> Group:
+    rows = list(map(_row, cluster.workers))
+    return Group(Text(summary(cluster), style="bold"), output.table("", HEADINGS, rows, _NUMERIC))
+
+
+def summary(cluster: Cluster) -> str:
+    return (
+        f"{cluster.model.name}, {len(cluster.workers)} workers, {cluster.num_requests_in_flight} requests in flight, "
+        f"{cluster.num_requests_total} in total, view {cluster.view_age_s:.1f} s old, kvferry {cluster.version}"
+    )
+
+
+def _row(worker: Worker) -> tuple[str, ...]:
+    blocks = worker.blocks
+    return (
+        worker.worker_id,
+        worker.role.value,
+        "draining" if worker.draining else "ready",
+        worker.control_address,
+        str(worker.num_running),
+        str(worker.num_waiting),
+        str(worker.num_queued_prefill_tokens),
+        f"{worker.prefill_tokens_per_s:.1f}",
+        f"{worker.decode_tokens_per_s:.1f}",
+        *map(str, (blocks.free, blocks.active, blocks.cached, blocks.lent, blocks.quarantined, blocks.total)),
+        size(blocks.total * worker.layout.block_nbytes),
+    )

@@ -1,0 +1,84 @@
+"""A request's timeline as rows of stage, time and detail."""
+
+from __future__ import annotations
+
+from kvferry.cli import output
+from kvferry.types import Timeline, Usage
+
+HEADINGS = ("stage", "time", "detail")
+
+
+def show(timeline: Timeline, usage: Usage) -> None:
+    output.show_table("timeline", HEADINGS, rows(timeline, usage), numeric=frozenset({1}))
+
+
+def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
+    """What the gateway and the workers measured.  Stages overlap: blocks travel while the next chunk is computed, and
+    the first token does not wait for them."""
+    prefill, transfer, decode = timeline.prefill, timeline.transfer, timeline.decode
+    made = [
+        ("tokenize", duration(timeline.tokenize_s), f"{usage.num_prompt_tokens} prompt tokens"),
+        ("route", duration(timeline.route_s), timeline.route_reason),
+    ]
+    if prefill is not None:
+        where = timeline.prefill_worker or f"{timeline.decode_worker} (computed where it is decoded)"
+        made += [
+            ("prefill queue", duration(prefill.queue_s), where),
+            (
+                "prefill compute",
+                duration(prefill.compute_s),
+                f"{prefill.num_prompt_tokens - prefill.num_cached_tokens} tokens in {prefill.num_chunks} chunk(s), "
+                f"{prefill.num_cached_tokens} found in the cache",
+            ),
+        ]
+    made.append(("first token (TTFT)", duration(timeline.ttft_s), "from arrival at the gateway"))
+    if transfer is not None:
+        speed = "" if transfer.bytes_per_s is None else f" at {transfer.bytes_per_s / 1e9:.2f} GB/s"
+        made += [
+            (
+                "KV written",
+                duration(transfer.busy_s),
+                f"{transfer.num_blocks} blocks, {transfer.num_bytes:,} bytes ({size(transfer.num_bytes)}) "
+                f"by {transfer.path}{speed}",
+            ),
+            ("exposed transfer", duration(transfer.exposed_s), "not hidden behind compute"),
+        ]
+    if decode is not None:
+        if transfer is not None:
+            made.append(("wait for KV", duration(decode.wait_for_kv_s), "from the ticket to the commit"))
+        again = f", {decode.num_preemptions} preemption(s)" if decode.num_preemptions else ""
+        made.append(
+            ("decode compute", duration(decode.compute_s), f"{timeline.decode_worker}, {decode.num_steps} steps{again}")
+        )
+    made += [
+        ("ITL p50", duration(timeline.itl_p50_s), "between tokens"),
+        ("ITL p99", duration(timeline.itl_p99_s), ""),
+        ("total", duration(timeline.total_s), f"{usage.num_output_tokens} tokens{_rate(timeline, usage)}"),
+    ]
+    if timeline.num_retries:
+        made.append(("retries", str(timeline.num_retries), "started over on other workers"))
+    return made
+
+
+def duration(seconds: float) -> str:
+    if seconds < 0.001:
+        return f"{seconds * 1e6:.0f} us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f} ms"
+    return f"{seconds:.2f} s"
+
+
+def size(nbytes: float) -> str:
+    """In the largest binary unit of which there is at least one."""
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while nbytes >= 1024 and power < len(units) - 1:
+        nbytes, power = nbytes / 1024, power + 1
+    return f"{nbytes:.1f} {units[power]}" if power else f"{nbytes:.0f} B"
+
+
+def _rate(timeline: Timeline, usage: Usage) -> str:
+    decoding_s = timeline.total_s - timeline.ttft_s
+    if usage.num_output_tokens < 2 or decoding_s <= 0:
+        return ""
+    return f", {(usage.num_output_tokens - 1) / decoding_s:.1f} per second after the first"

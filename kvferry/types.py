@@ -1,0 +1,243 @@
+"""What the client takes and gives: frozen values without protobuf in them.  Durations are seconds."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+
+
+class FinishReason(enum.Enum):
+    """Why an answer ended."""
+
+    STOP = "stop"
+    """An end-of-sequence token, a stop token or a stop string."""
+    LENGTH = "length"
+    """``max_tokens`` or the context's end."""
+    UNKNOWN = "unknown"
+    """A reason that this version of the client has no word for."""
+
+
+class WorkerRole(enum.Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    UNKNOWN = "unknown"
+
+
+class HealthStatus(enum.Enum):
+    """What the standard health service says of a server that answers."""
+
+    SERVING = "serving"
+    NOT_SERVING = "not serving"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ChatMessage:
+    """``role`` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
+
+
+Message: TypeAlias = ChatMessage | Mapping[str, str]
+"""A message as the client accepts it: a :class:`ChatMessage`, or a mapping with ``role`` and ``content``."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logarithm, of the distribution before temperature, top_k and top_p."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token.  ``index`` is 0 for the first of the answer; ``logprob`` is None unless ``logprobs`` was
+    asked for; ``top_logprobs`` is likeliest first."""
+
+    index: int
+    id: int
+    logprob: float | None = None
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of the answer.  ``text`` may be empty while a character or a possible stop string is incomplete, so
+    texts and tokens do not pair up chunk by chunk; over the whole stream both are complete and in order."""
+
+    text: str
+    tokens: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """``num_cached_tokens`` counts the prompt tokens that no worker had to compute."""
+
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStats:
+    """What computing the prompt took, by the worker's own clock."""
+
+    queue_s: float
+    compute_s: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """What ferrying the prompt's KV took, measured by the writer.  ``busy_s`` sums the batches' durations;
+    ``exposed_s`` is what the request waited for after the last chunk was computed; ``path`` names how the bytes went."""
+
+    num_blocks: int
+    num_bytes: int
+    busy_s: float
+    exposed_s: float
+    path: str
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """None when too little was written to measure."""
+        return self.num_bytes / self.busy_s if self.busy_s > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStats:
+    """``wait_for_kv_s`` runs from the ticket to the writer's commit; ``num_cached_tokens`` counts prompt tokens that
+    the decode worker held already, so that nobody had to send them."""
+
+    wait_for_kv_s: float
+    compute_s: float
+    num_steps: int
+    num_cached_tokens: int
+    prefilled_locally: bool
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Where a request's time went, seen from the gateway.  Offsets count from the request's arrival there.
+    ``prefill_worker`` is empty, and ``transfer`` None, when the decode worker computed the prompt itself."""
+
+    tokenize_s: float
+    route_s: float
+    ttft_s: float
+    total_s: float
+    itl_p50_s: float
+    itl_p99_s: float
+    prefill_worker: str
+    decode_worker: str
+    prefill: PrefillStats | None
+    transfer: TransferStats | None
+    decode: DecodeStats | None
+    num_retries: int
+    route_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer.  ``seed`` is the one in use, so that the answer can be had again."""
+
+    text: str
+    tokens: tuple[Token, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    timeline: Timeline
+    request_id: str
+    model: str
+    seed: int
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def logprobs(self) -> tuple[float, ...] | None:
+        """One for each token, or None when none were asked for."""
+        values = tuple(token.logprob for token in self.tokens if token.logprob is not None)
+        return values if values else None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """``revision`` is a fingerprint of weights and tokenizer; ``context_length`` counts prompt and answer together."""
+
+    name: str
+    revision: str
+    context_length: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """KV blocks of one worker: free + active + cached + lent + quarantined = total."""
+
+    total: int
+    free: int
+    active: int
+    cached: int
+    lent: int
+    quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a worker's KV blocks lie in memory; blocks move only between equal fingerprints."""
+
+    fingerprint: str
+    block_size_tokens: int
+    block_nbytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One worker as the gateway sees it.  Rates are tokens per second over its last seconds of work, 0 until
+    measured; ``num_queued_prefill_tokens`` counts prompt tokens accepted and not yet computed."""
+
+    worker_id: str
+    incarnation: int
+    role: WorkerRole
+    control_address: str
+    version: str
+    model: ModelInfo
+    layout: Layout
+    blocks: BlockCounts
+    num_running: int
+    num_waiting: int
+    num_queued_prefill_tokens: int
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """``view_age_s`` counts from when the gateway last heard from the directory: its view may be that old."""
+
+    model: ModelInfo
+    workers: tuple[Worker, ...]
+    view_age_s: float
+    num_requests_in_flight: int
+    num_requests_total: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True)
+class TlsConfig:
+    """Each part is the path of a PEM file, or its content as bytes.  Without ``root_certificates`` the system's are
+    used; ``private_key`` and ``certificate_chain`` go together and make the client show a certificate of its own."""
+
+    root_certificates: str | Path | bytes | None = None
+    private_key: str | Path | bytes | None = field(default=None, repr=False)
+    certificate_chain: str | Path | bytes | None = None

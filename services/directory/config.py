@@ -1,0 +1,22 @@
+"""What the directory can be told at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from services.runtime.config import option
+from services.runtime.logs import LogLevel
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryConfig:
+    """The cache directory: who is alive, and who holds which KV blocks."""
+
+    listen: str = option("127.0.0.1:7000", help="host:port of the gRPC server")
+    metrics_port: int = option(
+        0, help="port of the Prometheus metrics on the same host; 0 is off", minimum=0, maximum=65535
+    )
+    history_events: int = option(
+        100_000, help="how many changes are remembered for watchers that resume; others get a snapshot", minimum=1
+    )
+    log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")

@@ -1,0 +1,35 @@
+"""What Prometheus learns of the directory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from services.directory.core import Role
+from services.directory.store import MemoryStore
+
+
+class DirectoryCollector(Collector):
+    """Reads the store when scraped, in the scraping thread."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self._first_revision = store.directory.revision
+
+    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        directory = self._store.directory
+        by_role = Counter(worker.role for worker in directory.workers())
+        workers = GaugeMetricFamily("kvferry_directory_workers", "Workers that hold a lease.", labels=["role"])
+        for role in Role:
+            workers.add_metric([role.value], by_role[role])
+        yield workers
+        yield GaugeMetricFamily(
+            "kvferry_directory_blocks", "Distinct KV blocks that any worker holds.", value=directory.num_blocks
+        )
+        yield GaugeMetricFamily("kvferry_directory_watchers", "Open watch streams.", value=self._store.num_watchers)
+        yield CounterMetricFamily(
+            "kvferry_directory_events", "Changes since start.", value=directory.revision - self._first_revision
+        )

@@ -1,0 +1,134 @@
+"""The thread that computes.  ``Engine.step`` is the whole story: plan, run, complete, tell."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import structlog
+
+from services.engine.batch import Batch, build_batch
+from services.engine.blocks import CacheChange
+from services.engine.sampling_params import Drawn
+from services.engine.scheduler import Plan, Scheduler
+from services.engine.sequence import Event, SequenceId
+
+log = structlog.get_logger(__name__)
+
+RATE_HALF_LIFE_S = 5.0
+
+
+class Runner(Protocol):
+    def run(self, batch: Batch) -> list[Drawn]:
+        """Computes a step and draws one token per entry of ``batch.samples``, in order.  Blocks; one thread calls it."""
+
+
+@dataclass(slots=True)
+class Work:
+    """What was computed so far.  Tokens, and seconds of model time."""
+
+    prefill_tokens: int = 0
+    decode_tokens: int = 0
+    cached_tokens: int = 0
+    steps: int = 0
+    busy_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    decode_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """How long one step ran, and for whom: attached to the events it produced."""
+
+    sequence_ids: tuple[SequenceId, ...]
+    started_s: float  # time.monotonic()
+    elapsed_s: float
+
+
+Publish = Callable[[list[Event], list[CacheChange], StepTime], None]
+
+
+class Engine:
+    """Owns the thread that runs the model.  The scheduler may be used from any thread inside ``exclusive()``; it is never
+    held while the model runs, so reserving or aborting does not wait for a step."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, publish: Publish) -> None:
+        """``publish`` is called on the engine's thread after each step and must not block."""
+        self.work = Work()
+        self._scheduler = scheduler
+        self._runner = runner
+        self._publish = publish
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread after the step under way.  Idempotent; blocks for up to that step."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @contextmanager
+    def exclusive(self, *, wake: bool = True) -> Iterator[Scheduler]:
+        """The scheduler, between steps' bookkeeping.  ``wake`` has the engine look at it again afterwards."""
+        with self._lock:
+            yield self._scheduler
+        if wake:
+            self._wake.set()
+
+    def step(self) -> bool:
+        """Computes one step; False when there is nothing to compute."""
+        with self._lock:
+            plan = self._scheduler.plan()
+        if plan is None:
+            return False
+        started_s = time.monotonic()
+        drawn, failure = self._compute(plan)
+        elapsed_s = time.monotonic() - started_s
+        with self._lock:
+            events = self._scheduler.fail(plan, failure) if failure else self._scheduler.complete(plan, drawn)
+            changes = self._scheduler.pool.take_changes()
+        self._account(plan, elapsed_s)
+        self._publish(events, changes, StepTime(tuple(s.id for s in plan.sequences), started_s, elapsed_s))
+        return True
+
+    def _compute(self, plan: Plan) -> tuple[list[Drawn], str]:
+        try:
+            return self._runner.run(build_batch(plan.entries, self._scheduler.limits.block_size)), ""
+        except Exception as e:  # one batch fails, not the worker
+            log.exception("step_failed", sequences=[s.id for s in plan.sequences])
+            return [], f"the model could not be run: {e}"
+
+    def _account(self, plan: Plan, elapsed_s: float) -> None:
+        work = self.work
+        decode, prefill = plan.num_decode_tokens, plan.num_prefill_tokens
+        work.steps += 1
+        work.busy_s += elapsed_s
+        work.decode_tokens += decode
+        work.prefill_tokens += prefill
+        work.cached_tokens += sum(s.num_cached for s in plan.started)
+        weight = 1 - 0.5 ** (elapsed_s / RATE_HALF_LIFE_S)
+        # A mixed step says little about either phase alone.
+        if prefill and not decode:
+            work.prefill_tokens_per_s = _blend(work.prefill_tokens_per_s, prefill / elapsed_s, weight)
+        elif decode and not prefill:
+            work.decode_tokens_per_s = _blend(work.decode_tokens_per_s, decode / elapsed_s, weight)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._wake.clear()
+            if not self.step():
+                self._wake.wait()
+
+
+def _blend(old: float, new: float, weight: float) -> float:
+    return new if old == 0 else old + (new - old) * weight

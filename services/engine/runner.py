@@ -1,0 +1,71 @@
+"""Runs batches on this machine's processor, over a KV pool that somebody else owns."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from services.engine.attention.torch_attention import TorchAttention
+from services.engine.batch import Batch, Entry, build_batch
+from services.engine.layout import KvLayout
+from services.engine.model import LlamaModel
+from services.engine.model_config import ModelConfig
+from services.engine.sampler import F32, draw
+from services.engine.sampling_params import Drawn, Sampling
+from services.engine.weights import DTYPES, Weights
+
+
+class TorchRunner:
+    """Not thread-safe: one thread calls it, and each call blocks until the numbers are there.
+
+    ``arena_buffer`` is written and read in place and must outlive the runner; a block that a peer is writing may be in it
+    as long as no batch names it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        layout: KvLayout,
+        arena_buffer: memoryview,
+        num_blocks: int,
+        num_threads: int,
+    ) -> None:
+        """``arena_buffer``: writable, at least ``num_blocks * layout.block_nbytes`` bytes.  ``num_threads`` holds for all
+        of torch in this process."""
+        nbytes = num_blocks * layout.block_nbytes
+        if arena_buffer.nbytes < nbytes or arena_buffer.readonly:
+            raise ValueError(f"{num_blocks} blocks need {nbytes} writable bytes; the buffer has {arena_buffer.nbytes}")
+        stated = (config.revision, config.num_layers, config.num_kv_heads, config.head_dim)
+        if stated != (layout.model_revision, layout.num_layers, layout.num_kv_heads, layout.head_dim):
+            raise ValueError("the layout is of another model")
+        if weights.embedding.dtype != DTYPES[layout.dtype]:
+            raise ValueError(f"the weights are {weights.embedding.dtype}, the layout says {layout.dtype}")
+        torch.set_num_threads(num_threads)
+        self._layout = layout
+        self._model = LlamaModel(config, weights)
+        self._attention = TorchAttention(block_size=layout.block_size, sliding_window=config.sliding_window)
+        flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=nbytes // weights.embedding.itemsize)
+        self._arena = flat.view(num_blocks, *layout.block_shape)
+
+    def run(self, batch: Batch) -> list[Drawn]:
+        """One drawn token per entry of ``batch.samples``, in their order; the KV of all new tokens is in the pool."""
+        return draw(self.logits(batch), [(sampling, position) for _, sampling, position in batch.samples])
+
+    def logits(self, batch: Batch) -> F32:
+        """As ``run``, but what it would draw from: [len(batch.samples), vocab] in float32."""
+        return self._forward(batch, self._arena)
+
+    def warm_up(self) -> None:
+        """Computes a few steps on a pool of its own, so that the first request does not pay for torch's first-call work."""
+        block_size = self._layout.block_size
+        scratch = torch.zeros((4, *self._layout.block_shape), dtype=self._arena.dtype)
+        prompt = Entry([0] * (3 * block_size), 0, [0, 1, 2], Sampling())
+        step = Entry([0], 3 * block_size, [0, 1, 2, 3], Sampling())
+        for entries in ([prompt], [step], [step, step]):
+            self._forward(build_batch(entries, block_size), scratch)
+
+    def _forward(self, batch: Batch, arena: torch.Tensor) -> F32:
+        with torch.inference_mode():
+            logits = self._model.forward(batch, arena, self._attention)
+            return np.asarray(logits.float().numpy(), dtype=np.float32)

@@ -1,0 +1,340 @@
+"""Which sequences compute how many tokens in the next step.  Pure: calls in, plans and events out.
+
+One core for every role.  A sequence has tokens and a count of how many are computed; decoding is the case of one token
+to compute, prefill of many, so chunked prefill, prefix hits, preempted sequences and KV that a writer delivered all
+take the same path (as in vLLM's V1 scheduler).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from services.engine.batch import Entry
+from services.engine.blocks import BlockPool, OutOfBlocksError
+from services.engine.hashing import extend_chain
+from services.engine.sampling_params import Drawn
+from services.engine.sequence import (
+    ChunkComputed,
+    Event,
+    FinishReason,
+    Sequence,
+    SequenceId,
+    Stage,
+    Started,
+    StepFailed,
+    TokenDrawn,
+)
+
+
+class QueueFullError(Exception):
+    """The waiting queue is at its bound; nothing was taken."""
+
+
+class NeverFitsError(Exception):
+    """The prompt leaves no room for an answer, even in an empty pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """``max_step_tokens`` bounds one step's new tokens, and so a prefill chunk; ``max_running`` its sequences."""
+
+    block_size: int
+    context_length: int
+    max_step_tokens: int = 256
+    max_running: int = 64
+    max_waiting: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one step computes: ``counts[i]`` tokens of ``sequences[i]``.  ``started`` happened while planning."""
+
+    sequences: tuple[Sequence, ...]
+    counts: tuple[int, ...]
+    entries: tuple[Entry, ...]
+    started: tuple[Started, ...]
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return sum(s.num_output > 0 and n == 1 for s, n in zip(self.sequences, self.counts, strict=True))
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(self.counts) - self.num_decode_tokens
+
+
+class Scheduler:
+    """Not thread-safe.  Between ``plan`` and its ``complete`` the planned sequences keep their blocks, whoever aborts
+    them: a step in flight writes into them."""
+
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        self.pool = pool
+        self.limits = limits
+        # A sequence that has the pool to itself must be able to end: no deadlock, however long its answer.
+        self.max_length = min(limits.context_length, pool.num_blocks * limits.block_size)
+        self._sequences: dict[SequenceId, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._ready: deque[Sequence] = deque()  # KV delivered, no place in the batch yet
+        self._running: list[Sequence] = []  # by age
+        self._in_flight: frozenset[SequenceId] = frozenset()
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running) + len(self._ready)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._sequences)
+
+    @property
+    def num_queued_prefill_tokens(self) -> int:
+        return sum(s.num_to_compute for s in (*self._waiting, *self._running) if s.num_to_compute > 1)
+
+    def get(self, id_: SequenceId) -> Sequence | None:
+        return self._sequences.get(id_)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence whose prompt is to be computed here."""
+        self._check_fits(sequence)
+        if len(self._waiting) >= self.limits.max_waiting:
+            raise QueueFullError(f"{len(self._waiting)} requests are waiting already")
+        self._sequences[sequence.id] = sequence
+        self._waiting.append(sequence)
+
+    def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
+        """Makes room for a prompt that a writer will deliver: (index of the first block to write, blocks lent).  Blocks
+        before it are in the prefix cache already.  The lent blocks belong to the caller's ticket, and come back by
+        ``deliver`` or, after ``abort``, by way of the pool's quarantine.  Raises OutOfBlocksError or NeverFitsError."""
+        self._check_fits(sequence)
+        self._extend_chain(sequence)
+        cached = self.pool.match(sequence.chain[1:])
+        self.pool.acquire(cached)
+        num_prompt_blocks = self._num_blocks(sequence.num_prompt)
+        try:
+            lent = self.pool.lend(num_prompt_blocks - len(cached))
+        except OutOfBlocksError:
+            self.pool.release(cached)
+            raise
+        sequence.block_table = cached
+        sequence.num_remembered = len(cached)
+        sequence.num_cached = len(cached) * self.limits.block_size
+        sequence.stage = Stage.RESERVED
+        self._sequences[sequence.id] = sequence
+        return len(cached), lent
+
+    def deliver(self, id_: SequenceId, lent: list[int], first_token: Drawn) -> list[Event]:
+        """The writer of ``lent`` has committed: the prompt's KV is here and its first token drawn."""
+        sequence = self._sequences[id_]
+        assert sequence.stage is Stage.RESERVED
+        self.pool.settle(lent)
+        sequence.block_table = sequence.block_table + lent
+        sequence.num_computed = sequence.num_prompt
+        sequence.stage = Stage.RUNNING
+        self._remember(sequence)
+        event = self._append(sequence, first_token)
+        if sequence.stage is not Stage.ENDED:
+            self._ready.append(sequence)
+        return [event]
+
+    def abort(self, id_: SequenceId) -> None:
+        """Ends a sequence at any stage; its blocks go back now, or after the step in flight.  Unknown ids are ignored.
+        Blocks lent to a writer are the ticket's business."""
+        sequence = self._sequences.get(id_)
+        if sequence is None:
+            return
+        sequence.aborted = True
+        if id_ not in self._in_flight:
+            self._end(sequence)
+
+    def halt(self, id_: SequenceId) -> None:
+        """Computes no more of a sequence but keeps its blocks, which a transfer may still be reading; ``abort`` releases
+        them.  Unknown ids are ignored."""
+        sequence = self._sequences.get(id_)
+        if sequence is not None:
+            self._leave_queues(sequence)
+            sequence.stage = Stage.HELD
+
+    def plan(self) -> Plan | None:
+        """The next step, or None when nothing can be computed.  Running sequences come first, single tokens before
+        chunks, so that a long prompt delays the others by one chunk at most."""
+        assert not self._in_flight, "the step before was not completed"
+        started = []
+        while self._ready and len(self._running) < self.limits.max_running:
+            self._running.append(self._ready.popleft())
+        self._grow()
+        while self._waiting and len(self._running) < self.limits.max_running:
+            event = self._try_start(self._waiting[0])
+            if event is None:
+                break
+            started.append(event)
+            self._running.append(self._waiting.popleft())
+        budget = self.limits.max_step_tokens
+        chosen: list[tuple[Sequence, int]] = []
+        for sequence in sorted(self._running, key=lambda s: s.num_to_compute > 1):  # stable: age within each kind
+            count = min(sequence.num_to_compute, budget)
+            if count == 0:
+                break
+            budget -= count
+            chosen.append((sequence, count))
+        if not chosen:
+            return None
+        self._in_flight = frozenset(s.id for s, _ in chosen)
+        return Plan(
+            sequences=tuple(s for s, _ in chosen),
+            counts=tuple(n for _, n in chosen),
+            entries=tuple(self._entry(s, n) for s, n in chosen),
+            started=tuple(started),
+        )
+
+    def complete(self, plan: Plan, drawn: list[Drawn]) -> list[Event]:
+        """Takes the step's result; ``drawn`` holds one token for each entry with a sampling, in order."""
+        self._in_flight = frozenset()
+        events: list[Event] = list(plan.started)
+        draws = iter(drawn)
+        for sequence, count, entry in zip(plan.sequences, plan.counts, plan.entries, strict=True):
+            token = next(draws) if entry.sampling is not None else None
+            if sequence.aborted:
+                self._end(sequence)
+                continue
+            if sequence.stage is not Stage.RUNNING:
+                continue  # halted while the step ran
+            sequence.num_computed += count
+            self._remember(sequence)
+            if sequence.num_output == 0:
+                sequence.num_chunks += 1
+                events.append(ChunkComputed(sequence.id, sequence.num_computed))
+            if token is not None:
+                events.append(self._append(sequence, token))
+        return events
+
+    def fail(self, plan: Plan, message: str) -> list[Event]:
+        """The step could not be computed: its sequences end.  Prefill-only ones keep their blocks until ``abort``, for a
+        transfer may still be reading them."""
+        self._in_flight = frozenset()
+        failed = [s for s in plan.sequences if not s.aborted]
+        for sequence in plan.sequences:
+            if sequence.prefill_only and not sequence.aborted:
+                self.halt(sequence.id)
+            else:
+                self._end(sequence)
+        return [StepFailed(s.id, message) for s in failed]
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it."""
+        self.pool.check_integrity()
+        held: dict[int, int] = {}
+        for sequence in self._sequences.values():
+            for block in sequence.block_table:
+                held[block] = held.get(block, 0) + 1
+        assert held == self.pool.references(), "references differ from the block tables"
+
+    def _check_fits(self, sequence: Sequence) -> None:
+        if sequence.num_prompt >= self.max_length:
+            raise NeverFitsError(
+                f"the prompt has {sequence.num_prompt} tokens; this worker holds prompt and answer of {self.max_length} "
+                f"tokens in all, so shorten the prompt or give the worker more KV memory"
+            )
+
+    def _try_start(self, sequence: Sequence) -> Started | None:
+        self._extend_chain(sequence)
+        # The last token is always computed: its logits are what the next token is drawn from.
+        usable = (len(sequence.tokens) - 1) // self.limits.block_size
+        cached = self.pool.match(sequence.chain[1 : usable + 1])
+        self.pool.acquire(cached)
+        need = self._num_blocks(len(sequence.tokens)) - len(cached)
+        # A block in hand for each running sequence: starting one more must not preempt another at once.
+        if need + len(self._running) > self.pool.num_available and self._running:
+            self.pool.release(cached)
+            return None
+        try:
+            fresh = self.pool.allocate(need)
+        except OutOfBlocksError:
+            self.pool.release(cached)
+            return None
+        sequence.block_table = cached + fresh
+        sequence.num_computed = len(cached) * self.limits.block_size
+        sequence.num_remembered = len(cached)
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = sequence.num_computed
+        sequence.stage = Stage.RUNNING
+        return Started(sequence.id, tuple(sequence.block_table), sequence.num_computed)
+
+    def _grow(self) -> None:
+        """Gives each running sequence the block its next token needs, oldest first, preempting the youngest for it."""
+        for sequence in list(self._running):
+            if sequence.stage is not Stage.RUNNING:
+                continue  # preempted a moment ago for an older one
+            while len(sequence.block_table) < self._num_blocks(len(sequence.tokens)):
+                try:
+                    sequence.block_table += self.pool.allocate(1)
+                except OutOfBlocksError:
+                    # Not a prefill-only one: its blocks may be the source of a transfer.
+                    victim = next(s for s in reversed(self._running) if not s.prefill_only)
+                    self._preempt(victim)
+                    if victim is sequence:
+                        break
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_remembered = 0
+        sequence.num_preemptions += 1
+        sequence.stage = Stage.WAITING
+        self._waiting.appendleft(sequence)
+
+    def _entry(self, sequence: Sequence, count: int) -> Entry:
+        start = sequence.num_computed
+        last = start + count == len(sequence.tokens)
+        tokens = sequence.tokens[start : start + count]
+        return Entry(tokens, start, sequence.block_table, sequence.sampling if last else None)
+
+    def _append(self, sequence: Sequence, drawn: Drawn) -> TokenDrawn:
+        sequence.tokens.append(drawn.token_id)
+        finish = None
+        if drawn.token_id in sequence.stop_ids:
+            finish = FinishReason.STOP
+        elif sequence.num_output >= sequence.max_tokens or len(sequence.tokens) >= self.max_length:
+            finish = FinishReason.LENGTH
+        event = TokenDrawn(sequence.id, sequence.num_output - 1, drawn, finish)
+        if sequence.prefill_only:
+            self._running.remove(sequence)
+            sequence.stage = Stage.HELD
+        elif finish is not None:
+            self._end(sequence)
+        return event
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.stage is Stage.ENDED:
+            return
+        sequence.stage = Stage.ENDED
+        self._leave_queues(sequence)
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        del self._sequences[sequence.id]
+
+    def _leave_queues(self, sequence: Sequence) -> None:
+        for queue in (self._running, self._waiting, self._ready):
+            if sequence in queue:
+                queue.remove(sequence)
+
+    def _extend_chain(self, sequence: Sequence) -> None:
+        known = (len(sequence.chain) - 1) * self.limits.block_size
+        sequence.chain += extend_chain(sequence.chain[-1], sequence.tokens[known:], self.limits.block_size)
+
+    def _remember(self, sequence: Sequence) -> None:
+        full = sequence.num_computed // self.limits.block_size
+        if full == sequence.num_remembered:
+            return
+        self._extend_chain(sequence)
+        for i in range(sequence.num_remembered, full):
+            self.pool.remember(sequence.block_table[i], sequence.chain[i + 1])
+        sequence.num_remembered = full
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)

@@ -1,0 +1,96 @@
+"""One request's tokens and blocks on one worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import NewType
+
+from services.engine.sampling_params import Drawn, Sampling
+
+SequenceId = NewType("SequenceId", str)
+
+
+class FinishReason(Enum):
+    STOP = auto()
+    LENGTH = auto()
+
+
+class Stage(Enum):
+    WAITING = auto()  # queued, holds no blocks
+    RESERVED = auto()  # its prompt's blocks are lent to a writer
+    RUNNING = auto()  # holds blocks; computed a step at a time
+    HELD = auto()  # prompt computed, blocks kept until their transfer has ended
+    ENDED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """``tokens`` is the prompt and what was drawn; KV is valid for the first ``num_computed`` of them."""
+
+    id: SequenceId
+    tokens: list[int]
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: frozenset[int]
+    chain: list[bytes]  # root hash, then the hash of each full block known so far
+    prefill_only: bool = False
+
+    num_prompt: int = field(init=False)
+    stage: Stage = field(init=False, default=Stage.WAITING)
+    num_computed: int = field(init=False, default=0)
+    block_table: list[int] = field(init=False, default_factory=list)
+    num_cached: int = field(init=False, default=0)  # prompt tokens found in the prefix cache
+    num_remembered: int = field(init=False, default=0)  # blocks whose hash is in the cache index
+    num_preemptions: int = field(init=False, default=0)
+    num_chunks: int = field(init=False, default=0)
+    aborted: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_to_compute(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The sequence got its blocks; ``num_cached`` prompt tokens need no compute."""
+
+    id: SequenceId
+    block_table: tuple[int, ...]
+    num_cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkComputed:
+    """KV of the first ``num_computed`` tokens of a prompt is in the pool."""
+
+    id: SequenceId
+    num_computed: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDrawn:
+    """``index`` counts the request's generated tokens from 0; ``finish`` is set on the last one."""
+
+    id: SequenceId
+    index: int
+    drawn: Drawn
+    finish: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """The model could not be run; the sequence has ended and gave its blocks back."""
+
+    id: SequenceId
+    message: str
+
+
+Event = Started | ChunkComputed | TokenDrawn | StepFailed

@@ -1,0 +1,338 @@
+"""Prompts on a prefill worker: computed here, written into their owners' pools chunk by chunk, committed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import structlog
+
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.errors import AbortedError, ConflictError, Error, InternalError, UnavailableError, from_rpc_error
+from services.engine.engine import StepTime
+from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
+from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
+from services.runtime.channels import Channels
+from services.worker.convert import to_token
+from services.worker.worker import Worker
+from transport import Op, PeerLost, RemoteRegion, Transfer, TransferResult, TransportError
+
+log = structlog.get_logger(__name__)
+
+COMMIT_TIMEOUT_S = 10.0
+ABORT_TIMEOUT_S = 5.0
+REMEMBER_REFUSED = 4096
+
+
+@dataclass(slots=True, eq=False)
+class Passage:
+    """One ticket's way from compute to commit: runs the pure ``Ferry`` against engine, transport and owner."""
+
+    ferries: Ferries
+    ticket: worker_pb2.Ticket
+    sequence: Sequence
+    ferry: Ferry
+    remote: RemoteRegion
+    added_s: float
+    outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    transfers: set[Transfer] = field(default_factory=set)
+    first_token: common_pb2.Token | None = None
+    started_s: float | None = None
+    computed_s: float = 0.0
+    compute_s: float = 0.0
+    busy_s: float = 0.0
+    num_bytes: int = 0
+    path: str = ""
+    owner_lost: bool = False
+
+    def on_step(self, step: StepTime) -> None:
+        self.started_s = self.started_s or step.started_s
+        self.compute_s += step.elapsed_s
+
+    def on_event(self, event: Event) -> None:
+        match event:
+            case Started(block_table=table, num_cached=num_cached):
+                self._do(self.ferry.started(table, num_cached))
+            case ChunkComputed(num_computed=num_computed):
+                self.computed_s = time.monotonic()
+                self._do(self.ferry.computed(num_computed))
+            case TokenDrawn(drawn=drawn):
+                self.first_token = to_token(0, drawn)
+                self.outbox.put_nowait(self.first_token)
+                self._do(self.ferry.drawn())
+            case StepFailed(message=message):
+                self.outbox.put_nowait(InternalError(message))
+                self._do(self.ferry.stop(message))
+
+    def stop(self, reason: str) -> None:
+        """Computes and writes no more; ``ended`` is set once that is certain.  Idempotent."""
+        if self.ferry.state in (FerryState.WRITING, FerryState.COMMITTING):
+            self.outbox.put_nowait(AbortedError(reason, reason="TRANSFER_STOPPED"))
+        with self.ferries.worker.engine.exclusive(wake=False) as scheduler:
+            if self.ferry.state is not FerryState.DONE:
+                scheduler.halt(self.sequence.id)
+        self._do(self.ferry.stop(reason))
+
+    def _do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Write():
+                    self._write(action)
+                case Commit(num_blocks=num_blocks):
+                    self.ferries.spawn(self._commit(num_blocks))
+                case CancelWrites():
+                    for transfer in self.transfers:
+                        transfer.cancel()
+                case Stopped(reason=reason):
+                    self._release()
+                    self.ferries.spawn(self._tell_owner(reason))
+
+    def _write(self, write: Write) -> None:
+        worker = self.ferries.worker
+        nbytes = worker.layout.block_nbytes
+        try:
+            transfer = worker.transport.post(
+                Op.WRITE,
+                worker.region,
+                self.remote,
+                [block * nbytes for block in write.source],
+                [block * nbytes for block in write.target],
+                [nbytes] * len(write.source),
+            )
+        except TransportError as e:
+            self.ferries.loop.call_soon(self._write_ended, None, write, e)
+            return
+        self.transfers.add(transfer)
+        transfer.future.add_done_callback(lambda future: self._on_written(transfer, write, future))
+
+    def _on_written(self, transfer: Transfer, write: Write, future: Future[TransferResult]) -> None:
+        """On whichever thread completes the future."""
+        outcome: TransferResult | BaseException = future.exception() or future.result()
+        self.ferries.loop.call_soon_threadsafe(self._write_ended, transfer, write, outcome)
+
+    def _write_ended(self, transfer: Transfer | None, write: Write, outcome: TransferResult | BaseException) -> None:
+        if transfer is not None:
+            self.transfers.discard(transfer)
+        if isinstance(outcome, BaseException):
+            self.owner_lost |= isinstance(outcome, PeerLost)
+            if self.ferry.state is FerryState.WRITING:
+                self.outbox.put_nowait(_to_error(outcome))
+            self._do(self.ferry.write_failed(f"writing failed: {outcome}"))
+            return
+        self.busy_s += outcome.busy_s
+        self.num_bytes += outcome.nbytes
+        self.path = outcome.path.name.lower()
+        traffic = self.ferries.worker.traffic
+        traffic.blocks_written += len(write.source)
+        traffic.bytes_written += outcome.nbytes
+        self._do(self.ferry.written())
+
+    async def _commit(self, num_blocks: int) -> None:
+        ticket, identity = self.ticket, self.ferries.worker.identity
+        assert self.first_token is not None
+        try:
+            await self._owner().CommitTransfer(
+                worker_pb2.CommitTransferRequest(
+                    transfer_id=ticket.transfer_id,
+                    epoch=ticket.epoch,
+                    owner_incarnation=ticket.owner_incarnation,
+                    writer_id=identity.worker_id,
+                    writer_incarnation=identity.incarnation,
+                    num_blocks=num_blocks,
+                    num_bytes=self.num_bytes,
+                    first_token=self.first_token,
+                ),
+                timeout=COMMIT_TIMEOUT_S,
+            )
+        except grpc.aio.AioRpcError as e:
+            error = from_rpc_error(e)
+            log.warning("commit_refused", transfer_id=ticket.transfer_id, error=str(error))
+            self.outbox.put_nowait(AbortedError(f"the commit was refused: {error}", reason="COMMIT_REFUSED"))
+            self._do(self.ferry.stop(str(error)))
+            return
+        if self.ferry.state is not FerryState.COMMITTING:
+            return  # stopped meanwhile, and the owner told so
+        self.ferry.committed()
+        self.outbox.put_nowait(self._committed(num_blocks))
+        self._release()
+
+    async def _tell_owner(self, reason: str) -> None:
+        """Best effort: an owner that does not hear of it asks by itself."""
+        ticket, identity = self.ticket, self.ferries.worker.identity
+        if self.owner_lost:
+            return
+        try:
+            await self._owner().AbortTransfer(
+                worker_pb2.AbortTransferRequest(
+                    transfer_id=ticket.transfer_id,
+                    epoch=ticket.epoch,
+                    owner_incarnation=ticket.owner_incarnation,
+                    writer_id=identity.worker_id,
+                    writer_incarnation=identity.incarnation,
+                    reason=reason,
+                ),
+                timeout=ABORT_TIMEOUT_S,
+            )
+        except grpc.aio.AioRpcError as e:
+            log.info("abort_not_told", transfer_id=ticket.transfer_id, error=e.details())
+
+    def _owner(self) -> worker_pb2_grpc.DecodeServiceStub:
+        return worker_pb2_grpc.DecodeServiceStub(self.ferries.channels.get(self.ticket.owner_control_address))
+
+    def _release(self) -> None:
+        worker = self.ferries.worker
+        worker.router.unsubscribe(self.sequence.id)
+        with worker.engine.exclusive() as scheduler:
+            scheduler.abort(self.sequence.id)
+        self.remote.close()
+        self.ended.set()
+        self.ferries.forget(self)
+
+    def _committed(self, num_blocks: int) -> worker_pb2.Committed:
+        now_s, sequence = time.monotonic(), self.sequence
+        return worker_pb2.Committed(
+            prefill=common_pb2.PrefillStats(
+                queue_us=_us((self.started_s or now_s) - self.added_s),
+                compute_us=_us(self.compute_s),
+                num_prompt_tokens=sequence.num_prompt,
+                num_cached_tokens=sequence.num_cached,
+                num_chunks=sequence.num_chunks,
+            ),
+            transfer=common_pb2.TransferStats(
+                num_blocks=num_blocks,
+                num_bytes=self.num_bytes,
+                busy_us=_us(self.busy_s),
+                exposed_us=_us(now_s - self.computed_s),
+                path=self.path,
+            ),
+        )
+
+
+class Ferries:
+    """Use as an async context manager.  Owned by the event loop."""
+
+    def __init__(self, worker: Worker, channels: Channels) -> None:
+        self.worker = worker
+        self.channels = channels
+        self.loop = asyncio.get_running_loop()
+        self._passages: dict[str, Passage] = {}  # by transfer id
+        self._refused: OrderedDict[str, None] = OrderedDict()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Ferries:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stops what is under way, and waits for the last byte."""
+        passages = list(self._passages.values())
+        for passage in passages:
+            passage.stop("the prefill worker is shutting down")
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            for passage in passages:
+                await passage.ended.wait()
+            while self._tasks:
+                await asyncio.wait(self._tasks)
+
+    async def run(
+        self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
+    ) -> AsyncGenerator[common_pb2.Token | worker_pb2.Committed, None]:
+        """The first token, then the commit's figures.  Leaving early stops compute and writing.  Raises ConflictError,
+        having written nothing, when the ticket is not for this worker or its layout, or was stopped before it came."""
+        passage = await self._begin(prompt, params, ticket, salt)
+        expiry = self.loop.call_later(ticket.expires_in_ms / 1000, passage.stop, "the ticket expired")
+        try:
+            while True:
+                item = await passage.outbox.get()
+                if isinstance(item, Error):
+                    raise item
+                yield item
+                if isinstance(item, worker_pb2.Committed):
+                    return
+        finally:
+            expiry.cancel()
+            passage.stop("the request was cancelled")
+
+    async def stop_transfer(self, transfer_id: str, writer_incarnation: int) -> None:
+        """Returns once nothing is written under this ticket any more, nor ever will be."""
+        if writer_incarnation != self.worker.identity.incarnation:
+            return  # that process has ended: this one has taken its place
+        passage = self._passages.get(transfer_id)
+        if passage is None:
+            self._refused[transfer_id] = None
+            if len(self._refused) > REMEMBER_REFUSED:
+                self._refused.popitem(last=False)
+            return
+        passage.stop("the pool's owner took its blocks back")
+        await passage.ended.wait()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def forget(self, passage: Passage) -> None:
+        self._passages.pop(passage.ticket.transfer_id, None)
+
+    async def _begin(
+        self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
+    ) -> Passage:
+        worker, identity = self.worker, self.worker.identity
+        if (ticket.writer_id, ticket.writer_incarnation) != (identity.worker_id, identity.incarnation):
+            raise ConflictError(
+                f"ticket {ticket.transfer_id} is for writer {ticket.writer_id}/{ticket.writer_incarnation}, "
+                f"this is {identity.worker_id}/{identity.incarnation}",
+                reason="TICKET_REFUSED",
+            )
+        if ticket.layout.fingerprint != worker.layout.fingerprint:
+            raise ConflictError(
+                f"the pools differ: ours is {worker.layout_proto()}, the owner's {ticket.layout}".replace("\n", " "),
+                reason="LAYOUTS_DIFFER",
+            )
+        if ticket.num_prompt_tokens != len(prompt):
+            raise ConflictError(
+                f"ticket {ticket.transfer_id} is for {ticket.num_prompt_tokens} tokens, the prompt has {len(prompt)}",
+                reason="TICKET_REFUSED",
+            )
+        if ticket.transfer_id in self._passages or ticket.transfer_id in self._refused:
+            raise ConflictError(f"ticket {ticket.transfer_id} was used or stopped before", reason="TICKET_REFUSED")
+        sequence = worker.make_sequence(ticket.request_id, prompt, params, salt, prefill_only=True)
+        try:
+            ferry = Ferry(tuple(ticket.blocks), ticket.first_block_index, len(prompt), worker.layout.block_size)
+        except ValueError as e:
+            raise ConflictError(str(e), reason="TICKET_REFUSED") from e
+        try:
+            remote = await asyncio.to_thread(worker.transport.open, ticket.region)
+        except TransportError as e:
+            raise UnavailableError(f"the pool of {ticket.owner_id} cannot be reached: {e}") from e
+        if ticket.transfer_id in self._refused:
+            remote.close()
+            raise ConflictError(f"ticket {ticket.transfer_id} was stopped", reason="TICKET_REFUSED")
+        passage = Passage(self, ticket, sequence, ferry, remote, added_s=time.monotonic())
+        self._passages[ticket.transfer_id] = passage
+        worker.router.subscribe(sequence.id, passage)
+        try:
+            worker.add(sequence)
+        except Error:
+            worker.router.unsubscribe(sequence.id)
+            del self._passages[ticket.transfer_id]
+            remote.close()
+            raise
+        return passage
+
+
+def _to_error(failure: BaseException) -> Error:
+    if isinstance(failure, PeerLost):
+        return UnavailableError(f"the pool's owner was lost: {failure}", reason="OWNER_LOST")
+    return AbortedError(f"writing KV blocks failed: {failure}", reason="WRITE_FAILED")
+
+
+def _us(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))

@@ -1,0 +1,38 @@
+"""One connection per address, however many callers."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+import grpc
+
+from services.runtime.channel import open_channel
+
+
+class Channels:
+    """Opens a channel to an address once and hands it out again.  Closes them all on leaving the context.  Owned by one
+    event loop."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        channel = self._channels.get(address)
+        if channel is None:
+            channel = self._channels[address] = open_channel(address)
+        return channel
+
+    async def forget(self, address: str) -> None:
+        """The process there is gone for good; a later ``get`` connects afresh.  Unknown addresses are ignored."""
+        if channel := self._channels.pop(address, None):
+            await channel.close()
+
+    async def __aenter__(self) -> Channels:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        channels, self._channels = self._channels, {}
+        await asyncio.gather(*(channel.close() for channel in channels.values()))

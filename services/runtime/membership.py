@@ -1,0 +1,238 @@
+"""A worker's side of the directory: its lease, its load, and what its prefix cache holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
+
+import grpc
+import structlog
+
+from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from services.runtime.backoff import Backoff
+from services.runtime.channel import open_channel
+from services.runtime.journal import BlockJournal, snapshot_events
+
+_log = structlog.stdlib.get_logger(__name__)
+
+_CALL_TIMEOUT_S = 5.0
+_DEREGISTER_TIMEOUT_S = 1.0
+_HASHES_PER_CALL = 1 << 16  # 1 MiB
+_REFUSALS = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED})
+
+
+class _LeaseLostError(Exception):
+    """The directory does not know the lease (any more)."""
+
+
+class _ReplacedError(Exception):
+    """Another process has taken this worker's id."""
+
+
+class Membership:
+    """Keeps a worker in the cluster while entered, for as long as the process lives.
+
+    Registers, keeps the lease alive every third of ``lease_ttl_s`` with the current ``load()``, and publishes block
+    events in order.  While the directory is away it tries again for ever with a capped, jittered backoff, and the worker
+    does not notice; when the lease has ended meanwhile it registers again and sends ``snapshot()``, the hashes of all
+    blocks now in the prefix cache.  Leaving deregisters (at most 1 s).  Only when another process has registered under
+    the same worker_id does it give up, with an error in the log.
+
+    ``load`` and ``snapshot`` are called on the event loop's thread and must not block.
+    ``stored``, ``removed`` and ``cleared`` may be called from any thread, at any time, and never block.  Call them after
+    the cache has changed: a snapshot may be taken in between.  When more than ``max_pending_hashes`` wait for a slow
+    directory they are dropped and a snapshot is sent instead.
+    """
+
+    def __init__(
+        self,
+        directory_address: str,
+        info: directory_pb2.WorkerInfo,
+        load: Callable[[], directory_pb2.WorkerLoad],
+        snapshot: Callable[[], Sequence[bytes]],
+        *,
+        lease_ttl_s: float = 6.0,
+        max_pending_hashes: int = 1 << 18,
+    ) -> None:
+        self._address = directory_address
+        self._info = info
+        self._load = load
+        self._snapshot = snapshot
+        self._lease_ttl_s = lease_ttl_s
+        self._journal = BlockJournal(max_pending_hashes)
+        self._lease_id: int | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._away = False
+
+    @property
+    def registered(self) -> bool:
+        """Whether the directory held a lease when last heard from."""
+        return self._lease_id is not None
+
+    def stored(self, hashes: Sequence[bytes]) -> None:
+        """These blocks (chain hashes, 16 bytes each) are in the prefix cache now."""
+        self._journal.stored(hashes)
+        self._wake()
+
+    def removed(self, hashes: Sequence[bytes]) -> None:
+        """These blocks are in the prefix cache no more."""
+        self._journal.removed(hashes)
+        self._wake()
+
+    def cleared(self) -> None:
+        """The prefix cache is empty."""
+        self._journal.cleared()
+        self._wake()
+
+    async def __aenter__(self) -> Self:
+        self._channel = open_channel(self._address)
+        self._stub = directory_pb2_grpc.DirectoryServiceStub(self._channel)
+        self._pending = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.create_task(self._stay(), name="membership")
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._loop = None
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        if self._lease_id is not None:
+            request = directory_pb2.DeregisterRequest(lease_id=self._lease_id)
+            try:
+                await self._stub.Deregister(request, timeout=_DEREGISTER_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                _log.info("left without saying goodbye; the lease will run out", code=error.code().name)
+            self._lease_id = None
+        await self._channel.close()
+
+    def _wake(self) -> None:
+        loop = self._loop
+        if loop is not None and not self._pending.is_set():
+            try:
+                loop.call_soon_threadsafe(self._pending.set)
+            except RuntimeError:
+                # The loop has been closed by a shutdown that this thread has not noticed yet.
+                return
+
+    async def _stay(self) -> None:
+        failures = Backoff(initial_s=1.0, cap_s=30.0)
+        while True:
+            try:
+                await self._register()
+                await self._hold_lease()
+            except _LeaseLostError:
+                _log.warning("the directory ended the lease; registering again", worker_id=self._info.worker_id)
+            except _ReplacedError as error:
+                _log.error("out of the cluster", worker_id=self._info.worker_id, reason=str(error))
+                self._lease_id = None
+                return
+            except Exception:
+                # A bug, perhaps in load() or snapshot(); a worker that still serves must not drop out for good.
+                _log.exception("membership failed; registering again", worker_id=self._info.worker_id)
+                await asyncio.sleep(failures.next_s())
+            self._lease_id = None
+
+    async def _register(self) -> None:
+        backoff = Backoff()
+        while True:
+            request = directory_pb2.RegisterRequest(
+                info=self._info, load=self._load(), lease_ttl_ms=round(self._lease_ttl_s * 1000)
+            )
+            try:
+                response = await self._stub.Register(request, timeout=_CALL_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    raise _ReplacedError(error.details()) from error
+                await self._pause(backoff, "register", error)
+                continue
+            self._lease_id = response.lease_id
+            self._journal.break_()
+            self._pending.set()
+            self._away = False
+            _log.info("registered", worker_id=self._info.worker_id, directory=self._address)
+            return
+
+    async def _hold_lease(self) -> None:
+        keep_alive = asyncio.create_task(self._keep_alive(), name="membership keep-alive")
+        publish = asyncio.create_task(self._publish(), name="membership publish")
+        tasks = (keep_alive, publish)
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+
+    async def _keep_alive(self) -> None:
+        assert self._lease_id is not None
+        ttl_s, backoff = self._lease_ttl_s, Backoff()
+        while True:
+            await asyncio.sleep(ttl_s / 3)
+            request = directory_pb2.KeepAliveRequest(lease_id=self._lease_id, load=self._load())
+            while True:
+                try:
+                    response = await self._stub.KeepAlive(request, timeout=min(_CALL_TIMEOUT_S, ttl_s / 3))
+                except grpc.aio.AioRpcError as error:
+                    if error.code() is grpc.StatusCode.NOT_FOUND:
+                        raise _LeaseLostError from error
+                    await self._pause(backoff, "keep-alive", error)
+                else:
+                    ttl_s = response.lease_ttl_ms / 1000
+                    self._away = False
+                    backoff.reset()
+                    break
+
+    async def _publish(self) -> None:
+        next_sequence = 1
+        while True:
+            await self._pending.wait()
+            self._pending.clear()
+            while True:
+                if self._journal.broken:
+                    self._journal.mend()
+                    events = snapshot_events(self._snapshot(), _HASHES_PER_CALL)
+                    batches: Iterable[list[directory_pb2.BlockEvent]] = [[event] for event in events]
+                elif events := self._journal.take(_HASHES_PER_CALL):
+                    batches = [events]
+                else:
+                    break
+                next_sequence = await self._send(deque(batches), next_sequence)
+
+    async def _send(self, batches: deque[list[directory_pb2.BlockEvent]], next_sequence: int) -> int:
+        """Sends ``batches`` in order; returns early when the journal breaks, since a snapshot then says it all."""
+        assert self._lease_id is not None
+        backoff = Backoff()
+        while batches and not self._journal.broken:
+            request = directory_pb2.PublishBlocksRequest(
+                lease_id=self._lease_id, first_sequence=next_sequence, events=batches[0]
+            )
+            try:
+                # Sent again after a lost answer, the directory knows the events by their numbers.
+                response = await self._stub.PublishBlocks(request, timeout=_CALL_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.NOT_FOUND:
+                    raise _LeaseLostError from error
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    self._journal.break_()
+                else:
+                    await self._pause(backoff, "publish", error)
+                continue
+            next_sequence = response.next_sequence
+            self._away = False
+            backoff.reset()
+            batches.popleft()
+        return next_sequence
+
+    async def _pause(self, backoff: Backoff, what: str, error: grpc.aio.AioRpcError) -> None:
+        """Waits before the next attempt, or raises ``error`` when the directory has understood and refused."""
+        if error.code() in _REFUSALS:
+            raise error
+        if not self._away:
+            self._away = True
+            _log.warning("the directory does not answer; trying until it does", call=what, code=error.code().name)
+        await asyncio.sleep(backoff.next_s())

@@ -1,0 +1,148 @@
+"""A service's gRPC server, from its socket to its last signal."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from services.runtime.interceptor import RequestInterceptor
+from services.runtime.startup import StartupError
+
+MAX_MESSAGE_NBYTES = 16 * 1024 * 1024
+
+_log = structlog.stdlib.get_logger(__name__)
+
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # With it on, two processes listen on one port and share its calls between them without noticing.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # Our channels ping every 5 s, also while idle; the default would end their connections for pinging too often.
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+def create_server(
+    *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), max_concurrent_rpcs: int | None = None
+) -> grpc.aio.Server:
+    """A server that maps errors as RequestInterceptor says; ``interceptors`` run inside of it.  Add servicers, then
+    ``add_standard_services``, then ``bind``, then enter ``running``.  Calls beyond ``max_concurrent_rpcs`` are refused
+    with RESOURCE_EXHAUSTED."""
+    return grpc.aio.server(
+        interceptors=(RequestInterceptor(), *interceptors),
+        options=_OPTIONS,
+        maximum_concurrent_rpcs=max_concurrent_rpcs,
+    )
+
+
+async def add_standard_services(server: grpc.aio.Server, service_names: Iterable[str]) -> health.aio.HealthServicer:
+    """Adds grpc.health.v1 (SERVING for the server and each of the full ``service_names``) and reflection.  Await
+    ``set`` on the result to change a status."""
+    names = tuple(service_names)
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    for name in ("", *names):
+        await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    return servicer
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of "host:port" or "[v6]:port".  Raises StartupError for anything else."""
+    host, colon, port = address.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise StartupError(f"{address!r} is not an address; write host:port, for example 127.0.0.1:8000")
+    return host, int(port)
+
+
+def bind(server: grpc.aio.Server, address: str, *, flag: str = "--listen") -> int:
+    """Opens ``address`` ("host:port", port 0 picks one) and returns the port.  Raises StartupError, naming ``flag`` as
+    the remedy, when that cannot be done."""
+    host, port = split_address(address)
+    _probe(host, port, address, flag)
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise StartupError(f"cannot listen on {address}; choose another with {flag}") from error
+
+
+def _probe(host: str, port: int, address: str, flag: str) -> None:
+    """gRPC says only that it could not bind; this says why."""
+    try:
+        family, kind, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(sockaddr)
+    except socket.gaierror as error:
+        raise StartupError(f"cannot resolve the host of {address}; choose another with {flag}") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            message = f"address {address} is in use by another process; choose another with {flag}"
+        else:
+            message = f"cannot listen on {address}: {os.strerror(error.errno or 0)}; choose another with {flag}"
+        raise StartupError(message) from error
+
+
+@asynccontextmanager
+async def running(server: grpc.aio.Server, *, grace_s: float) -> AsyncIterator[None]:
+    """Serves while entered.  On leaving no new call is accepted, and calls in progress have ``grace_s`` to end before
+    they are cancelled."""
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(grace_s)
+
+
+def run_until_stopped(main: Coroutine[Any, Any, None], *, prog: str) -> int:
+    """Runs ``main`` and returns the process's exit status.
+
+    The first SIGINT or SIGTERM cancels ``main``, whose ``async with`` blocks then shut down in their own bounded time
+    (status 0); the second ends the process at once (status 128 + signal).  A StartupError is shown as one sentence
+    (status 1).  Other exceptions propagate.
+    """
+    with asyncio.Runner() as runner:
+        return runner.run(_until_stopped(main, prog))
+
+
+async def _until_stopped(main: Coroutine[Any, Any, None], prog: str) -> int:
+    task = asyncio.ensure_future(main)
+    stopping = False
+
+    def stop(number: int) -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(128 + number)
+        stopping = True
+        _log.info("stopping", signal=signal.Signals(number).name)
+        task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop, number)
+    try:
+        with suppress(asyncio.CancelledError):
+            await task
+        return 0
+    except StartupError as error:
+        print(f"{prog}: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)

@@ -1,0 +1,76 @@
+"""Trace context and request ids, carried through gRPC metadata as W3C traceparent and x-request-id."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable
+
+import structlog
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+REQUEST_ID_KEY = "x-request-id"
+MAX_REQUEST_ID_LENGTH = 128
+
+_log = structlog.stdlib.get_logger(__name__)
+_propagator = TraceContextTextMapPropagator()
+
+
+def configure(service: str) -> None:
+    """Installs the process's tracer provider.  Spans are exported over OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set and
+    opentelemetry-exporter-otlp-proto-grpc is installed; otherwise they only give logs and metadata their trace ids.
+    Call once per process, after logs.configure."""
+    provider = TracerProvider(resource=Resource.create({"service.name": f"kvferry-{service}"}))
+    if endpoint := os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
+        try:
+            exporter = importlib.import_module("opentelemetry.exporter.otlp.proto.grpc.trace_exporter")
+            processors = importlib.import_module("opentelemetry.sdk.trace.export")
+            provider.add_span_processor(processors.BatchSpanProcessor(exporter.OTLPSpanExporter()))
+            _log.info("spans are exported", endpoint=endpoint)
+        except ImportError:
+            _log.warning(
+                "OTEL_EXPORTER_OTLP_ENDPOINT is set but spans are not exported: "
+                "install opentelemetry-exporter-otlp-proto-grpc",
+                endpoint=endpoint,
+            )
+    trace.set_tracer_provider(provider)
+
+
+def tracer() -> trace.Tracer:
+    return trace.get_tracer("kvferry")
+
+
+def is_request_id(text: str) -> bool:
+    """Whether ``text`` may serve as a request id: 1 to 128 characters of printable ASCII."""
+    return 0 < len(text) <= MAX_REQUEST_ID_LENGTH and text.isascii() and text.isprintable()
+
+
+def bind_request_id(request_id: str) -> None:
+    """From here on, this task's log lines carry the id and its outgoing calls send it."""
+    structlog.contextvars.bind_contextvars(request_id=request_id)
+
+
+def current_request_id() -> str | None:
+    request_id = structlog.contextvars.get_contextvars().get("request_id")
+    return request_id if isinstance(request_id, str) else None
+
+
+def outgoing_metadata() -> tuple[tuple[str, str], ...]:
+    """What to send with a call made from the current task, so that the other side can join its trace and request."""
+    carrier: dict[str, str] = {}
+    _propagator.inject(carrier)
+    request_id = current_request_id()
+    if request_id is not None and is_request_id(request_id):
+        carrier[REQUEST_ID_KEY] = request_id
+    return tuple(carrier.items())
+
+
+def incoming_context(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str | None, otel_context.Context]:
+    """The request id and the trace that a caller sent; an id that is no request id is ignored."""
+    carrier = {key: value for key, value in metadata if isinstance(value, str)}
+    request_id = carrier.get(REQUEST_ID_KEY, "")
+    return (request_id if is_request_id(request_id) else None), _propagator.extract(carrier)

@@ -1,0 +1,45 @@
+"""What a prefill or a decode worker is told at start."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kvferry.errors import InvalidRequestError
+from services.runtime.config import option
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerConfig:
+    """A worker: the model, a KV pool that other workers can reach, and a gRPC server that says who may write into it."""
+
+    listen: str = option("127.0.0.1:0", help="host:port of the gRPC server; port 0 picks a free one")
+    directory: str = option("127.0.0.1:8472", help="host:port of the cache directory")
+    worker_id: str = option("", help="name that stays the same across restarts (default: role and address)")
+    model: str = option(
+        "smollm2-135m-instruct",
+        help="a .gguf file, a Hugging Face directory or id, or a name that ships with a package",
+    )
+    dtype: str = option("float32", help="type of weights and KV: float32 or bfloat16")
+    threads: int = option(1, help="CPU threads for the model")
+    kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
+    block_size: int = option(16, help="tokens in a KV block")
+    chunk_tokens: int = option(256, help="most tokens computed in one step, and so the size of a prefill chunk")
+    max_running: int = option(64, help="most sequences in one step")
+    max_waiting: int = option(256, help="most requests queued; more are refused")
+    transport: str = option("ucx", help="how KV blocks travel: ucx")
+    ticket_lifetime_s: float = option(60.0, help="how long a writer may take from its ticket to its commit")
+    lease_ttl_s: float = option(6.0, help="how long the directory believes in this worker without hearing from it")
+    drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM")
+    metrics_port: int = option(0, help="port of the Prometheus endpoint; 0 is off")
+    log_level: str = option("info", help="debug, info, warning or error")
+
+
+def parse_nbytes(text: str) -> int:
+    """Bytes of a size such as "512MiB", "4G" or "1048576" (binary units).  Raises InvalidRequestError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise InvalidRequestError(f"{text!r} is not a size; write it like 512MiB or 4GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -1,0 +1,87 @@
+"""Between the contract's messages and the engine's types; every worker-side conversion is here."""
+
+from __future__ import annotations
+
+from kvferry.api.common.v1 import common_pb2
+from kvferry.errors import InvalidRequestError
+from services.engine.blocks import Counts
+from services.engine.sampling_params import Drawn, Sampling
+from services.engine.sequence import FinishReason, Sequence, SequenceId
+
+_FINISH = {
+    FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+def to_sequence(
+    id_: SequenceId,
+    prompt: list[int],
+    params: common_pb2.SamplingParams,
+    *,
+    chain_root: bytes,
+    eos_ids: frozenset[int],
+    vocab_size: int,
+    context_length: int,
+    prefill_only: bool,
+) -> Sequence:
+    """Raises InvalidRequestError for what a gateway should have refused."""
+    if not prompt:
+        raise InvalidRequestError("the prompt has no tokens")
+    if len(prompt) >= context_length:
+        raise InvalidRequestError(f"the prompt has {len(prompt)} tokens, the context holds {context_length}")
+    if max(prompt) >= vocab_size:
+        raise InvalidRequestError(f"token id {max(prompt)} is outside the vocabulary of {vocab_size}")
+    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed"):
+        if not params.HasField(name):
+            raise InvalidRequestError(f"sampling.{name} is not set; a gateway fills it in")
+    if params.max_tokens < 1:
+        raise InvalidRequestError(f"sampling.max_tokens is {params.max_tokens}; it must be at least 1")
+    stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
+    return Sequence(
+        id=id_,
+        tokens=prompt,
+        sampling=Sampling(
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            seed=params.seed,
+            num_logprobs=params.num_logprobs if params.HasField("num_logprobs") else None,
+        ),
+        max_tokens=1 if prefill_only else params.max_tokens,
+        stop_ids=stop_ids,
+        chain=[chain_root],
+        prefill_only=prefill_only,
+    )
+
+
+def to_token(index: int, drawn: Drawn) -> common_pb2.Token:
+    return common_pb2.Token(
+        index=index,
+        id=drawn.token_id,
+        logprob=drawn.logprob,
+        top_logprobs=[common_pb2.TokenLogprob(token_id=t, logprob=p) for t, p in drawn.top],
+    )
+
+
+def to_drawn(token: common_pb2.Token) -> Drawn:
+    return Drawn(
+        token.id,
+        token.logprob if token.HasField("logprob") else None,
+        tuple((t.token_id, t.logprob) for t in token.top_logprobs),
+    )
+
+
+def to_finish_reason(reason: FinishReason) -> common_pb2.FinishReason.ValueType:
+    return _FINISH[reason]
+
+
+def to_block_counts(counts: Counts) -> common_pb2.BlockCounts:
+    return common_pb2.BlockCounts(
+        total=counts.total,
+        free=counts.free,
+        active=counts.active,
+        cached=counts.cached,
+        lent=counts.lent,
+        quarantined=counts.quarantined,
+    )

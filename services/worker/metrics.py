@@ -1,0 +1,52 @@
+"""The worker's Prometheus metrics, read from its accounts when they are scraped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import prometheus_client
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from services.worker.worker import Worker
+
+
+def publish_metrics(worker: Worker, registry: prometheus_client.CollectorRegistry = prometheus_client.REGISTRY) -> None:
+    registry.register(_WorkerCollector(worker))
+
+
+class _WorkerCollector(Collector):
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def collect(self) -> Iterable[Metric]:
+        worker = self._worker
+        load, work, traffic = worker.load(), worker.engine.work, worker.traffic
+        blocks = GaugeMetricFamily("kvferry_kv_blocks", "KV blocks by state", labels=["state"])
+        for state in ("free", "active", "cached", "lent", "quarantined"):
+            blocks.add_metric([state], getattr(load.blocks, state))
+        yield blocks
+        sequences = GaugeMetricFamily("kvferry_sequences", "Requests on this worker by stage", labels=["stage"])
+        sequences.add_metric(["running"], load.num_running)
+        sequences.add_metric(["waiting"], load.num_waiting)
+        yield sequences
+        tokens = CounterMetricFamily("kvferry_tokens", "Tokens by how they came about", labels=["phase"])
+        tokens.add_metric(["prefill"], work.prefill_tokens)
+        tokens.add_metric(["decode"], work.decode_tokens)
+        tokens.add_metric(["prefix_cache"], work.cached_tokens)
+        yield tokens
+        yield CounterMetricFamily("kvferry_steps", "Engine steps", value=work.steps)
+        yield CounterMetricFamily("kvferry_step_seconds", "Seconds the model ran", value=work.busy_s)
+        transfer_blocks = CounterMetricFamily(
+            "kvferry_transfer_blocks", "KV blocks moved by one-sided operations", labels=["direction"]
+        )
+        transfer_blocks.add_metric(["written"], traffic.blocks_written)
+        transfer_blocks.add_metric(["received"], traffic.blocks_received)
+        yield transfer_blocks
+        transfer_bytes = CounterMetricFamily(
+            "kvferry_transfer_bytes", "KV bytes moved by one-sided operations", labels=["direction"]
+        )
+        transfer_bytes.add_metric(["written"], traffic.bytes_written)
+        transfer_bytes.add_metric(["received"], traffic.bytes_received)
+        yield transfer_bytes

@@ -1,0 +1,175 @@
+"""Brings a worker up, part by part, and takes it down in the opposite order."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+import grpc
+import structlog
+
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.errors import Error
+from services.engine.blocks import BlockPool, CacheChange
+from services.engine.engine import Engine
+from services.engine.layout import KvLayout
+from services.engine.model_files import open_model
+from services.engine.runner import TorchRunner
+from services.engine.scheduler import Limits, Scheduler
+from services.engine.weights import load_weights
+from services.runtime.channels import Channels
+from services.runtime.membership import Membership
+from services.runtime.metrics import serve_metrics
+from services.runtime.process import this_process
+from services.runtime.server import add_standard_services, bind, create_server, running, split_address
+from services.runtime.startup import StartupError
+from services.worker.config import WorkerConfig, parse_nbytes
+from services.worker.events import EventRouter
+from services.worker.metrics import publish_metrics
+from services.worker.servicer import StopTransfer, WorkerServicer, drain
+from services.worker.worker import Identity, Worker
+from transport import TransportError, create
+
+log = structlog.get_logger(__name__)
+
+SERVER_GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """What sets a prefill worker and a decode worker apart."""
+
+    kind: common_pb2.WorkerRole.ValueType
+    service_name: str
+    # Registers the role's servicer; yields what answers StopTransfer.
+    serve: Callable[[grpc.aio.Server, Worker, Channels, WorkerConfig], AbstractAsyncContextManager[StopTransfer]]
+
+
+async def run_worker(config: WorkerConfig, role: Role) -> None:
+    """Serves until cancelled; then drains, within ``config.drain_timeout_s``.  Raises StartupError."""
+    async with AsyncExitStack() as stack:
+        server = create_server()
+        port = bind(server, config.listen)
+        host, _ = split_address(config.listen)
+        stack.enter_context(serve_metrics(config.metrics_port))
+        worker = await stack.enter_async_context(_worker(config, role, f"{host}:{port}"))
+        channels = await stack.enter_async_context(Channels())
+        membership = Membership(
+            config.directory, worker.info(), worker.load, _snapshot(worker), lease_ttl_s=config.lease_ttl_s
+        )
+        worker.router.on_cache_changes = lambda changes: _publish(membership, changes)
+        stop_transfer = await stack.enter_async_context(role.serve(server, worker, channels, config))
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker, stop_transfer), server)
+        names = (role.service_name, worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
+        await add_standard_services(server, names)
+        worker.engine.start()
+        stack.callback(worker.engine.close)
+        await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
+        await stack.enter_async_context(membership)
+        publish_metrics(worker)
+        log.info("ready", address=worker.identity.control_address, worker_id=worker.identity.worker_id)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await _drain(worker, config.drain_timeout_s)
+
+
+@asynccontextmanager
+async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterator[Worker]:
+    """Model, pool, transport and engine.  The engine is not started yet."""
+    try:
+        files = await asyncio.to_thread(open_model, config.model)
+        weights = await asyncio.to_thread(load_weights, files.config, files.path, config.dtype)
+        transport = create(config.transport)
+    except (Error, TransportError) as e:
+        raise StartupError(str(e)) from e
+    model = files.config
+    layout = KvLayout(
+        model_revision=model.revision,
+        dtype=config.dtype,
+        block_size=config.block_size,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+    )
+    async with AsyncExitStack() as stack:
+        stack.callback(transport.close)
+        num_blocks = _num_blocks(config, layout)
+        try:
+            # Never released: the arena's tensors live as long as the process, and the kernel takes it back with that.
+            region = transport.allocate(num_blocks * layout.block_nbytes)
+        except TransportError as e:
+            raise StartupError(str(e)) from e
+        runner = TorchRunner(model, weights, layout, region.view, num_blocks, config.threads)
+        await asyncio.to_thread(runner.warm_up)
+        loop = asyncio.get_running_loop()
+        transport.attach(loop)
+        stack.callback(transport.detach)
+        limits = Limits(
+            block_size=config.block_size,
+            context_length=model.context_length,
+            max_step_tokens=config.chunk_tokens,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+        )
+        router = EventRouter(loop)
+        engine = Engine(Scheduler(BlockPool(num_blocks), limits), runner, router.publish)
+        role_name = common_pb2.WorkerRole.Name(role.kind).removeprefix("WORKER_ROLE_").lower()
+        identity = Identity(
+            worker_id=config.worker_id or f"{role_name}-{address}",
+            # Time orders incarnations for a reader of logs; the random part tells apart two of one instant.
+            incarnation=(time.time_ns() & ~0xFFFF) | secrets.randbits(16),
+            role=role.kind,
+            control_address=address,
+            process=this_process(),
+        )
+        log.info("pool", num_blocks=num_blocks, block_nbytes=layout.block_nbytes, layout=layout.fingerprint)
+        yield Worker(identity, model, layout, transport, region, engine, router)
+
+
+async def _drain(worker: Worker, timeout_s: float) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await drain(worker)
+    except TimeoutError:
+        log.warning("drain_cut_short", timeout_s=timeout_s)
+
+
+def _num_blocks(config: WorkerConfig, layout: KvLayout) -> int:
+    try:
+        num_blocks = parse_nbytes(config.kv_memory) // layout.block_nbytes
+    except Error as e:
+        raise StartupError(f"--kv-memory: {e}") from e
+    if num_blocks < 2:
+        raise StartupError(
+            f"--kv-memory {config.kv_memory} holds {num_blocks} KV blocks of {layout.block_nbytes} bytes; give at least "
+            f"{2 * layout.block_nbytes} bytes"
+        )
+    return num_blocks
+
+
+def _snapshot(worker: Worker) -> Callable[[], list[bytes]]:
+    def hashes() -> list[bytes]:
+        with worker.engine.exclusive(wake=False) as scheduler:
+            return scheduler.pool.hashes()
+
+    return hashes
+
+
+def _publish(membership: Membership, changes: Sequence[CacheChange]) -> None:
+    """Runs of changes of one kind, in order."""
+    run: list[bytes] = []
+    stored = True
+    for change in changes:
+        if change.stored is not stored and run:
+            (membership.stored if stored else membership.removed)(run)
+            run = []
+        stored = change.stored
+        run.append(change.hash)
+    if run:
+        (membership.stored if stored else membership.removed)(run)

@@ -1,0 +1,57 @@
+"""kvferry.api.worker.v1.WorkerService, the same for both roles."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from kvferry.api.directory.v1 import directory_pb2
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from services.worker.worker import Worker
+
+Context = grpc.aio.ServicerContext[Any, Any]
+StopTransfer = Callable[[str, int], Awaitable[None]]
+
+DRAIN_LOOK_S = 0.05
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    def __init__(self, worker: Worker, stop_transfer: StopTransfer) -> None:
+        """``stop_transfer(transfer_id, writer_incarnation)`` returns once nothing is written under that ticket."""
+        self._worker = worker
+        self._stop_transfer = stop_transfer
+
+    async def StopTransfer(
+        self, request: worker_pb2.StopTransferRequest, context: Context
+    ) -> worker_pb2.StopTransferResponse:
+        await self._stop_transfer(request.transfer_id, request.writer_incarnation)
+        return worker_pb2.StopTransferResponse()
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainResponse:
+        await drain(self._worker)
+        return worker_pb2.DrainResponse()
+
+    async def GetStats(self, request: worker_pb2.GetStatsRequest, context: Context) -> worker_pb2.GetStatsResponse:
+        worker = self._worker
+        traffic, work = worker.traffic, worker.engine.work
+        return worker_pb2.GetStatsResponse(
+            state=directory_pb2.WorkerState(info=worker.info(), load=worker.load()),
+            num_blocks_written=traffic.blocks_written,
+            num_bytes_written=traffic.bytes_written,
+            num_blocks_received=traffic.blocks_received,
+            num_bytes_received=traffic.bytes_received,
+            num_prefill_tokens=work.prefill_tokens,
+            num_decode_tokens=work.decode_tokens,
+            num_cached_tokens=work.cached_tokens,
+            integrity_ok=worker.integrity_ok(),
+        )
+
+
+async def drain(worker: Worker) -> None:
+    """Takes no new work; returns when what there is has ended.  The caller sets the deadline."""
+    worker.draining = True
+    while not worker.is_idle():
+        await asyncio.sleep(DRAIN_LOOK_S)

@@ -1,0 +1,175 @@
+"""What both roles have in common: a pool that the transport can reach, and an engine that computes in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from kvferry import __version__
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2
+from kvferry.errors import ConflictError, InvalidRequestError, OverloadedError, UnavailableError
+from services.engine.blocks import OutOfBlocksError
+from services.engine.engine import Engine
+from services.engine.hashing import chain_root
+from services.engine.layout import KvLayout
+from services.engine.model_config import ModelConfig
+from services.engine.scheduler import NeverFitsError, QueueFullError
+from services.engine.sequence import Sequence, SequenceId
+from services.runtime.process import ProcessIdentity
+from services.worker.convert import to_block_counts, to_sequence
+from services.worker.events import EventRouter
+from transport import Region, Transport
+
+log = structlog.get_logger(__name__)
+
+RETRY_AFTER_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    worker_id: str
+    incarnation: int
+    role: common_pb2.WorkerRole.ValueType
+    control_address: str
+    process: ProcessIdentity
+
+
+@dataclass(slots=True)
+class Traffic:
+    """KV blocks since start: written into others' pools, and committed into ours."""
+
+    blocks_written: int = 0
+    bytes_written: int = 0
+    blocks_received: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """Owned by the event loop.  ``check_role`` verifies what the role adds to the accounts of the scheduler."""
+
+    identity: Identity
+    model: ModelConfig
+    layout: KvLayout
+    transport: Transport
+    region: Region
+    engine: Engine
+    router: EventRouter
+    check_role: Callable[[], None] = lambda: None
+    traffic: Traffic = field(default_factory=Traffic)
+    draining: bool = False
+
+    def make_sequence(
+        self,
+        request_id: str,
+        prompt: list[int],
+        params: common_pb2.SamplingParams,
+        cache_salt: bytes,
+        *,
+        prefill_only: bool = False,
+    ) -> Sequence:
+        """A sequence under an id of its own: one request may come twice, after a failure.  Raises InvalidRequestError, or
+        UnavailableError while draining."""
+        if self.draining:
+            raise UnavailableError(f"worker {self.identity.worker_id} is draining", reason="DRAINING")
+        return to_sequence(
+            SequenceId(f"{request_id}/{time.monotonic_ns():x}"),
+            prompt,
+            params,
+            chain_root=chain_root(self.model.revision, cache_salt),
+            eos_ids=frozenset(self.model.eos_token_ids),
+            vocab_size=self.model.vocab_size,
+            context_length=self.model.context_length,
+            prefill_only=prefill_only,
+        )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues it.  Raises OverloadedError or InvalidRequestError."""
+        with refusals_as_errors(), self.engine.exclusive() as scheduler:
+            scheduler.add(sequence)
+
+    def require_incarnation(self, incarnation: int) -> None:
+        """Raises ConflictError when a message was meant for an earlier process of this worker's name."""
+        if incarnation != self.identity.incarnation:
+            raise ConflictError(
+                f"worker {self.identity.worker_id} has incarnation {self.identity.incarnation}, "
+                f"the message is for {incarnation}: that process has ended",
+                reason="OTHER_INCARNATION",
+            )
+
+    def load(self) -> directory_pb2.WorkerLoad:
+        with self.engine.exclusive(wake=False) as scheduler:
+            counts = scheduler.pool.counts()
+            running, waiting = scheduler.num_running, scheduler.num_waiting
+            queued = scheduler.num_queued_prefill_tokens
+        work = self.engine.work
+        return directory_pb2.WorkerLoad(
+            blocks=to_block_counts(counts),
+            num_running=running,
+            num_waiting=waiting,
+            num_queued_prefill_tokens=queued,
+            prefill_tokens_per_s=work.prefill_tokens_per_s,
+            decode_tokens_per_s=work.decode_tokens_per_s,
+            draining=self.draining,
+        )
+
+    def info(self) -> directory_pb2.WorkerInfo:
+        identity = self.identity
+        return directory_pb2.WorkerInfo(
+            worker_id=identity.worker_id,
+            incarnation=identity.incarnation,
+            role=identity.role,
+            control_address=identity.control_address,
+            model=common_pb2.ModelInfo(
+                name=self.model.name,
+                revision=self.model.revision,
+                context_length=self.model.context_length,
+                vocab_size=self.model.vocab_size,
+            ),
+            layout=self.layout_proto(),
+            version=__version__,
+            process=identity.process.to_proto(),
+        )
+
+    def layout_proto(self) -> common_pb2.Layout:
+        return common_pb2.Layout(
+            fingerprint=self.layout.fingerprint,
+            block_size_tokens=self.layout.block_size,
+            block_nbytes=self.layout.block_nbytes,
+            dtype=self.layout.dtype,
+        )
+
+    def integrity_ok(self) -> bool:
+        """True when every block is accounted for; what differs is logged."""
+        try:
+            with self.engine.exclusive(wake=False) as scheduler:
+                scheduler.check_integrity()
+                self.check_role()
+        except AssertionError as e:
+            log.error("integrity", difference=str(e))
+            return False
+        return True
+
+    def is_idle(self) -> bool:
+        with self.engine.exclusive(wake=False) as scheduler:
+            counts = scheduler.pool.counts()
+            return scheduler.num_sequences == 0 and counts.lent == 0 and counts.quarantined == 0
+
+
+class refusals_as_errors:  # noqa: N801 - reads as the context it is
+    """Turns what the scheduler refuses into errors for the caller."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        match error:
+            case QueueFullError() | OutOfBlocksError():
+                raise OverloadedError(str(error), retry_after_s=RETRY_AFTER_S) from error
+            case NeverFitsError():
+                raise InvalidRequestError(str(error), reason="TOO_LONG_FOR_POOL") from error
+            case _:
+                return

@@ -1,0 +1,264 @@
+"""The scheduler with a made-up model: every token depends on all tokens before it, read from made-up KV."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.engine.blocks import BlockPool, OutOfBlocksError
+from services.engine.hashing import chain_root
+from services.engine.sampling_params import Drawn, Sampling
+from services.engine.scheduler import Limits, NeverFitsError, Plan, QueueFullError, Scheduler
+from services.engine.sequence import FinishReason, Sequence, SequenceId, StepFailed, TokenDrawn
+
+BLOCK = 4
+ROOT = chain_root("test")
+
+
+def next_token(tokens: list[int]) -> int:
+    return (sum((i + 1) * t for i, t in enumerate(tokens)) * 31 + len(tokens)) % 997
+
+
+class FakeModel:
+    """Keeps, per slot of the pool, the token whose KV lies there; attention reads the tokens back from the slots."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.slots: list[int | None] = [None] * (num_blocks * BLOCK)
+        self.tokens_computed = 0
+
+    def run(self, plan: Plan) -> list[Drawn]:
+        drawn = []
+        for entry in plan.entries:
+            for i, token in enumerate(entry.token_ids):
+                self.slots[self._slot(entry.block_table, entry.start + i)] = token
+            self.tokens_computed += len(entry.token_ids)
+            if entry.sampling is not None:
+                end = entry.start + len(entry.token_ids)
+                context = [self.slots[self._slot(entry.block_table, i)] for i in range(end)]
+                drawn.append(Drawn(next_token([t for t in context if t is not None])))
+        return drawn
+
+    @staticmethod
+    def _slot(table: object, position: int) -> int:
+        return table[position // BLOCK] * BLOCK + position % BLOCK  # type: ignore[index]
+
+
+def sequence(name: str, prompt: list[int], max_tokens: int, **kwargs: object) -> Sequence:
+    return Sequence(SequenceId(name), list(prompt), Sampling(), max_tokens, frozenset(), [ROOT], **kwargs)  # type: ignore[arg-type]
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def scheduler(num_blocks: int, **limits: int) -> Scheduler:
+    defaults = {"block_size": BLOCK, "context_length": 1000, "max_step_tokens": 7, "max_running": 8, "max_waiting": 50}
+    return Scheduler(BlockPool(num_blocks), Limits(**{**defaults, **limits}))
+
+
+def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000) -> dict[str, list[int]]:
+    outputs: dict[str, list[int]] = {}
+    for _ in range(max_steps):
+        plan = s.plan()
+        if plan is None:
+            return outputs
+        assert sum(plan.counts) <= s.limits.max_step_tokens
+        for event in s.complete(plan, model.run(plan)):
+            if isinstance(event, TokenDrawn):
+                assert event.index == len(outputs.setdefault(event.id, []))
+                outputs[event.id].append(event.drawn.token_id)
+        s.check_integrity()
+    raise AssertionError("the scheduler did not come to an end")
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 20)), min_size=1, max_size=10
+    ),
+    st.integers(13, 40),
+    st.integers(1, 9),
+)
+def test_batching_caching_and_preemption_change_no_token(
+    requests: list[tuple[list[int], int]], num_blocks: int, max_step_tokens: int
+) -> None:
+    s = scheduler(num_blocks, max_step_tokens=max_step_tokens)
+    model = FakeModel(num_blocks)
+    for i, (prompt, max_tokens) in enumerate(requests):
+        s.add(sequence(str(i), prompt, max_tokens))
+    outputs = run_to_end(s, model)
+    assert outputs == {str(i): expected(p, n) for i, (p, n) in enumerate(requests)}
+    counts = s.pool.counts()
+    assert counts.free == counts.total - counts.cached
+
+
+def test_preemption_happens_and_changes_no_token() -> None:
+    s, model = scheduler(8), FakeModel(8)
+    prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    sequences = [sequence(str(i), p, 16) for i, p in enumerate(prompts)]
+    for q in sequences:
+        s.add(q)
+    assert run_to_end(s, model) == {str(i): expected(p, 16) for i, p in enumerate(prompts)}
+    assert sum(q.num_preemptions for q in sequences) > 0
+
+
+def test_a_cached_prefix_is_not_computed_again() -> None:
+    s, model = scheduler(40), FakeModel(40)
+    prompt = list(range(21))
+    s.add(sequence("first", prompt, 3))
+    run_to_end(s, model)
+    computed = model.tokens_computed
+    again = sequence("again", prompt, 3)
+    s.add(again)
+    assert run_to_end(s, model)["again"] == expected(prompt, 3)
+    assert again.num_cached == 20
+    assert model.tokens_computed - computed == 1 + 2
+
+
+def test_a_wholly_cached_prompt_still_computes_what_its_first_token_is_drawn_from() -> None:
+    s, model = scheduler(40), FakeModel(40)
+    prompt = list(range(8))
+    s.add(sequence("first", prompt, 9))
+    run_to_end(s, model)
+    s.add(sequence("again", prompt, 5))
+    assert run_to_end(s, model)["again"] == expected(prompt, 5)
+
+
+def test_salted_chains_share_nothing() -> None:
+    s, model = scheduler(40), FakeModel(40)
+    s.add(sequence("one", list(range(9)), 1))
+    run_to_end(s, model)
+    other = Sequence(SequenceId("two"), list(range(9)), Sampling(), 1, frozenset(), [chain_root("test", b"tenant")])
+    s.add(other)
+    run_to_end(s, model)
+    assert other.num_cached == 0
+
+
+def test_delivered_kv_decodes_as_if_computed_here() -> None:
+    prefill, decode = scheduler(20), scheduler(20)
+    prefill_model, decode_model = FakeModel(20), FakeModel(20)
+    prompt = [random.Random(1).randrange(900) for _ in range(18)]
+    source = sequence("p", prompt, 1, prefill_only=True)
+    prefill.add(source)
+    first = run_to_end(prefill, prefill_model)["p"]
+    target = sequence("d", prompt, 10)
+    index, lent = decode.reserve(target)
+    assert index == 0
+    assert decode.pool.counts().lent == len(lent) == 5
+    for here, there in zip(source.block_table, lent, strict=True):
+        decode_model.slots[there * BLOCK : (there + 1) * BLOCK] = prefill_model.slots[here * BLOCK : (here + 1) * BLOCK]
+    events = decode.deliver(target.id, lent, Drawn(first[0]))
+    assert [e.index for e in events if isinstance(e, TokenDrawn)] == [0]
+    rest: list[int] = []
+    while plan := decode.plan():
+        rest += [e.drawn.token_id for e in decode.complete(plan, decode_model.run(plan)) if isinstance(e, TokenDrawn)]
+    assert first + rest == expected(prompt, 10)
+    assert prefill.pool.counts().active == 5, "the source is held until its transfer has ended"
+    prefill.abort(source.id)
+    prefill.check_integrity()
+    assert prefill.pool.counts().active == 0
+
+
+def test_reserving_skips_what_is_cached_and_gives_everything_back() -> None:
+    s, model = scheduler(20), FakeModel(20)
+    prompt = list(range(10))
+    s.add(sequence("first", prompt, 1))
+    run_to_end(s, model)
+    index, lent = s.reserve(sequence("second", prompt, 4))
+    assert (index, len(lent)) == (2, 1)
+    s.pool.quarantine(lent)
+    s.abort(SequenceId("second"))
+    s.pool.restore(lent)
+    s.check_integrity()
+    assert s.pool.counts().active == 0
+
+
+def test_reserving_more_than_there_is_takes_nothing() -> None:
+    s = scheduler(4)
+    s.reserve(sequence("a", list(range(9)), 1))
+    before = s.pool.counts()
+    with pytest.raises(OutOfBlocksError):
+        s.reserve(sequence("b", list(range(9)), 1))
+    assert s.pool.counts() == before
+
+
+def test_an_abort_during_a_step_keeps_the_blocks_until_its_end() -> None:
+    s, model = scheduler(20), FakeModel(20)
+    s.add(sequence("a", [1, 2, 3], 5))
+    plan = s.plan()
+    assert plan is not None
+    s.abort(SequenceId("a"))
+    assert s.pool.counts().active == 1, "the step in flight writes there"
+    assert not [e for e in s.complete(plan, model.run(plan)) if isinstance(e, TokenDrawn)]
+    assert s.pool.counts().active == 0
+    assert s.plan() is None
+
+
+def test_a_halted_prefill_keeps_its_blocks_and_computes_no_more() -> None:
+    s, model = scheduler(20, max_step_tokens=4), FakeModel(20)
+    s.add(sequence("a", list(range(12)), 1, prefill_only=True))
+    plan = s.plan()
+    assert plan is not None
+    s.halt(SequenceId("a"))
+    s.complete(plan, model.run(plan))
+    assert s.plan() is None
+    assert s.pool.counts().active == 3
+    s.abort(SequenceId("a"))
+    s.check_integrity()
+    assert s.pool.counts().active == 0
+
+
+def test_a_failed_step_ends_its_sequences_only() -> None:
+    s = scheduler(20, max_running=1)
+    s.add(sequence("a", [1, 2], 5))
+    s.add(sequence("b", [1, 2], 5))
+    plan = s.plan()
+    assert plan is not None
+    assert s.fail(plan, "broken") == [StepFailed(SequenceId("a"), "broken")]
+    assert set(run_to_end(s, FakeModel(20))) == {"b"}
+
+
+def test_a_running_stream_waits_for_one_chunk_at_most() -> None:
+    s, model = scheduler(100, max_step_tokens=8), FakeModel(100)
+    s.add(sequence("stream", [1], 50))
+    plan = s.plan()
+    assert plan is not None
+    s.complete(plan, model.run(plan))
+    s.add(sequence("long", list(range(200)), 1))
+    for _ in range(20):
+        plan = s.plan()
+        assert plan is not None
+        assert "stream" in {q.id for q in plan.sequences}
+        s.complete(plan, model.run(plan))
+
+
+def test_bounds_are_refusals() -> None:
+    s = scheduler(4, max_waiting=1)
+    with pytest.raises(NeverFitsError, match="16 tokens"):
+        s.add(sequence("long", [1] * 16, 1))
+    s.add(sequence("a", [1], 1))
+    with pytest.raises(QueueFullError):
+        s.add(sequence("b", [1], 1))
+
+
+def test_the_answer_ends_at_stop_tokens_max_tokens_and_the_pool() -> None:
+    prompt = [3, 1, 4]
+    tokens = expected(prompt, 20)
+    for stop, max_tokens, length, reason in (
+        (frozenset({tokens[4]}), 20, tokens.index(tokens[4]) + 1, FinishReason.STOP),
+        (frozenset(), 6, 6, FinishReason.LENGTH),
+        (frozenset(), 1000, 16 - 3, FinishReason.LENGTH),
+    ):
+        s, model = scheduler(4), FakeModel(4)
+        s.add(Sequence(SequenceId("a"), list(prompt), Sampling(), max_tokens, stop, [ROOT]))
+        events = []
+        while plan := s.plan():
+            events += [e for e in s.complete(plan, model.run(plan)) if isinstance(e, TokenDrawn)]
+        assert len(events) == length
+        assert [e.finish for e in events] == [None] * (length - 1) + [reason]

@@ -1,0 +1,214 @@
+"""Over a socket: what only a real server shows."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+
+from gateway.http.app import HttpLimits, create_app
+from gateway.http.server import HttpServer
+from kvferry.api.inference.v1 import inference_pb2
+from services.runtime.startup import StartupError
+from tests.gateway.scripted import MODEL, VOCABULARY, ScriptedFrontDoor, chunk, finished, started
+
+CHAT = "/v1/chat/completions"
+SOON_S = 5
+
+
+@asynccontextmanager
+async def serving(
+    front_door: ScriptedFrontDoor, *, limits: HttpLimits | None = None, grace_s: float = 0.2
+) -> AsyncIterator[int]:
+    server = HttpServer(create_app(front_door, vocabulary=VOCABULARY, limits=limits))
+    port = await server.start("127.0.0.1", 0)
+    try:
+        yield port
+    finally:
+        async with asyncio.timeout(SOON_S):
+            await server.stop(grace_s)
+
+
+def body(stream: bool, **fields: Any) -> bytes:
+    return json.dumps(
+        {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "stream": stream, **fields}
+    ).encode()
+
+
+@asynccontextmanager
+async def asking(port: int, content: bytes, *headers: str) -> AsyncIterator[asyncio.StreamReader]:
+    """A raw connection that has sent a request; leaving hangs up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = (f"POST {CHAT} HTTP/1.1", "host: gateway", f"content-length: {len(content)}", *headers, "", "")
+    writer.write("\r\n".join(head).encode() + content)
+    try:
+        async with asyncio.timeout(SOON_S):
+            yield reader
+    finally:
+        writer.transport.abort()
+        await asyncio.gather(writer.wait_closed(), return_exceptions=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_hanging_up_while_waiting_for_the_first_token_ends_the_generation(stream: bool) -> None:
+    front_door = ScriptedFrontDoor(started(), asyncio.Event())
+    async with serving(front_door) as port:
+        async with asking(port, body(stream)):
+            await front_door.waiting.wait()
+        async with asyncio.timeout(SOON_S):
+            await front_door.idle.wait()
+        assert (front_door.num_running, front_door.num_cancelled) == (0, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_hanging_up_between_tokens_ends_the_generation(stream: bool) -> None:
+    front_door = ScriptedFrontDoor(started(), chunk("abc"), asyncio.Event())
+    async with serving(front_door) as port:
+        async with asking(port, body(stream)) as reader:
+            if stream:
+                await reader.readuntil(b'{"content":"abc"}')
+            await front_door.waiting.wait()
+        async with asyncio.timeout(SOON_S):
+            await front_door.idle.wait()
+        assert (front_door.num_running, front_door.num_cancelled) == (0, 1)
+
+
+async def test_hanging_up_without_reading_ends_the_generation() -> None:
+    class Endless(ScriptedFrontDoor):
+        num_yielded = 0
+
+        async def generate(
+            self, request: inference_pb2.GenerateRequest
+        ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+            try:
+                while True:
+                    yield chunk("x" * 10_000, [0])
+                    self.num_yielded += 1
+                    await asyncio.sleep(0)
+            finally:
+                self.idle.set()
+
+    front_door = Endless()
+    async with serving(front_door) as port:
+        async with asking(port, body(True)):
+            seen = -1
+            # Until the buffers are full and the reader's slowness has reached the generation.
+            while seen != front_door.num_yielded:
+                seen = front_door.num_yielded
+                await asyncio.sleep(0.1)
+        assert seen > 0
+        async with asyncio.timeout(SOON_S):
+            await front_door.idle.wait()
+
+
+async def test_a_finished_request_is_not_taken_for_a_hang_up() -> None:
+    front_door = ScriptedFrontDoor(started(), chunk("abc"), finished())
+    async with serving(front_door) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        for stream in (False, True) * 5:
+            assert (await client.post(CHAT, content=body(stream))).status_code == 200
+    assert len(front_door.requests) == 10
+    assert (front_door.num_running, front_door.num_cancelled) == (0, 0)
+
+
+async def test_tokens_arrive_as_they_come() -> None:
+    gate = asyncio.Event()
+    front_door = ScriptedFrontDoor(started(), chunk("abc"), gate, chunk("def"), finished())
+    async with serving(front_door) as port, asking(port, body(True)) as reader:
+        early = await reader.readuntil(b'{"content":"abc"}')
+        assert b"200 OK" in early
+        assert b"text/event-stream" in early
+        gate.set()
+        assert b'{"content":"def"}' in await reader.readuntil(b"[DONE]")
+
+
+async def test_ten_megabytes_are_refused_and_the_client_hears_of_it() -> None:
+    front_door = ScriptedFrontDoor(started(), finished())
+    async with serving(front_door) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        for content in (b" " * 10_000_000, in_parts(10_000_000)):
+            response = await client.post(CHAT, content=content)
+            assert response.status_code == 413
+            assert response.json()["error"]["code"] == "request_too_large"
+            assert response.headers["connection"] == "close"
+        assert (await client.post(CHAT, content=body(False))).status_code == 200
+
+
+async def in_parts(nbytes: int) -> AsyncIterator[bytes]:
+    for _ in range(nbytes // 100_000):
+        yield b" " * 100_000
+
+
+async def test_a_body_that_is_too_large_is_refused_before_it_is_sent() -> None:
+    async with serving(ScriptedFrontDoor()) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: g\r\ncontent-length: 10000000\r\n\r\n".encode())
+        async with asyncio.timeout(1):
+            assert b" 413 " in await reader.readline()
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_taken_port_is_one_clear_sentence() -> None:
+    async with serving(ScriptedFrontDoor()) as port:
+        second = HttpServer(create_app(ScriptedFrontDoor(), vocabulary=VOCABULARY))
+        expected = f"^address 127.0.0.1:{port} is in use by another process; choose another with --web$"
+        with pytest.raises(StartupError, match=expected):
+            await second.start("127.0.0.1", port, flag="--web")
+
+
+async def test_an_address_of_another_machine_is_one_clear_sentence() -> None:
+    server = HttpServer(create_app(ScriptedFrontDoor(), vocabulary=VOCABULARY))
+    with pytest.raises(StartupError, match=r"^cannot listen on 192.0.2.1:0: .+; choose another with --http$"):
+        await server.start("192.0.2.1", 0)
+
+
+async def test_the_port_can_be_had_again_after_stop() -> None:
+    front_door = ScriptedFrontDoor(started(), finished())
+    async with serving(front_door) as port, httpx.AsyncClient() as client:
+        await client.post(f"http://127.0.0.1:{port}{CHAT}", content=body(False))
+    again = HttpServer(create_app(front_door, vocabulary=VOCABULARY))
+    assert await again.start("127.0.0.1", port) == port
+    await again.stop(0)
+    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        pass
+
+
+async def test_signals_are_left_to_the_process() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    async with serving(ScriptedFrontDoor()):
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+async def test_stop_waits_for_requests_within_its_grace() -> None:
+    gate = asyncio.Event()
+    front_door = ScriptedFrontDoor(started(), chunk("abc"), gate, chunk("def"), finished())
+    server = HttpServer(create_app(front_door, vocabulary=VOCABULARY))
+    port = await server.start("127.0.0.1", 0)
+    async with asking(port, body(True)) as reader:
+        await reader.readuntil(b"abc")
+        stopping = asyncio.create_task(server.stop(SOON_S))
+        await asyncio.sleep(0)
+        gate.set()
+        assert b"[DONE]" in await reader.read()
+        await stopping
+    assert front_door.num_cancelled == 0
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_what_is_left_after_the_grace_is_told_and_cancelled(begun: bool) -> None:
+    front_door = ScriptedFrontDoor(started(), *([chunk("abc")] if begun else []), asyncio.Event())
+    server = HttpServer(create_app(front_door, vocabulary=VOCABULARY))
+    port = await server.start("127.0.0.1", 0)
+    async with asking(port, body(True)) as reader:
+        await front_door.waiting.wait()
+        await server.stop(0.05)
+        answer = await reader.read()
+    assert (b" 503 " in answer, b"[DONE]" in answer) == (not begun, False)
+    assert b"the gateway is shutting down" in answer
+    assert (front_door.num_running, front_door.num_cancelled) == (0, 1)

@@ -1,0 +1,172 @@
+"""The request's state machine: every token once, whatever comes in whichever order."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.request import (
+    CancelAttempt,
+    ChooseRoute,
+    DecodeDone,
+    Emit,
+    Fail,
+    Finish,
+    NotRouted,
+    OpenDecode,
+    OpenPrefill,
+    PrefillDone,
+    RequestMachine,
+    Routed,
+    State,
+    Stream,
+    StreamFailed,
+    TicketCame,
+    TokenCame,
+)
+from gateway.routing import WorkerKey
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2
+from kvferry.errors import (
+    AbortedError,
+    Error,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+)
+
+D, P = WorkerKey("d", 1), WorkerKey("p", 1)
+TICKET, COMMITTED, FINISHED = worker_pb2.Ticket(), worker_pb2.Committed(), worker_pb2.DecodeFinished()
+
+
+def token(index: int, id_: int | None = None) -> common_pb2.Token:
+    return common_pb2.Token(index=index, id=100 + index if id_ is None else id_)
+
+
+def decoded(index: int, attempt: int = 1, id_: int | None = None) -> TokenCame:
+    return TokenCame(attempt, Stream.DECODE, token(index, id_))
+
+
+def prefilled(attempt: int = 1, id_: int | None = None) -> TokenCame:
+    return TokenCame(attempt, Stream.PREFILL, token(0, id_))
+
+
+def split(max_attempts: int = 3) -> RequestMachine:
+    machine = RequestMachine(max_attempts)
+    assert machine.start() == [ChooseRoute(frozenset())]
+    assert machine.on(Routed(D, P)) == [OpenDecode(1)]
+    assert machine.on(TicketCame(1, TICKET)) == [OpenPrefill(1, TICKET)]
+    return machine
+
+
+def failed(stream: Stream, error: Error, attempt: int = 1) -> StreamFailed:
+    return StreamFailed(attempt, stream, error)
+
+
+LOST = UnavailableError("gone")
+
+
+def test_a_split_request_in_the_usual_order() -> None:
+    m = split()
+    assert m.on(prefilled()) == [Emit(token(0))]
+    assert m.on(PrefillDone(1, COMMITTED)) == []
+    assert m.on(decoded(0)) == []
+    assert m.on(decoded(1)) == [Emit(token(1))]
+    assert m.on(DecodeDone(1, FINISHED)) == [Finish(FINISHED)]
+    assert m.state is State.ENDED
+
+
+def test_the_decode_workers_first_token_may_overtake_the_prefill_workers() -> None:
+    m = split()
+    assert m.on(decoded(0)) == [Emit(token(0))]
+    assert m.on(decoded(1)) == [Emit(token(1))]
+    assert m.on(prefilled()) == []
+    assert m.on(DecodeDone(1, FINISHED)) == [], "the writer's figures are still to come"
+    assert m.on(PrefillDone(1, COMMITTED)) == [Finish(FINISHED)]
+
+
+def test_a_request_on_one_worker() -> None:
+    m = RequestMachine(3)
+    m.start()
+    assert m.on(Routed(D, None)) == [OpenDecode(1)]
+    assert m.on(decoded(0)) == [Emit(token(0))]
+    assert m.on(DecodeDone(1, FINISHED)) == [Finish(FINISHED)]
+
+
+@pytest.mark.parametrize("first_token_was_sent", [False, True])
+def test_a_lost_prefill_worker_starts_the_next_attempt_without_it(first_token_was_sent: bool) -> None:
+    m = split()
+    if first_token_was_sent:
+        assert m.on(prefilled()) == [Emit(token(0))]
+    assert m.on(failed(Stream.PREFILL, LOST)) == [CancelAttempt(1), ChooseRoute(frozenset({P}))]
+    assert m.on(decoded(0)) == [], "the attempt before is over"
+    assert m.on(Routed(D, None)) == [OpenDecode(2)]
+    assert m.on(decoded(0, attempt=2)) == ([] if first_token_was_sent else [Emit(token(0))])
+    assert m.on(decoded(1, attempt=2)) == [Emit(token(1))]
+    assert m.on(DecodeDone(2, FINISHED)) == [Finish(FINISHED)]
+
+
+def test_what_a_writer_did_is_held_against_the_writer() -> None:
+    m = split()
+    assert m.on(failed(Stream.DECODE, AbortedError("the writer gave up")))[1] == ChooseRoute(frozenset({P}))
+    m = split()
+    assert m.on(failed(Stream.DECODE, OverloadedError("full")))[1] == ChooseRoute(frozenset({D}))
+
+
+def test_a_prefill_worker_lost_after_its_commit_does_not_matter() -> None:
+    m = split()
+    m.on(prefilled())
+    m.on(decoded(0))
+    assert m.on(failed(Stream.PREFILL, LOST)) == []
+    assert m.on(decoded(1)) == [Emit(token(1))]
+    assert m.on(DecodeDone(1, FINISHED)) == [Finish(FINISHED)]
+
+
+def test_a_decode_worker_lost_while_it_decodes_is_a_typed_error() -> None:
+    m = split()
+    m.on(prefilled())
+    m.on(decoded(0))
+    m.on(decoded(1))
+    cancel, fail = m.on(failed(Stream.DECODE, LOST))
+    assert cancel == CancelAttempt(1)
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, UnavailableError)
+    assert fail.error.reason == "DECODE_WORKER_LOST"
+
+
+def test_attempts_are_bounded_and_the_first_cause_is_told() -> None:
+    m = split(max_attempts=2)
+    m.on(failed(Stream.PREFILL, LOST))
+    m.on(Routed(D, WorkerKey("p2", 1)))
+    again = UnavailableError("gone again")
+    assert m.on(failed(Stream.PREFILL, again, attempt=2)) == [CancelAttempt(2), Fail(again)]
+    m = split()
+    m.on(failed(Stream.DECODE, LOST))
+    assert m.on(NotRouted(UnavailableError("nobody left"))) == [CancelAttempt(2), Fail(LOST)]
+
+
+def test_a_request_that_is_wrong_is_not_tried_twice() -> None:
+    m = split()
+    wrong = InvalidRequestError("wrong")
+    assert m.on(failed(Stream.DECODE, wrong)) == [CancelAttempt(1), Fail(wrong)]
+
+
+def test_workers_that_disagree_stop_the_answer() -> None:
+    m = split()
+    m.on(prefilled(id_=1))
+    _, fail = m.on(decoded(0, id_=2))
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, InternalError)
+
+
+def test_a_gap_is_never_passed_on() -> None:
+    m = split()
+    _, fail = m.on(decoded(1))
+    assert isinstance(fail, Fail)
+
+
+def test_after_the_end_nothing_happens() -> None:
+    m = split()
+    m.on(failed(Stream.DECODE, InvalidRequestError("x")))
+    for event in (decoded(0), prefilled(), DecodeDone(1, FINISHED), failed(Stream.DECODE, LOST)):
+        assert m.on(event) == []

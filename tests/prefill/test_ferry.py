@@ -1,0 +1,129 @@
+"""The writer's side of a ticket, in every order of events."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.prefill.ferry import CancelWrites, Commit, Ferry, FerryState, Stopped, Write
+
+BLOCK = 4
+
+
+def ferry(num_tokens: int, first: int = 0) -> tuple[Ferry, tuple[int, ...], tuple[int, ...]]:
+    num_blocks = -(-num_tokens // BLOCK)
+    source = tuple(range(100, 100 + num_blocks))
+    targets = tuple(range(500, 500 + num_blocks - first))
+    return Ferry(targets, first, num_tokens, BLOCK), source, targets
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_every_block_once_then_one_commit_or_one_stop(data: st.DataObject) -> None:
+    num_tokens = data.draw(st.integers(1, 40))
+    num_blocks = -(-num_tokens // BLOCK)
+    first = data.draw(st.integers(0, num_blocks))
+    f, source, targets = ferry(num_tokens, first)
+    written: list[tuple[int, int]] = []
+    actions: list[object] = []
+    computed = data.draw(st.integers(0, (num_tokens - 1) // BLOCK)) * BLOCK
+    outstanding = 0
+    drawn = stopped_by_us = False
+
+    def take(new: list[object]) -> None:
+        nonlocal outstanding
+        for action in new:
+            if isinstance(action, Write):
+                assert f.state is FerryState.WRITING
+                outstanding += 1
+                written.extend(zip(action.source, action.target, strict=True))
+            if isinstance(action, Stopped | Commit):
+                assert outstanding == 0, "said to be over while a write runs"
+            actions.append(action)
+
+    take(list(f.started(source, computed)))
+    for _ in range(60):
+        choices = []
+        if computed < num_tokens:
+            choices.append("compute")
+        elif not drawn:
+            choices.append("draw")
+        if outstanding:
+            choices += ["written", "failed"]
+        if not stopped_by_us and data.draw(st.integers(0, 9)) == 0:
+            choices.append("stop")
+        if not choices:
+            break
+        match data.draw(st.sampled_from(choices)):
+            case "compute":
+                computed = min(num_tokens, computed + data.draw(st.integers(1, 9)))
+                take(list(f.computed(computed)))
+            case "draw":
+                drawn = True
+                take(list(f.drawn()))
+            case "written":
+                outstanding -= 1
+                take(list(f.written()))
+            case "failed":
+                outstanding -= 1
+                take(list(f.write_failed("broken")))
+            case "stop":
+                stopped_by_us = True
+                take(list(f.stop("asked")))
+    ends = [a for a in actions if isinstance(a, Stopped | Commit)]
+    if f.state is FerryState.COMMITTING:
+        assert written == list(zip(source[first:], targets, strict=True))
+        assert ends == [Commit(len(targets))]
+    else:
+        assert written == list(zip(source[first:], targets, strict=True))[: len(written)]
+        assert len(ends) <= 1 or isinstance(ends[-1], Stopped)
+
+
+def test_a_chunk_travels_while_the_next_is_computed() -> None:
+    f, source, targets = ferry(10)
+    assert f.started(source, 0) == []
+    assert f.computed(5) == [Write(source[:1], targets[:1])]
+    assert f.computed(8) == [Write(source[1:2], targets[1:2])]
+    assert f.computed(10) == [Write(source[2:], targets[2:])]
+    assert f.drawn() == []
+    assert f.written() == f.written() == []
+    assert f.written() == [Commit(3)]
+
+
+def test_a_partial_prefix_hit_on_the_owners_side_shifts_nothing() -> None:
+    f, source, targets = ferry(10, first=2)
+    assert f.started(source, 4) == []
+    assert f.computed(10) == [Write(source[2:], targets)]
+
+
+def test_nothing_to_write_still_commits() -> None:
+    f, source, _ = ferry(8, first=2)
+    f.started(source, 4)
+    f.computed(8)
+    assert f.drawn() == [Commit(0)]
+
+
+def test_stopping_waits_for_the_last_write() -> None:
+    f, source, _ = ferry(10)
+    f.started(source, 8)
+    assert f.stop("why") == [CancelWrites()]
+    assert f.stop("again") == []
+    assert f.computed(10) == f.drawn() == []
+    assert f.write_failed("cancelled") == [Stopped("why")]
+
+
+def test_a_refused_commit_stops() -> None:
+    f, source, _ = ferry(3)
+    f.started(source, 0)
+    f.computed(3)
+    f.drawn()
+    f.written()
+    assert f.state is FerryState.COMMITTING
+    assert f.stop("refused") == [Stopped("refused")]
+
+
+@pytest.mark.parametrize(("num_targets", "first", "num_tokens"), [(2, 0, 12), (3, 1, 12), (4, 0, 12)])
+def test_a_ticket_for_other_blocks_is_refused(num_targets: int, first: int, num_tokens: int) -> None:
+    with pytest.raises(ValueError, match="the ticket names blocks"):
+        Ferry(tuple(range(num_targets)), first, num_tokens, BLOCK)

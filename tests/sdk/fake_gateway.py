@@ -1,0 +1,213 @@
+"""A real gRPC server in this process whose answers a test writes as a script."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from types import TracebackType
+from typing import Self
+
+import grpc
+from google.protobuf.message import Message
+
+from kvferry import errors
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2
+from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
+
+Script = Callable[[inference_pb2.GenerateRequest, grpc.ServicerContext], Iterator[inference_pb2.GenerateResponse]]
+
+TIMELINE = inference_pb2.Timeline(
+    tokenize_us=1_500,
+    route_us=200,
+    ttft_us=80_000,
+    total_us=400_000,
+    itl_p50_us=20_000,
+    itl_p99_us=31_000,
+    prefill_worker="prefill-0",
+    decode_worker="decode-0",
+    prefill=common_pb2.PrefillStats(
+        queue_us=3_000, compute_us=70_000, num_prompt_tokens=40, num_cached_tokens=16, num_chunks=2
+    ),
+    transfer=common_pb2.TransferStats(num_blocks=3, num_bytes=6_000_000, busy_us=2_000, exposed_us=900, path="mapped"),
+    decode=common_pb2.DecodeStats(wait_for_kv_us=75_000, compute_us=300_000, num_steps=12),
+    route_reason="shipping pays",
+)
+MODEL = common_pb2.ModelInfo(name="tiny", revision="r1", context_length=2048, vocab_size=49152)
+
+
+def started(seed: int = 7) -> inference_pb2.GenerateResponse:
+    return inference_pb2.GenerateResponse(
+        started=inference_pb2.Started(request_id="req-1", model="tiny", num_prompt_tokens=40, seed=seed)
+    )
+
+
+def chunk(text: str, *tokens: common_pb2.Token) -> inference_pb2.GenerateResponse:
+    return inference_pb2.GenerateResponse(chunk=inference_pb2.Chunk(text=text, tokens=tokens))
+
+
+def finished(
+    reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASON_STOP, num_output_tokens: int = 3
+) -> inference_pb2.GenerateResponse:
+    usage = inference_pb2.Usage(num_prompt_tokens=40, num_output_tokens=num_output_tokens, num_cached_tokens=16)
+    return inference_pb2.GenerateResponse(
+        finished=inference_pb2.Finished(reason=reason, usage=usage, timeline=TIMELINE)
+    )
+
+
+def answer(*texts: str) -> Script:
+    """Started, one token per text, Finished."""
+
+    def script(
+        request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        yield started()
+        for index, text in enumerate(texts):
+            yield chunk(text, common_pb2.Token(index=index, id=100 + index))
+        yield finished(num_output_tokens=len(texts))
+
+    return script
+
+
+def refuse(error: errors.Error) -> Script:
+    def script(
+        request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        context.abort_with_status(errors.to_status(error))
+        yield  # makes this a generator
+
+    return script
+
+
+def describe_cluster() -> inference_pb2.DescribeClusterResponse:
+    def worker(name: str, role: common_pb2.WorkerRole.ValueType) -> directory_pb2.WorkerState:
+        return directory_pb2.WorkerState(
+            info=directory_pb2.WorkerInfo(
+                worker_id=name,
+                incarnation=11,
+                role=role,
+                control_address="127.0.0.1:9000",
+                model=MODEL,
+                layout=common_pb2.Layout(
+                    fingerprint="f", block_size_tokens=16, block_nbytes=1_474_560, dtype="float32"
+                ),
+                version="0.1.0",
+            ),
+            load=directory_pb2.WorkerLoad(
+                blocks=common_pb2.BlockCounts(total=100, free=60, active=20, cached=15, lent=4, quarantined=1),
+                num_running=2,
+                num_waiting=1,
+                num_queued_prefill_tokens=512,
+                prefill_tokens_per_s=812.5,
+                decode_tokens_per_s=48.25,
+                draining=name == "decode-0",
+            ),
+        )
+
+    return inference_pb2.DescribeClusterResponse(
+        model=MODEL,
+        workers=[
+            worker("prefill-0", common_pb2.WORKER_ROLE_PREFILL),
+            worker("decode-0", common_pb2.WORKER_ROLE_DECODE),
+        ],
+        view_age_ms=250,
+        num_requests_in_flight=2,
+        num_requests_total=41,
+        version="0.1.0",
+    )
+
+
+class FakeGateway(inference_pb2_grpc.InferenceServiceServicer, inference_pb2_grpc.ClusterServiceServicer):
+    """Plays ``scripts`` one per Generate, the last one again and again; ``failures`` are raised by the unary calls
+    before they answer.  ``requests`` and ``metadata`` record what arrived, ``cancelled`` that a client went away."""
+
+    def __init__(self, *scripts: Script) -> None:
+        self.scripts = list(scripts)
+        self.failures: list[errors.Error] = []
+        self.requests: list[Message] = []
+        self.metadata: list[dict[str, str]] = []
+        self.cancelled = threading.Event()
+        self.serving = b"\x08\x01"
+
+    def hold(
+        self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        """A script: one token, then nothing until the client goes away."""
+        yield started()
+        yield chunk("one", common_pb2.Token(index=0, id=100))
+        self._hold(context)
+
+    def hang(
+        self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        """A script: nothing at all until the client goes away."""
+        self._hold(context)
+        yield started()
+
+    def _hold(self, context: grpc.ServicerContext) -> None:
+        ended = threading.Event()
+        if context.add_callback(ended.set):
+            ended.wait(30)
+        self.cancelled.set()
+
+    def _record(self, request: Message, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        self.metadata.append({key: value for key, value in context.invocation_metadata() if isinstance(value, str)})
+
+    def _record_unary(self, request: Message, context: grpc.ServicerContext) -> None:
+        self._record(request, context)
+        if self.failures:
+            context.abort_with_status(errors.to_status(self.failures.pop(0)))
+
+    def Generate(
+        self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[inference_pb2.GenerateResponse]:
+        self._record(request, context)
+        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
+        return script(request, context)
+
+    def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.ListModelsResponse:
+        self._record_unary(request, context)
+        return inference_pb2.ListModelsResponse(models=[MODEL])
+
+    def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.TokenizeResponse:
+        self._record_unary(request, context)
+        return inference_pb2.TokenizeResponse(ids=[5, 6, 7])
+
+    def Detokenize(
+        self, request: inference_pb2.DetokenizeRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.DetokenizeResponse:
+        self._record_unary(request, context)
+        return inference_pb2.DetokenizeResponse(text="".join(map(str, request.ids)))
+
+    def DescribeCluster(
+        self, request: inference_pb2.DescribeClusterRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.DescribeClusterResponse:
+        self._record_unary(request, context)
+        return describe_cluster()
+
+    def __enter__(self) -> Self:
+        self._server = grpc.server(futures.ThreadPoolExecutor(4))
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
+        inference_pb2_grpc.add_ClusterServiceServicer_to_server(self, self._server)
+        health = grpc.unary_unary_rpc_method_handler(lambda request, context: self.serving)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": health}),)
+        )
+        self.port = self._server.add_insecure_port("127.0.0.1:0")
+        self.address = f"127.0.0.1:{self.port}"
+        self._server.start()
+        return self
+
+    def add_secure_port(self, credentials: grpc.ServerCredentials) -> int:
+        return self._server.add_secure_port("127.0.0.1:0", credentials)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server.stop(None).wait(10)

@@ -1,0 +1,208 @@
+"""The seam between those who own blocks and what carries their bytes.
+
+Life of a transfer: ``allocate`` a region -> give its ``descriptor`` to the other process -> there, ``open`` it ->
+``post`` batches of writes or reads -> await each ``Transfer`` -> close the remote region, ``release`` the region.
+Operations are one-sided: the region's owner takes no part and is not told.
+
+Any thread may call anything here; a call blocks only where its docstring says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+from types import TracebackType
+from typing import Protocol, Self
+
+from transport.errors import TransportClosed
+from transport.pieces import Offsets
+
+
+class Op(Enum):
+    WRITE = 0  # local to remote
+    READ = 1  # remote to local
+
+
+class Path(Enum):
+    """How the bytes went."""
+
+    MAPPED = 1  # plain loads and stores in the owner's memory, mapped into this process
+    RMA = 2  # the backend's put and get: a network, or an emulation of one
+    LOOPBACK = 3  # within this process
+
+
+@dataclass(frozen=True, slots=True)
+class TransferResult:
+    """``num_blocks`` as posted, ``num_pieces`` after neighbours were merged; ``queued_s`` until the first byte,
+    ``busy_s`` from then on until the last one was where it belongs."""
+
+    nbytes: int
+    num_blocks: int
+    num_pieces: int
+    queued_s: float
+    busy_s: float
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals since the start.  Bytes and pieces are those of transfers that succeeded."""
+
+    num_posted: int = 0
+    num_succeeded: int = 0
+    num_cancelled: int = 0
+    num_failed: int = 0
+    num_pieces: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+    bytes_by_path: dict[Path, int] = field(default_factory=dict)
+
+
+class Transfer:
+    """One posted batch.  Await it in the loop the transport is attached to, or call ``wait`` elsewhere.
+
+    Succeeds with TransferResult.  Fails with TransferCancelled after ``cancel``, PeerLost, TransportClosed, or another
+    TransportError.  Success means that the bytes are in place, not that the owner still lives to use them.  Whoever wrote
+    has stopped for good once the future holds a result or TransferCancelled; PeerLost proves this only together with the
+    end of the peer's process.
+    """
+
+    def __init__(self, num_blocks: int, cancel: Callable[[], None], wait: Callable[[Transfer, float], None]) -> None:
+        self.num_blocks = num_blocks
+        self.future: Future[TransferResult] = Future()
+        self.future.set_running_or_notify_cancel()  # so that only the transport can end it
+        self._cancel = cancel
+        self._wait = wait
+
+    @property
+    def done(self) -> bool:
+        return self.future.done()
+
+    def cancel(self) -> None:
+        """Asks the writer to stop at the next piece and returns.  The future resolves only once it did; a transfer that
+        had already got to its end succeeds."""
+        if not self.future.done():
+            self._cancel()
+
+    def wait(self, timeout_s: float) -> TransferResult:
+        """Blocks.  Raises TimeoutError when the outcome is still open; the transfer then goes on."""
+        self._wait(self, timeout_s)
+        return self.future.result(0)
+
+    def __await__(self) -> Generator[object, None, TransferResult]:
+        """Cancelling the awaiting task leaves the transfer running: call ``cancel``, then await again for the proof."""
+        return asyncio.wrap_future(self.future).__await__()
+
+
+class Region:
+    """Memory that peers can reach, owned by the transport that allocated it.  A context manager."""
+
+    def __init__(
+        self, address: int, nbytes: int, view: memoryview, descriptor: bytes, release: Callable[[Region], None]
+    ):
+        self.address = address
+        self.nbytes = nbytes
+        self.descriptor = descriptor
+        self.num_in_flight = 0  # guarded by the transport
+        self.released = False  # guarded by the transport
+        self._view = view
+        self._release = release
+
+    @property
+    def view(self) -> memoryview:
+        """All of it, writable bytes: np.frombuffer and torch.frombuffer take it without a copy."""
+        if self.released:
+            raise TransportClosed("the region was released")
+        return self._view
+
+    def release(self) -> None:
+        """Gives the memory back; again does nothing.  Raises RegionBusy while a transfer of this process uses it, or an
+        array made directly from ``view`` lives.  Three things cannot be seen from here and are the caller's duty: that
+        no peer still writes (it would write into whatever comes here next), and that neither a tensor nor a slice of
+        ``view`` is left."""
+        self._release(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+
+class RemoteRegion:
+    """A peer's region, opened here.  A context manager."""
+
+    def __init__(self, incarnation: int, nbytes: int, path: Path, close: Callable[[RemoteRegion], None]) -> None:
+        self.incarnation = incarnation
+        self.nbytes = nbytes
+        self.path = path
+        self.num_in_flight = 0  # guarded by the transport
+        self.closed = False  # guarded by the transport
+        self._close = close
+
+    def close(self) -> None:
+        """Lets go of the peer's memory; again does nothing.  Raises RegionBusy while a transfer uses it."""
+        self._close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+class Transport(Protocol):
+    """``incarnation`` is random and new for every transport: peers tell a restarted process by it."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def incarnation(self) -> int: ...
+
+    def allocate(self, nbytes: int) -> Region:
+        """Zeroed memory.  Blocks while its pages are made (about a second for 2 GiB).  Raises OutOfMemory."""
+        ...
+
+    def open(self, descriptor: bytes) -> RemoteRegion:
+        """Connects to the owner unless a connection is there; one serves all regions of a peer.  Blocks for
+        milliseconds, at most 2 s when the owner does not answer.  Raises BadDescriptor, PeerLost.  Opening is dearer
+        than posting: keep what is opened."""
+        ...
+
+    def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
+             sizes: Offsets | int) -> Transfer:  # fmt: skip
+        """Starts one batch, in bytes, and returns; pieces move in any order.  ``sizes`` may be one number for all.
+        Several batches share the way in turns.  Neither region can be given up before the outcome was delivered.
+        Raises OutOfBounds, TransportClosed, ValueError or TypeError, and nothing has moved then; all else fails the
+        transfer."""
+        ...
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        """From now on outcomes are delivered in ``loop``, called in its thread.  One loop at a time."""
+        ...
+
+    def detach(self) -> None:
+        """Undoes ``attach``, in the loop's thread, before the loop closes."""
+        ...
+
+    def poll(self, timeout_s: float) -> int:
+        """Without a loop: delivers outcomes, waiting for the first up to ``timeout_s``; returns how many."""
+        ...
+
+    def counters(self) -> Counters: ...
+
+    def close(self) -> None:
+        """Cuts transfers short (their futures get TransferCancelled or TransportClosed), drops connections, ends the
+        thread; again does nothing.  Blocks, some seconds at worst if a peer does not answer.  Peers see PeerLost.  Regions
+        that were not released keep their memory until the process ends, so that no forgotten array can fault."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
