@@ -40,7 +40,8 @@ SERVER_GRACE_S = 2.0
 
 
 async def run_gateway(config: GatewayConfig) -> None:
-    """Serves until cancelled; then lets running requests finish, within ``config.drain_timeout_s``.  Raises StartupError."""
+    """Serves until cancelled; then lets running requests finish, within ``config.drain_timeout_s``.  Raises
+    StartupError."""
     async with AsyncExitStack() as stack:
         server = create_server()
         bind(server, config.listen)

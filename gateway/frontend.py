@@ -90,6 +90,7 @@ class Frontend:
         self._max_requests = max_requests
         self._max_request_s = max_request_s
         self._draining = False
+        self._ended = asyncio.Event()
 
     @property
     def model(self) -> common_pb2.ModelInfo:
@@ -116,9 +117,13 @@ class Frontend:
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests; returns when those in flight have ended, or after ``timeout_s``."""
         self._draining = True
-        end_s = time.monotonic() + timeout_s
-        while self.num_in_flight and time.monotonic() < end_s:
-            await asyncio.sleep(0.05)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self.num_in_flight:
+                    self._ended.clear()
+                    await self._ended.wait()
+        except TimeoutError:
+            log.warning("drain_cut_short", requests=self.num_in_flight)
 
     async def generate(
         self, request: inference_pb2.GenerateRequest
@@ -146,6 +151,7 @@ class Frontend:
             raise
         finally:
             self.num_in_flight -= 1
+            self._ended.set()
             _IN_FLIGHT.dec()
             _REQUESTS.labels(outcome).inc()
 

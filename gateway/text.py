@@ -23,14 +23,15 @@ class TextStream:
     time in proportion to its text and to the number of stop strings.  Not for use by several threads.
     """
 
-    __slots__ = ("_decoder", "_held", "_matchers", "_num_bytes", "_num_chars", "_settled", "_stopped", "_token_bytes",
-                 "_undecoded", "_unemitted")  # fmt: skip
+    __slots__ = ("_decoder", "_first_chars", "_held", "_matchers", "_num_bytes", "_num_chars", "_settled", "_stopped",
+                 "_token_bytes", "_undecoded", "_unemitted")  # fmt: skip
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop: Sequence[str] = ()) -> None:
         assert all(stop), "stop strings are not empty"
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matchers = [_Matcher(string) for string in dict.fromkeys(stop)]
+        self._first_chars = frozenset(string[0] for string in stop)
         self._held = ""
         self._stopped = False
         self._settled = 0
@@ -75,7 +76,8 @@ class TextStream:
     def _advance(self, text: str) -> str:
         self._num_chars += len(text)
         held = self._held + text
-        if not self._matchers:
+        # Nothing held means that no stop string has begun; most tokens begin none either.
+        if not self._held and self._first_chars.isdisjoint(text):
             self._settle(0)
             return held
         for index, char in enumerate(text, start=len(self._held) + 1):

@@ -98,9 +98,14 @@ class Validator:
         room = self.files.config.context_length - num_prompt_tokens
         params = common_pb2.SamplingParams()
         params.CopyFrom(asked)
-        for name, default in (("max_tokens", room), ("temperature", 1.0), ("top_p", 1.0), ("top_k", 0)):
-            if not params.HasField(name):
-                setattr(params, name, default)
+        if not params.HasField("max_tokens"):
+            params.max_tokens = room
+        if not params.HasField("temperature"):
+            params.temperature = 1.0
+        if not params.HasField("top_p"):
+            params.top_p = 1.0
+        if not params.HasField("top_k"):
+            params.top_k = 0
         if not params.HasField("seed"):
             params.seed = secrets.randbits(63)
         if params.max_tokens < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError
 
 from kvferry import errors, types
@@ -24,9 +23,6 @@ _ROLES = {
 _HEALTH = {1: types.HealthStatus.SERVING, 2: types.HealthStatus.NOT_SERVING}
 
 _US = 1e-6
-
-# errors.from_rpc_error speaks of grpc.Call; the errors of grpc.aio have its methods without being one by name.
-grpc.Call.register(grpc.aio.AioRpcError)
 
 
 def generate_request(

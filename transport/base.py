@@ -10,6 +10,9 @@ Any thread may call anything here; a call blocks only where its docstring says s
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
+import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -100,29 +103,39 @@ class Transfer:
 class Region:
     """Memory that peers can reach, owned by the transport that allocated it.  A context manager."""
 
-    def __init__(
-        self, address: int, nbytes: int, view: memoryview, descriptor: bytes, release: Callable[[Region], None]
-    ):
+    def __init__(self, address: int, nbytes: int, descriptor: bytes, release: Callable[[Region], None]) -> None:
         self.address = address
         self.nbytes = nbytes
         self.descriptor = descriptor
         self.num_in_flight = 0  # guarded by the transport
         self.released = False  # guarded by the transport
-        self._view = view
         self._release = release
+        anchor = (ctypes.c_ubyte * nbytes).from_address(address)
+        self._anchor = weakref.ref(anchor)  # alive for as long as anything looks at the memory
+        self._view: memoryview | None = memoryview(anchor).cast("B")
 
     @property
     def view(self) -> memoryview:
         """All of it, writable bytes: np.frombuffer and torch.frombuffer take it without a copy."""
-        if self.released:
+        if self._view is None:
             raise TransportClosed("the region was released")
         return self._view
 
+    def try_drop_view(self) -> bool:
+        """For the transport: False while an array, a tensor or another view looks at the memory."""
+        self._view = None
+        if self._anchor() is not None:
+            gc.collect()
+        anchor = self._anchor()
+        if anchor is None:
+            return True
+        self._view = memoryview(anchor).cast("B")
+        return False
+
     def release(self) -> None:
-        """Gives the memory back; again does nothing.  Raises RegionBusy while a transfer of this process uses it, or an
-        array made directly from ``view`` lives.  Three things cannot be seen from here and are the caller's duty: that
-        no peer still writes (it would write into whatever comes here next), and that neither a tensor nor a slice of
-        ``view`` is left."""
+        """Gives the memory back; again does nothing.  Raises RegionBusy while a transfer of this process uses it or an
+        array, a tensor or a slice over ``view`` lives.  That no peer writes any more cannot be seen from here and is the
+        caller's duty: it would write into whatever comes here next."""
         self._release(self)
 
     def __enter__(self) -> Self:
@@ -197,8 +210,8 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Cuts transfers short (their futures get TransferCancelled or TransportClosed), drops connections, ends the
-        thread; again does nothing.  Blocks, some seconds at worst if a peer does not answer.  Peers see PeerLost.  Regions
-        that were not released keep their memory until the process ends, so that no forgotten array can fault."""
+        thread, releases the regions; again does nothing.  Blocks, some seconds at worst if a peer does not answer.  Peers
+        see PeerLost.  Memory that an array, tensor or view still looks at stays until the process ends: none can fault."""
         ...
 
     def __enter__(self) -> Self: ...

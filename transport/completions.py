@@ -8,7 +8,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer, TransferResult
@@ -86,12 +86,20 @@ class Completions:
             if isinstance(thing, RemoteRegion):
                 thing.closed = True
                 return True
-            try:
-                thing.view.release()
-            except BufferError as e:
-                raise RegionBusy("an array over the region's view is still alive; drop it first") from e
+            if not thing.try_drop_view():
+                raise RegionBusy("an array, tensor or slice over the region's view is still alive; drop it first")
             thing.released = True
             return True
+
+    def give_up_all(self, regions: Iterable[Region]) -> list[Region]:
+        """At the end: marks every region released, and returns those that nobody looks at."""
+        with self._lock:
+            unseen = []
+            for region in regions:
+                if not region.released and region.try_drop_view():
+                    unseen.append(region)
+                region.released = True
+            return unseen
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         if self._loop is not None:

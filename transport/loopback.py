@@ -69,7 +69,7 @@ class LoopbackTransport:
         base = ctypes.addressof(anchor)
         del anchor
         descriptor = Descriptor(self.name, self.incarnation, base, nbytes).pack()
-        region = Region(base, nbytes, memoryview(memory), descriptor, self._release)
+        region = Region(base, nbytes, descriptor, self._release)
         self._memory[base] = (region, memory)
         return region
 
@@ -119,6 +119,8 @@ class LoopbackTransport:
         self._enqueue(None)
         self._thread.join()
         self._completions.close()
+        for region in self._completions.give_up_all(region for region, _ in self._memory.values()):
+            self._unmap(region)
 
     def __enter__(self) -> Self:
         return self
@@ -184,8 +186,11 @@ class LoopbackTransport:
 
     def _release(self, region: Region) -> None:
         if not self.closed and self._completions.give_up(region):
-            _, memory = self._memory.pop(region.address)
-            memory.close()
+            self._unmap(region)
+
+    def _unmap(self, region: Region) -> None:
+        _, memory = self._memory.pop(region.address)
+        memory.close()
 
     def _close_remote(self, remote: RemoteRegion) -> None:
         if self._completions.give_up(remote):

@@ -29,8 +29,8 @@
 #endif
 
 #define SLICE_BYTES (4u << 20) /* A job yields to the others after this much: no peer waits for another's batch. */
-#define PIECE_BYTES (1u << 20) /* The largest single copy or operation: a cancel takes effect between two. */
-#define WINDOW 64              /* Operations of one job that UCP may hold: what a cancel has to wait for. */
+#define PIECE_BYTES (1u << 18) /* The largest single copy or operation: a cancel takes effect between two. */
+#define WINDOW 64              /* Operations of one job that UCP may hold: a cancel has to wait for these. */
 #define PROGRESS_TURNS 64      /* Calls into UCP before jobs and callers get their turn again. */
 #define IDLE_POLL_MS 500
 #define CLOSE_TIMEOUT_NS 1000000000ull
@@ -52,7 +52,9 @@ typedef struct peer {
     struct ferry *ferry;
     ucp_ep_h ep;
     atomic_int status; /* UCS_OK until the endpoint failed; read by any thread */
-    int settled;       /* guarded by the lock: the peer answered once, or failed to */
+    int probed;        /* the first import asked the peer for a byte */
+    int settled;       /* guarded by the lock: it answered, or failed to */
+    char answer;
 } peer_t;
 
 typedef struct remote {
@@ -85,7 +87,7 @@ typedef struct job {
     uint64_t arrays[];
 } job_t;
 
-enum command { CMD_CONNECT, CMD_DISCONNECT, CMD_IMPORT, CMD_DROP, CMD_ALLOCATE, CMD_RELEASE, CMD_PACK, CMD_CANCEL };
+enum command { CMD_CONNECT, CMD_DISCONNECT, CMD_IMPORT, CMD_DROP, CMD_ABANDON, CMD_ALLOCATE, CMD_RELEASE, CMD_PACK, CMD_CANCEL };
 
 typedef struct call { /* work for the thread; the caller sleeps until it ran, unless it is detached */
     struct call *next;
@@ -102,7 +104,7 @@ typedef struct ferry {
     pthread_t thread;
     pthread_mutex_t lock; /* guards stopping, calls, inbox and done; everything else is the thread's */
     pthread_cond_t called;
-    int stopping, wake_fd, event_fd, worker_fd;
+    int stopping, stopped, wake_fd, event_fd, worker_fd;
     call_t *calls, **calls_tail;
     job_t *inbox, **inbox_tail;   /* posted, not yet seen by the thread */
     job_t *active, **active_tail; /* under way */
@@ -159,7 +161,7 @@ static void settle(peer_t *peer, ucs_status_t status)
     pthread_mutex_unlock(&peer->ferry->lock);
 }
 
-static void on_connected(void *request, ucs_status_t status, void *arg)
+static void on_probed(void *request, ucs_status_t status, void *arg)
 {
     settle(arg, status);
     ucp_request_free(request);
@@ -298,13 +300,6 @@ static ucs_status_t connect_peer(ferry_t *f, call_t *c)
     peer->next = f->peers;
     f->peers = peer;
     c->out = peer;
-    /* The flush ends once the peer's worker has answered.  Only then can a segment found by its process's number be
-     * trusted to be the peer's: numbers are used again. */
-    ucp_request_param_t flush = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
-                                 .cb.send = on_connected,
-                                 .user_data = peer};
-    ucs_status_ptr_t request = ucp_ep_flush_nbx(peer->ep, &flush);
-    if (!UCS_PTR_IS_PTR(request)) settle(peer, UCS_PTR_RAW_STATUS(request));
     return UCS_OK;
 }
 
@@ -316,8 +311,22 @@ static ucs_status_t disconnect_peer(ferry_t *f, peer_t *peer)
     while (*link != peer) link = &(*link)->next;
     *link = peer->next;
     close_endpoint(f, peer);
-    if (peer->settled) free(peer); /* else UCP still holds the flush that names it: a leak, but no use after free */
+    if (!peer->probed || peer->settled) free(peer); /* else UCP still holds its probe: a leak, but no use after free */
     return UCS_OK;
+}
+
+/* Reads one byte before anything else.  Only a peer that answered is alive, and only then can a segment found by its
+ * process's number be trusted to be its own: numbers are used again.  It also completes the connection in both directions:
+ * over tcp, UCX 1.22 crashes the owner when its way back is made while a put streams in. */
+static void probe_peer(remote_t *remote)
+{
+    peer_t *peer = remote->peer;
+    ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
+                             .cb.send = on_probed,
+                             .user_data = peer};
+    peer->probed = 1;
+    ucs_status_ptr_t request = ucp_get_nbx(peer->ep, &peer->answer, 1, remote->base, remote->rkey, &p);
+    if (!UCS_PTR_IS_PTR(request)) settle(peer, UCS_PTR_RAW_STATUS(request));
 }
 
 static ucs_status_t import_remote(ferry_t *f, call_t *c)
@@ -338,6 +347,7 @@ static ucs_status_t import_remote(ferry_t *f, call_t *c)
     remote->next = f->remotes;
     f->remotes = remote;
     c->out = remote;
+    if (!remote->peer->probed) probe_peer(remote);
     return UCS_OK;
 }
 
@@ -351,6 +361,15 @@ static ucs_status_t drop_remote(ferry_t *f, remote_t *remote)
     ucp_rkey_destroy(remote->rkey);
     free(remote);
     return UCS_OK;
+}
+
+/* After a probe that failed: UCP may hold the key until the endpoint is closed. */
+static ucs_status_t abandon_remote(ferry_t *f, remote_t *remote)
+{
+    int fine = UCS_OK;
+    atomic_compare_exchange_strong(&remote->peer->status, &fine, UCS_ERR_TIMED_OUT);
+    close_endpoint(f, remote->peer);
+    return drop_remote(f, remote);
 }
 
 static ucs_status_t allocate_region(ferry_t *f, call_t *c)
@@ -414,6 +433,7 @@ static ucs_status_t run_call(ferry_t *f, call_t *c)
     case CMD_DISCONNECT: return disconnect_peer(f, c->in);
     case CMD_IMPORT: return import_remote(f, c);
     case CMD_DROP: return drop_remote(f, c->in);
+    case CMD_ABANDON: return abandon_remote(f, c->in);
     case CMD_ALLOCATE: return allocate_region(f, c);
     case CMD_RELEASE: return release_region(f, c->in);
     case CMD_PACK: return pack_region(f, c);
@@ -575,7 +595,7 @@ fail:
     return status;
 }
 
-/* Ends every job, its completion is there to drain, and then the thread.  Every other call fails from now on.  Bounded:
+/* Ends every job, its completion is there to drain, and then the thread.  Calls that need it fail from now on.  Bounded:
  * a few times CLOSE_TIMEOUT_NS at worst, when peers do not answer. */
 void kvf_stop(ferry_t *f)
 {
@@ -584,10 +604,10 @@ void kvf_stop(ferry_t *f)
     pthread_mutex_unlock(&f->lock);
     ring(f->wake_fd);
     pthread_join(f->thread, NULL);
+    f->stopped = 1;
 }
 
-/* After kvf_stop and the last drain.  Memory of regions not released stays until the process ends: somebody may still
- * look at it. */
+/* After kvf_stop and the last drain.  Memory of regions not released stays until the process ends. */
 void kvf_free(ferry_t *f)
 {
     if (f->num_regions == 0) ucp_cleanup(f->context);
@@ -621,8 +641,10 @@ int kvf_allocate(ferry_t *f, uint64_t nbytes, region_t **out, uint64_t *base)
     return status;
 }
 
+/* Also after kvf_stop, when no thread is left to do it. */
 int kvf_release(ferry_t *f, region_t *region)
 {
+    if (f->stopped) return release_region(f, region);
     call_t c = {.command = CMD_RELEASE, .in = region};
     return call(f, &c);
 }
@@ -635,25 +657,11 @@ int kvf_pack(ferry_t *f, region_t *region, void *out, uint64_t *length)
     return status;
 }
 
-/* Waits until the peer answered, at most timeout_ms. */
-int kvf_connect(ferry_t *f, void *address, uint64_t timeout_ms, peer_t **out)
+int kvf_connect(ferry_t *f, void *address, peer_t **out)
 {
     call_t c = {.command = CMD_CONNECT, .in = address};
     int status = call(f, &c);
-    if (status != UCS_OK) return status;
-    peer_t *peer = c.out;
-    uint64_t end_ns = now_ns() + timeout_ms * 1000000;
-    struct timespec end = {.tv_sec = end_ns / 1000000000, .tv_nsec = end_ns % 1000000000};
-    pthread_mutex_lock(&f->lock);
-    while (!peer->settled && !pthread_cond_timedwait(&f->called, &f->lock, &end)) {}
-    status = peer->settled ? atomic_load(&peer->status) : UCS_ERR_TIMED_OUT;
-    pthread_mutex_unlock(&f->lock);
-    if (status == UCS_OK) {
-        *out = peer;
-        return UCS_OK;
-    }
-    c = (call_t){.command = CMD_DISCONNECT, .in = peer};
-    call(f, &c);
+    if (status == UCS_OK) *out = c.out;
     return status;
 }
 
@@ -666,15 +674,28 @@ int kvf_disconnect(ferry_t *f, peer_t *peer)
     return call(f, &c);
 }
 
-int kvf_import(ferry_t *f, peer_t *peer, void *rkey, uint64_t base, uint64_t nbytes, remote_t **out, int *mapped)
+/* The first import of a peer waits until it answered, at most timeout_ms; after a failure the peer counts as lost. */
+int kvf_import(ferry_t *f, peer_t *peer, void *rkey, uint64_t base, uint64_t nbytes, uint64_t timeout_ms, remote_t **out,
+               int *mapped)
 {
     call_t c = {.command = CMD_IMPORT, .in = rkey, .out = peer, .a = base, .b = nbytes};
     int status = call(f, &c);
-    if (status == UCS_OK) {
-        *out = c.out;
-        *mapped = (*out)->mapped != NULL;
+    if (status != UCS_OK) return status;
+    remote_t *remote = c.out;
+    uint64_t end_ns = now_ns() + timeout_ms * 1000000;
+    struct timespec end = {.tv_sec = end_ns / 1000000000, .tv_nsec = end_ns % 1000000000};
+    pthread_mutex_lock(&f->lock);
+    while (!peer->settled && !pthread_cond_timedwait(&f->called, &f->lock, &end)) {}
+    status = peer->settled ? atomic_load(&peer->status) : UCS_ERR_TIMED_OUT;
+    pthread_mutex_unlock(&f->lock);
+    if (status != UCS_OK) {
+        c = (call_t){.command = CMD_ABANDON, .in = remote};
+        call(f, &c);
+        return status;
     }
-    return status;
+    *out = remote;
+    *mapped = remote->mapped != NULL;
+    return UCS_OK;
 }
 
 int kvf_drop(ferry_t *f, remote_t *remote)

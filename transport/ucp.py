@@ -27,13 +27,16 @@ from transport.errors import (
 from transport.pieces import U64, Offsets, check_pieces
 
 OLDEST_UCX = (1, 12)
-CONNECT_TIMEOUT_S = 2.0
+CONNECT_TIMEOUT_MS = 2000
 
 # Set before the library loads, unless the user did.  Sites with InfiniBand set UCX_TLS themselves.
 _SETTINGS = {
     # posix: segments that a peer maps.  tcp: everything else, and the news of a peer's death.  Not cma, whose survivors
     # abort when a peer dies.
     "UCX_TLS": "posix,tcp,self",
+    # Rendezvous serves no one-sided operation, but while it is on, endpoints that report failures get emulated puts over
+    # tcp: 8 KiB a message, each answered, and an owner whose answer meets a dead writer's socket aborts inside UCX.
+    "UCX_RNDV_THRESH": "inf",
     # A host that vanished without a word is noticed within seconds, not within 20.
     "UCX_KEEPALIVE_INTERVAL": "1s",
     # Crashes stay Python's to report: a library takes over no signals.
@@ -108,11 +111,10 @@ class UcpTransport:
             if status != _OK:
                 self._lib.kvf_release(self._ferry, handle)
                 raise TransportError(f"UCX could not pack the region's key: {self._text(status)}")
-            view = memoryview((ctypes.c_ubyte * nbytes).from_address(base.value)).cast("B")
             descriptor = Descriptor(
                 self.name, self.incarnation, base.value, nbytes, self._address, key.raw[: key_length.value]
             )
-            region = Region(base.value, nbytes, view, descriptor.pack(), self._release)
+            region = Region(base.value, nbytes, descriptor.pack(), self._release)
             self._regions[region] = handle
             return region
 
@@ -123,7 +125,14 @@ class UcpTransport:
             connection = self._connect(d)
             handle, mapped = c_void_p(), c_int()
             status = self._lib.kvf_import(
-                self._ferry, connection.handle, d.key, d.base, d.nbytes, byref(handle), byref(mapped)
+                self._ferry,
+                connection.handle,
+                d.key,
+                d.base,
+                d.nbytes,
+                CONNECT_TIMEOUT_MS,
+                byref(handle),
+                byref(mapped),
             )
             if status != _OK:
                 raise PeerLost(f"the region's owner cannot be reached: {self._text(status)}")
@@ -169,6 +178,8 @@ class UcpTransport:
             self._closed = True
             self._lib.kvf_stop(self._ferry)
             self._completions.close()
+            for region in self._completions.give_up_all(self._regions):
+                self._lib.kvf_release(self._ferry, self._regions.pop(region))
             self._lib.kvf_free(self._ferry)
             self._connections.clear()
             self._owners.clear()
@@ -190,7 +201,7 @@ class UcpTransport:
         if known is not None:
             return known
         handle = c_void_p()
-        status = self._lib.kvf_connect(self._ferry, d.address, int(CONNECT_TIMEOUT_S * 1000), byref(handle))
+        status = self._lib.kvf_connect(self._ferry, d.address, byref(handle))
         if status != _OK:
             raise PeerLost(f"the region's owner cannot be reached: {self._text(status)}")
         self._connections[d.incarnation] = connection = _Connection(handle)
@@ -212,7 +223,7 @@ class UcpTransport:
     def _release(self, region: Region) -> None:
         with self._control:
             if self._closed:
-                return  # its memory stays until the process ends
+                return
             if self._completions.give_up(region):
                 self._lib.kvf_release(self._ferry, self._regions.pop(region))
 
@@ -301,10 +312,10 @@ def _load() -> ctypes.CDLL:
         ("allocate", c_int, [h, size, p, POINTER(size)]),
         ("release", c_int, [h, h]),
         ("pack", c_int, [h, h, c_void_p, POINTER(size)]),
-        ("connect", c_int, [h, c_char_p, size, p]),
+        ("connect", c_int, [h, c_char_p, p]),
         ("peer_status", c_int, [h]),
         ("disconnect", c_int, [h, h]),
-        ("import", c_int, [h, h, c_char_p, size, size, p, POINTER(c_int)]),
+        ("import", c_int, [h, h, c_char_p, size, size, size, p, POINTER(c_int)]),
         ("drop", c_int, [h, h]),
         ("post", c_int, [h, c_int, h, h, size, c_void_p, c_void_p, c_void_p, size]),
         ("cancel", c_int, [h, size]),

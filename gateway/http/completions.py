@@ -80,9 +80,13 @@ class Completions:
             _log.info("client hung up", answer_begun=reply.begun)
         except asyncio.CancelledError:
             # Only the server cancels, after its grace, and this task has no other end than this answer.
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_LAST_WORD_S):
-                    await reply.fail(UnavailableError("the gateway is shutting down"))
+            await self._last_word(reply, UnavailableError("the gateway is shutting down"))
+
+    async def _last_word(self, reply: _Reply, error: Error) -> None:
+        """Without it, when the client does not read, the server breaks the response off."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORD_S):
+                await reply.fail(error)
 
     def _timeout_s(self, headers: Headers) -> float:
         text = headers.get("x-request-timeout")
@@ -116,8 +120,7 @@ class Completions:
                 raise
             if not isinstance(error, Error):
                 _log.exception("the stream failed")
-            async with asyncio.timeout(_LAST_WORD_S):
-                await reply.fail(error if isinstance(error, Error) else internal_error(reply.request_id))
+            await self._last_word(reply, error if isinstance(error, Error) else internal_error(reply.request_id))
 
 
 class _Reply:

@@ -72,18 +72,25 @@ def chat(
                 history.pop()
                 output.say(f"kvferry: {output.sentence(error, address)}")
                 continue
+            except KeyboardInterrupt:  # before the answer's first word
+                if not interactive:
+                    raise
+                history.pop()
+                print("[stopped]", flush=True)
+                continue
             history.append(ChatMessage("assistant", answer))
             if show_timeline and stream.timeline is not None and stream.usage is not None:
                 timeline.show(stream.timeline, stream.usage)
 
 
 def _answer(stream: Stream, interactive: bool) -> str:
-    """Prints the answer as it comes; when Ctrl-C stops it, what came until then is the answer."""
+    """Prints the answer as it comes; when Ctrl-C stops it, what came until then is the answer.  KeyboardInterrupt goes
+    on when nothing had come, or when nobody is there to go on talking."""
     try:
         for chunk in stream:
             print(chunk.text, end="", flush=True)
     except KeyboardInterrupt:
-        if not interactive:
+        if not interactive or not stream.text:
             raise
         stream.close()
         print(" [stopped]", end="")

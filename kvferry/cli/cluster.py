@@ -301,7 +301,7 @@ class _Child:
             if signum is signal.SIGKILL:
                 os.killpg(self._process.pid, signum)  # what it has started too
             else:
-                self._process.send_signal(signum)
+                os.kill(self._process.pid, signum)  # Popen.send_signal would reap it behind the thread's back
 
     def stop(self, grace_s: float) -> None:
         """Call with the cluster stopping."""

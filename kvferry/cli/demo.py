@@ -8,9 +8,10 @@ import typer
 
 from kvferry.cli import options, output, timeline
 from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.interrupts import Interrupts
 from kvferry.cli.members import DEFAULT_MODEL, ClusterConfig, clone_root
 from kvferry.cli.progress import StartProgress
-from kvferry.cli.serve import interruptible, stop
+from kvferry.cli.serve import stop
 from kvferry.client import Client
 
 DEFAULT_PROMPT = "Why is the sky blue? Answer in two sentences."
@@ -51,13 +52,14 @@ def demo(
         log_level=log_level.value,
     )
     progress = StartProgress()
-    with output.failures(), interruptible():
+    with output.failures(), Interrupts() as interrupts:
         cluster = LocalCluster.from_config(
             config, log_dir=log_dir or clone_root() / "build" / "logs" / "demo", on_event=progress.on_event
         )
         try:
             with progress.show([member.name for member in cluster.members]):
                 cluster.start()
+            interrupts.check()
             _ask(cluster, prompt, max_tokens, temperature, seed)
         finally:
             stop(cluster)

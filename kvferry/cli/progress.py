@@ -71,4 +71,6 @@ def describe(event: Event) -> str:
         case Restarted(name, pid):
             return f"{name} was started again (pid {pid})"
         case Stopped(name, status, killed):
-            return f"{name} did not end in time and was killed" if killed else f"{name} {describe_status(status)}"
+            if killed:
+                return f"{name} did not stop in time and was killed"
+            return f"{name} stopped" if status == 0 else f"{name} stopped: it {describe_status(status)}"

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Annotated
 
 import typer
 
 from kvferry.cli import options, output
 from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.interrupts import Interrupts
 from kvferry.cli.members import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, DEFAULT_MODEL, ClusterConfig
 from kvferry.cli.ports import LOOPBACK
 from kvferry.cli.progress import StartProgress
@@ -64,31 +60,16 @@ def serve(
     progress = StartProgress()
     with output.failures():
         cluster = LocalCluster.from_config(config, log_dir=log_dir, on_event=progress.on_event)
-        with interruptible():
+        with Interrupts() as interrupts:
             try:
                 with progress.show([member.name for member in cluster.members]):
                     cluster.start()
                 _announce(cluster)
-                threading.Event().wait()
+                interrupts.wait()
             except KeyboardInterrupt:
                 output.say("\nstopping; Ctrl-C again kills at once")
             finally:
                 stop(cluster)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block like Ctrl-C does."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
 
 
 def stop(cluster: LocalCluster) -> None:

@@ -209,6 +209,7 @@ class Reservations:
         with self._worker.engine.exclusive():
             self._book.prove_stopped(ticket.transfer_id)
         self._writers.pop(ticket.transfer_id, None)
+        self._worker.router.changed.set()
 
     async def _has_stopped(self, ticket: Ticket, writer: Writer) -> bool:
         if has_ended(writer.process):

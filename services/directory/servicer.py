@@ -53,8 +53,7 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
     async def Watch(
         self, request: directory_pb2.WatchRequest, context: Any
     ) -> AsyncIterator[directory_pb2.WatchResponse]:
-        watch: Any = self._store.watch(request.from_revision, _HEARTBEAT_S)
-        async with aclosing(watch):
+        async with aclosing(self._store.watch(request.from_revision, _HEARTBEAT_S)) as watch:
             async for changes in watch:
                 yield _response(changes)
 

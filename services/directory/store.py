@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -50,7 +50,7 @@ class Store(Protocol):
 
     async def longest_prefix(self, hashes: Sequence[bytes]) -> list[tuple[Worker, int]]: ...
 
-    def watch(self, from_revision: int, heartbeat_s: float) -> AsyncIterator[Changes]:
+    def watch(self, from_revision: int, heartbeat_s: float) -> AsyncGenerator[Changes, None]:
         """Changes after ``from_revision`` for ever, beginning with a snapshot when they are not remembered; without
         events when nothing happened for ``heartbeat_s``.  Ends when the store closes.  A watcher that is so slow that
         history has passed it by gets a snapshot."""
@@ -116,7 +116,7 @@ class MemoryStore:
     async def longest_prefix(self, hashes: Sequence[bytes]) -> list[tuple[Worker, int]]:
         return self.directory.longest_prefix(hashes)
 
-    async def watch(self, from_revision: int, heartbeat_s: float) -> AsyncIterator[Changes]:
+    async def watch(self, from_revision: int, heartbeat_s: float) -> AsyncGenerator[Changes, None]:
         self.num_watchers += 1
         revision = from_revision
         try:

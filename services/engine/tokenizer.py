@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from kvferry import errors
 from services.engine.model_config import ModelError
 
 
@@ -46,8 +47,15 @@ class Tokenizer:
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         """Special tokens written out in ``text`` are recognised.  ``add_special``: begin as the model's prompts do (with
-        the beginning-of-sequence token, where it has one); False for text from a chat template, which writes its own."""
-        return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+        the beginning-of-sequence token, where it has one); False for text from a chat template, which writes its own.
+        May be empty for a text that is not: vocabularies may lack rare bytes.  InvalidRequestError for half a surrogate
+        pair, which JSON can smuggle into a str and no encoding can express."""
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+        except TypeError as error:
+            raise errors.InvalidRequestError(
+                "the prompt is not valid Unicode: it holds half a surrogate pair"
+            ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The whole text of ``ids``; what is no UTF-8 becomes U+FFFD."""

@@ -184,7 +184,7 @@ class Passage:
         except grpc.aio.AioRpcError as e:
             log.info("abort_not_told", transfer_id=ticket.transfer_id, error=e.details())
 
-    def _owner(self) -> worker_pb2_grpc.DecodeServiceStub:
+    def _owner(self) -> worker_pb2_grpc.DecodeServiceAsyncStub:
         return worker_pb2_grpc.DecodeServiceStub(self.ferries.channels.get(self.ticket.owner_control_address))
 
     def _release(self) -> None:

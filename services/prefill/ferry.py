@@ -83,7 +83,7 @@ class Ferry:
         return self.computed(num_computed)
 
     def computed(self, num_tokens: int) -> list[Action]:
-        """KV of the first ``num_tokens`` tokens of the prompt is in the source blocks.  Only the last block may be partial."""
+        """KV of the first ``num_tokens`` tokens of the prompt is in the source blocks; only its last may be partial."""
         if self.state is not FerryState.WRITING:
             return []
         whole = num_tokens == self._num_prompt_tokens

@@ -88,7 +88,7 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def _summary(cls: type) -> str:
-    return (cls.__doc__ or "").strip().replace("%", "%%")
+    return (cls.__doc__ or "").strip()
 
 
 def _flag(name: str) -> str:

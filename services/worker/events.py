@@ -24,6 +24,8 @@ class EventRouter:
     """One per worker.  ``publish`` may be called from any thread, the rest from the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        # Set whenever a sequence may have ended; who waits for that clears it.
+        self.changed = asyncio.Event()
         self.on_cache_changes: Callable[[list[CacheChange]], None] = lambda changes: None
         self._loop = loop
         self._subscribers: dict[SequenceId, Subscriber] = {}
@@ -34,6 +36,7 @@ class EventRouter:
 
     def unsubscribe(self, id_: SequenceId) -> None:
         self._subscribers.pop(id_, None)
+        self.changed.set()
 
     def publish(self, events: list[Event], changes: list[CacheChange], step: StepTime) -> None:
         try:
@@ -53,5 +56,6 @@ class EventRouter:
             if subscriber := self._subscribers.get(id_):
                 subscriber.on_step(step)
         self.deliver(events)
+        self.changed.set()
         if changes:
             self.on_cache_changes(changes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,8 +13,6 @@ from services.worker.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]
 StopTransfer = Callable[[str, int], Awaitable[None]]
-
-DRAIN_LOOK_S = 0.05
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
@@ -54,4 +51,5 @@ async def drain(worker: Worker) -> None:
     """Takes no new work; returns when what there is has ended.  The caller sets the deadline."""
     worker.draining = True
     while not worker.is_idle():
-        await asyncio.sleep(DRAIN_LOOK_S)
+        worker.router.changed.clear()
+        await worker.router.changed.wait()

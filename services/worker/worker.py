@@ -160,7 +160,7 @@ class Worker:
             return scheduler.num_sequences == 0 and counts.lent == 0 and counts.quarantined == 0
 
 
-class refusals_as_errors:  # noqa: N801 - reads as the context it is
+class refusals_as_errors:
     """Turns what the scheduler refuses into errors for the caller."""
 
     def __enter__(self) -> None: ...

@@ -108,6 +108,7 @@ def test_the_same_incarnation_renews() -> None:
     assert directory.events_since(START + 2) == [LoadChanged("w", 1, b"more")]
     # A process that registers again has forgotten its numbers.
     assert directory.publish_blocks(lease, 1, [Cleared(), Stored(blocks(2))], 4) == 3
+    assert directory.longest_prefix([block(1)]) == []
     with pytest.raises(IncarnationReusedError):
         directory.register(replace(worker(), info=b"another host"), 5, 4)
 

@@ -229,7 +229,11 @@ def broken(**changes: Any) -> directory_pb2.RegisterRequest:
         ("Register", broken(lease_ttl_ms=999), "lease_ttl_ms"),
         ("Register", broken(lease_ttl_ms=300_001), "lease_ttl_ms"),
         ("PublishBlocks", directory_pb2.PublishBlocksRequest(first_sequence=0), "first_sequence"),
-        ("PublishBlocks", directory_pb2.PublishBlocksRequest(first_sequence=1, events=[{}]), "stored, removed or cleared"),
+        (
+            "PublishBlocks",
+            directory_pb2.PublishBlocksRequest(first_sequence=1, events=[{}]),
+            "stored, removed or cleared",
+        ),
         ("Lookup", directory_pb2.LookupRequest(hashes=b"x" * 17), "16 bytes"),
     ],
 )

@@ -75,7 +75,9 @@ async def test_chat(gateway: Gateway) -> None:
         ):
             [choice] = answer.choices
             assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "Héllo", "stop")
+            assert answer.usage is not None
             assert answer.usage.total_tokens == 12
+            assert answer.usage.prompt_tokens_details is not None
             assert answer.usage.prompt_tokens_details.cached_tokens == 4
 
 

@@ -80,21 +80,26 @@ async def test_hanging_up_between_tokens_ends_the_generation(stream: bool) -> No
         assert (front_door.num_running, front_door.num_cancelled) == (0, 1)
 
 
+class Endless(ScriptedFrontDoor):
+    """Has more to say than any buffer holds."""
+
+    num_yielded = 0
+    closed_by_its_task = False
+
+    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        task = asyncio.current_task()
+        try:
+            while True:
+                yield chunk("x" * 10_000, [0])
+                self.num_yielded += 1
+                await asyncio.sleep(0)
+        finally:
+            # Not by the garbage collector, whenever it would come.
+            self.closed_by_its_task = asyncio.current_task() is task
+            self.idle.set()
+
+
 async def test_hanging_up_without_reading_ends_the_generation() -> None:
-    class Endless(ScriptedFrontDoor):
-        num_yielded = 0
-
-        async def generate(
-            self, request: inference_pb2.GenerateRequest
-        ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-            try:
-                while True:
-                    yield chunk("x" * 10_000, [0])
-                    self.num_yielded += 1
-                    await asyncio.sleep(0)
-            finally:
-                self.idle.set()
-
     front_door = Endless()
     async with serving(front_door) as port:
         async with asking(port, body(True)):
@@ -106,6 +111,16 @@ async def test_hanging_up_without_reading_ends_the_generation() -> None:
         assert seen > 0
         async with asyncio.timeout(SOON_S):
             await front_door.idle.wait()
+        assert front_door.closed_by_its_task
+
+
+async def test_the_deadline_ends_the_generation_for_a_client_that_does_not_read() -> None:
+    front_door = Endless()
+    async with serving(front_door) as port, asking(port, body(True), "x-request-timeout: 0.5"):
+        # The deadline finds the generator at a yield, where only closing it can tell it.
+        await front_door.idle.wait()
+        assert front_door.num_yielded > 0
+        assert front_door.closed_by_its_task
 
 
 async def test_a_finished_request_is_not_taken_for_a_hang_up() -> None:
@@ -208,6 +223,7 @@ async def test_what_is_left_after_the_grace_is_told_and_cancelled(begun: bool) -
     async with asking(port, body(True)) as reader:
         await front_door.waiting.wait()
         await server.stop(0.05)
+        assert front_door.num_running == 0
         answer = await reader.read()
     assert (b" 503 " in answer, b"[DONE]" in answer) == (not begun, False)
     assert b"the gateway is shutting down" in answer

@@ -91,9 +91,7 @@ def test_flags_over_environment_over_file_over_defaults(tmp_path: Path) -> None:
         (["--name=x", "--config=/nowhere.toml"], {}, "cannot read the --config file /nowhere.toml"),
     ],
 )
-def test_rejects(
-    argv: list[str], environ: dict[str, str], says: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_rejects(argv: list[str], environ: dict[str, str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         load(Settings, argv, "test", environ)
     assert caught.value.code == 2
@@ -131,5 +129,12 @@ def test_help_shows_defaults_and_variables(capsys: pytest.CaptureFixture[str]) -
         load(Settings, ["--help"], "test", {})
     assert caught.value.code == 0
     out = capsys.readouterr().out
-    for text in ("100 % of it", "50 % is fine", "[3; KVFERRY_NUM_THINGS]", "red|blue", "[required; KVFERRY_NAME]", "--no-verbose"):
+    for text in (
+        "100 % of it",
+        "50 % is fine",
+        "[3; KVFERRY_NUM_THINGS]",
+        "red|blue",
+        "[required; KVFERRY_NAME]",
+        "--no-verbose",
+    ):
         assert text in " ".join(out.split())

@@ -91,7 +91,9 @@ def test_a_process_whose_first_thread_has_ended_still_runs() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"boot_id": "another-boot"}, {"pid_namespace": 1}, {"boot_id": ""}, {"pid": 0}], ids=lambda c: next(iter(c))
+    "changes",
+    [{"boot_id": "another-boot"}, {"pid_namespace": 1}, {"boot_id": ""}, {"pid": 0}],
+    ids=lambda c: next(iter(c)),
 )
 def test_what_cannot_be_known_from_here(changes: dict[str, object]) -> None:
     assert has_ended(replace(this_process(), **changes)) is None  # type: ignore[arg-type]

@@ -17,7 +17,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvferry import errors
 from services.runtime import tracing
 from services.runtime.channel import open_channel
-from services.runtime.server import StartupError, add_standard_services, bind, create_server, running, split_address
+from services.runtime.server import add_standard_services, bind, create_server, running, split_address
+from services.runtime.startup import StartupError
 
 Text = wrappers_pb2.StringValue
 
@@ -51,6 +52,7 @@ class Handlers:
         return Text(value=request.value)
 
     async def stream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        task = asyncio.current_task()
         try:
             yield Text(value="one")
             if request.value == "conflict":
@@ -63,6 +65,8 @@ class Handlers:
                     yield Text(value="x" * 100_000)
             yield Text(value="two")
         finally:
+            # A generator that was left to the garbage collector is closed by a task of the event loop's own.
+            self.closed_by_its_call = asyncio.current_task() is task
             self.closed.set()
 
     async def collect(self, requests: Any, context: Any) -> Any:
@@ -216,6 +220,15 @@ async def test_a_cancelled_stream_closes_its_handler_even_at_a_yield() -> None:
         await asyncio.wait_for(handlers.suspended.wait(), 5)
         call.cancel()
         await asyncio.wait_for(handlers.closed.wait(), 5)
+        assert handlers.closed_by_its_call
+
+
+async def test_what_the_server_was_started_under_is_not_a_calls_context() -> None:
+    handlers = Handlers()
+    with structlog.contextvars.bound_contextvars(request_id="startup"):
+        async with serving(handlers) as (_, port), grpc.aio.insecure_channel(f"127.0.0.1:{port}") as plain:
+            await unary(plain)(Text(), timeout=5)
+    assert handlers.seen[0][0] is None
 
 
 async def test_request_id_and_trace_reach_the_handler_and_do_not_stay() -> None:

@@ -120,9 +120,12 @@ def describe_cluster() -> inference_pb2.DescribeClusterResponse:
 
 class FakeGateway(inference_pb2_grpc.InferenceServiceServicer, inference_pb2_grpc.ClusterServiceServicer):
     """Plays ``scripts`` one per Generate, the last one again and again; ``failures`` are raised by the unary calls
-    before they answer.  ``requests`` and ``metadata`` record what arrived, ``cancelled`` that a client went away."""
+    before they answer.  With ``tls`` it speaks TLS alone.  ``requests`` and ``metadata`` record what arrived,
+    ``cancelled`` that a client went away."""
 
-    def __init__(self, *scripts: Script) -> None:
+    def __init__(self, *scripts: Script, tls: grpc.ServerCredentials | None = None, port: int = 0) -> None:
+        self.port = port
+        self.tls = tls
         self.scripts = list(scripts)
         self.failures: list[errors.Error] = []
         self.requests: list[Message] = []
@@ -134,22 +137,23 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer, inference_pb2_grp
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[inference_pb2.GenerateResponse]:
         """A script: one token, then nothing until the client goes away."""
+        ended = self._watch(context)
         yield started()
         yield chunk("one", common_pb2.Token(index=0, id=100))
-        self._hold(context)
+        ended.wait(30)
 
     def hang(
         self, request: inference_pb2.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[inference_pb2.GenerateResponse]:
         """A script: nothing at all until the client goes away."""
-        self._hold(context)
+        self._watch(context).wait(30)
         yield started()
 
-    def _hold(self, context: grpc.ServicerContext) -> None:
-        ended = threading.Event()
-        if context.add_callback(ended.set):
-            ended.wait(30)
-        self.cancelled.set()
+    def _watch(self, context: grpc.ServicerContext) -> threading.Event:
+        """Set when the client goes away; from the beginning, because a script is not resumed after that."""
+        if not context.add_callback(self.cancelled.set):
+            self.cancelled.set()
+        return self.cancelled
 
     def _record(self, request: Message, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
@@ -195,17 +199,18 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer, inference_pb2_grp
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self, self._server)
         inference_pb2_grpc.add_ClusterServiceServicer_to_server(self, self._server)
-        health = grpc.unary_unary_rpc_method_handler(lambda request, context: self.serving)
+        check = grpc.unary_unary_rpc_method_handler(lambda request, context: self.serving)
+        watch = grpc.unary_stream_rpc_method_handler(lambda request, context: iter([self.serving]))
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": health}),)
+            (grpc.method_handlers_generic_handler("grpc.health.v1.Health", {"Check": check, "Watch": watch}),)
         )
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
-        self.address = f"127.0.0.1:{self.port}"
+        where = f"127.0.0.1:{self.port}"
+        port = (
+            self._server.add_insecure_port(where) if self.tls is None else self._server.add_secure_port(where, self.tls)
+        )
+        self.address = f"127.0.0.1:{port}"
         self._server.start()
         return self
-
-    def add_secure_port(self, credentials: grpc.ServerCredentials) -> int:
-        return self._server.add_secure_port("127.0.0.1:0", credentials)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

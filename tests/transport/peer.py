@@ -109,7 +109,8 @@ def serve(backend: str) -> None:
             case "fill":
                 peer.fill(request["offset"], bytes.fromhex(request["data"]))
                 answer = ""
-        print(json.dumps(answer), flush=True)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
     peer.close()
 
 

@@ -320,7 +320,7 @@ class WatchResponse(google.protobuf.message.Message):
     EVENTS_FIELD_NUMBER: builtins.int
     SNAPSHOT_FIELD_NUMBER: builtins.int
     revision: builtins.int
-    """The watcher's state after these events."""
+    """The watcher's state after these events; 0 while further parts of the same state follow."""
     snapshot: builtins.bool
     """Drop everything held before applying these events."""
     @property

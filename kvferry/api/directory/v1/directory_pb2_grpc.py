@@ -78,7 +78,7 @@ class DirectoryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def KeepAlive(self, request, context):
-        """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again with a new incarnation.
+        """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,7 +101,7 @@ class DirectoryServiceServicer(object):
 
     def PublishBlocks(self, request, context):
         """Reports what entered and left a worker's prefix cache. FAILED_PRECONDITION when first_sequence leaves a gap: send a
-        snapshot (cleared, then everything stored).
+        snapshot (cleared, then everything stored), which is accepted at any later sequence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

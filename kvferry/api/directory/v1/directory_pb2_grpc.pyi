@@ -30,7 +30,7 @@ class DirectoryServiceStub:
     (the event says both); the same incarnation again renews its lease.
     """
     KeepAlive: grpc.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.KeepAliveRequest, kvferry.api.directory.v1.directory_pb2.KeepAliveResponse]
-    """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again with a new incarnation."""
+    """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again."""
     Deregister: grpc.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.DeregisterRequest, kvferry.api.directory.v1.directory_pb2.DeregisterResponse]
     """Leaves at once. Idempotent."""
     Watch: grpc.UnaryStreamMultiCallable[kvferry.api.directory.v1.directory_pb2.WatchRequest, kvferry.api.directory.v1.directory_pb2.WatchResponse]
@@ -39,7 +39,7 @@ class DirectoryServiceStub:
     """
     PublishBlocks: grpc.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.PublishBlocksRequest, kvferry.api.directory.v1.directory_pb2.PublishBlocksResponse]
     """Reports what entered and left a worker's prefix cache. FAILED_PRECONDITION when first_sequence leaves a gap: send a
-    snapshot (cleared, then everything stored).
+    snapshot (cleared, then everything stored), which is accepted at any later sequence.
     """
     Lookup: grpc.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.LookupRequest, kvferry.api.directory.v1.directory_pb2.LookupResponse]
     """For each worker that holds a prefix of the chain, how many leading blocks it holds."""
@@ -52,7 +52,7 @@ class DirectoryServiceAsyncStub(DirectoryServiceStub):
     (the event says both); the same incarnation again renews its lease.
     """
     KeepAlive: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.KeepAliveRequest, kvferry.api.directory.v1.directory_pb2.KeepAliveResponse]  # type: ignore[assignment]
-    """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again with a new incarnation."""
+    """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again."""
     Deregister: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.DeregisterRequest, kvferry.api.directory.v1.directory_pb2.DeregisterResponse]  # type: ignore[assignment]
     """Leaves at once. Idempotent."""
     Watch: grpc.aio.UnaryStreamMultiCallable[kvferry.api.directory.v1.directory_pb2.WatchRequest, kvferry.api.directory.v1.directory_pb2.WatchResponse]  # type: ignore[assignment]
@@ -61,7 +61,7 @@ class DirectoryServiceAsyncStub(DirectoryServiceStub):
     """
     PublishBlocks: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.PublishBlocksRequest, kvferry.api.directory.v1.directory_pb2.PublishBlocksResponse]  # type: ignore[assignment]
     """Reports what entered and left a worker's prefix cache. FAILED_PRECONDITION when first_sequence leaves a gap: send a
-    snapshot (cleared, then everything stored).
+    snapshot (cleared, then everything stored), which is accepted at any later sequence.
     """
     Lookup: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.LookupRequest, kvferry.api.directory.v1.directory_pb2.LookupResponse]  # type: ignore[assignment]
     """For each worker that holds a prefix of the chain, how many leading blocks it holds."""
@@ -83,7 +83,7 @@ class DirectoryServiceServicer(metaclass=abc.ABCMeta):
         request: kvferry.api.directory.v1.directory_pb2.KeepAliveRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.directory.v1.directory_pb2.KeepAliveResponse, collections.abc.Awaitable[kvferry.api.directory.v1.directory_pb2.KeepAliveResponse]]:
-        """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again with a new incarnation."""
+        """Keeps the lease and reports load. NOT_FOUND: the lease ended; register again."""
 
     @abc.abstractmethod
     def Deregister(
@@ -110,7 +110,7 @@ class DirectoryServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.directory.v1.directory_pb2.PublishBlocksResponse, collections.abc.Awaitable[kvferry.api.directory.v1.directory_pb2.PublishBlocksResponse]]:
         """Reports what entered and left a worker's prefix cache. FAILED_PRECONDITION when first_sequence leaves a gap: send a
-        snapshot (cleared, then everything stored).
+        snapshot (cleared, then everything stored), which is accepted at any later sequence.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,50 @@
+"""Being asked to end by Ctrl-C, SIGTERM or SIGHUP, without ever losing the request."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from types import FrameType, TracebackType
+from typing import Self
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupts:
+    """While entered, each of the signals raises KeyboardInterrupt in the main thread, where this must be used.
+
+    An exception can be swallowed by whichever destructor it happens to be raised in, and a signal that comes just before
+    a blocking call does not wake it.  So each signal leaves a byte in a pipe too, which :meth:`wait` and :meth:`check`
+    look at.
+    """
+
+    def __enter__(self) -> Self:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._previous_fd = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        self._previous = {signum: signal.signal(signum, self._interrupt) for signum in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(self._previous_fd)
+        os.close(self._reader)
+        os.close(self._writer)
+
+    def wait(self) -> None:
+        """Blocks until there has been a signal since entering, and raises KeyboardInterrupt."""
+        select.select([self._reader], [], [])
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt when there has been a signal since entering."""
+        if select.select([self._reader], [], [], 0)[0]:
+            raise KeyboardInterrupt
+
+    @staticmethod
+    def _interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt

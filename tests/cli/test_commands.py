@@ -1,0 +1,303 @@
+"""The commands that talk to a gateway, in this process and as a real one with pipes and terminals."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import kvferry
+from kvferry.api.inference.v1 import inference_pb2
+from kvferry.cli import make_app
+from tests.sdk.fake_gateway import FakeGateway, answer, refuse
+
+ROOT = Path(__file__).resolve().parents[2]
+APP = make_app(rich=False)
+
+
+@pytest.fixture
+def gateway(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGateway]:
+    """Also what KVFERRY_ADDRESS names."""
+    with FakeGateway(answer("Pa", "ris", ".")) as gateway:
+        monkeypatch.setenv("KVFERRY_ADDRESS", gateway.address)
+        yield gateway
+
+
+def kvferry_command(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "kvferry.cli", *arguments],
+        input=stdin, capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,
+    )  # fmt: skip
+
+
+def test_generate_streams_the_answer_to_stdout_alone(gateway: FakeGateway) -> None:
+    done = CliRunner().invoke(APP, ["generate", "The capital of France is", "--max-tokens", "8", "--stop", "\n"])
+    assert (done.exit_code, done.stdout, done.stderr) == (0, "Paris.\n", "")
+    (request,) = gateway.requests
+    assert isinstance(request, inference_pb2.GenerateRequest)
+    assert (request.text, request.sampling.max_tokens, list(request.stop)) == ("The capital of France is", 8, ["\n"])
+
+
+def test_generate_reads_stdin(gateway: FakeGateway) -> None:
+    assert CliRunner().invoke(APP, ["generate", "-"], input="from a pipe").exit_code == 0
+    (request,) = gateway.requests
+    assert isinstance(request, inference_pb2.GenerateRequest)
+    assert request.text == "from a pipe"
+
+
+def test_generate_json(gateway: FakeGateway) -> None:
+    done = CliRunner().invoke(APP, ["generate", "x", "--json"])
+    value = json.loads(done.stdout)
+    assert (value["text"], value["finish_reason"], value["seed"]) == ("Paris.", "stop", 7)
+    assert value["usage"] == {"num_prompt_tokens": 40, "num_output_tokens": 3, "num_cached_tokens": 16}
+    assert value["timeline"]["transfer"]["num_bytes"] == 6_000_000
+    assert [token["id"] for token in value["tokens"]] == [100, 101, 102]
+
+
+def test_generate_timeline_tells_every_stage(gateway: FakeGateway) -> None:
+    done = CliRunner().invoke(APP, ["generate", "x", "--timeline"])
+    text, _, shown = done.stdout.partition("timeline\n")
+    assert text == "Paris.\n"
+    rows = {line[:18].strip(): line[18:].strip() for line in shown.splitlines()}
+    assert rows["tokenize"].startswith("1.5 ms")
+    assert "shipping pays" in rows["route"]
+    assert "prefill-0" in rows["prefill queue"]
+    assert "24 tokens in 2 chunk(s), 16 found in the cache" in rows["prefill compute"]
+    assert rows["first token (TTFT)"].startswith("80.0 ms")
+    assert "3 blocks, 6,000,000 bytes (5.7 MiB) by mapped at 3.00 GB/s" in rows["KV written"]
+    assert rows["exposed transfer"].startswith("900 us")
+    assert "decode-0, 12 steps" in rows["decode compute"]
+    assert rows["ITL p50"].startswith("20.0 ms")
+    assert rows["ITL p99"].startswith("31.0 ms")
+    assert "3 tokens" in rows["total"]
+
+
+def test_address_flag_wins_over_the_environment(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFERRY_ADDRESS", "127.0.0.1:1")
+    assert CliRunner().invoke(APP, ["generate", "x", "--address", gateway.address]).exit_code == 0
+
+
+def test_status_table(gateway: FakeGateway) -> None:
+    done = CliRunner().invoke(APP, ["status"])
+    summary, heading, prefill, decode = done.stdout.splitlines()
+    assert summary == "tiny, 2 workers, 2 requests in flight, 41 in total, view 0.2 s old, kvferry 0.1.0"
+    assert heading.split()[:4] == ["worker", "role", "state", "address"]
+    assert " ".join(prefill.split()) == (
+        "prefill-0 prefill ready 127.0.0.1:9000 2 1 512 812.5 48.2 60 20 15 4 1 100 140.6 MiB"
+    )
+    assert decode.split()[:3] == ["decode-0", "decode", "draining"]
+
+
+def test_status_json(gateway: FakeGateway) -> None:
+    value = json.loads(CliRunner().invoke(APP, ["status", "--json"]).stdout)
+    assert value["workers"][0]["role"] == "prefill"
+    assert value["workers"][0]["blocks"]["quarantined"] == 1
+    assert value["view_age_s"] == 0.25
+
+
+def test_status_watch_goes_on_until_interrupted(gateway: FakeGateway) -> None:
+    command = [sys.executable, "-m", "kvferry.cli", "status", "--watch", "--interval", "0.1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        first, second = json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
+        assert first == second
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize("command", [["generate", "x"], ["status"], ["chat"]])
+def test_no_gateway_is_one_sentence_that_says_what_to_do(command: list[str]) -> None:
+    with FakeGateway() as gone:
+        address = gone.address
+    done = kvferry_command(*command, "--address", address, stdin="hi\n")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"kvferry: no gateway answers at {address}; start a cluster with `kvferry serve`, or name another gateway "
+        "with --address\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (kvferry.InvalidRequestError("max_tokens must be > 0"), "kvferry: max_tokens must be > 0\n"),
+        (kvferry.OverloadedError("too much", retry_after_s=90), "kvferry: too much (try again in 90 s)\n"),
+    ],
+)  # fmt: skip
+def test_refusals_are_one_sentence(gateway: FakeGateway, error: kvferry.Error, sentence: str) -> None:
+    gateway.scripts = [refuse(error)]
+    done = CliRunner().invoke(APP, ["generate", "x", "--timeout", "10"])
+    assert (done.exit_code, done.stderr) == (1, sentence)
+
+
+def test_timeout_is_one_sentence(gateway: FakeGateway) -> None:
+    gateway.scripts = [gateway.hang]
+    done = CliRunner().invoke(APP, ["generate", "x", "--timeout", "0.2"])
+    assert done.exit_code == 1
+    assert re.fullmatch(r"kvferry: the gateway at \S+ did not finish within .* --timeout\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "command", [["generate"], ["generate", "x", "--top-k", "many"], ["nonsense"], ["serve", "--decode", "0"]]
+)
+def test_wrong_usage_is_exit_code_2(command: list[str]) -> None:
+    done = CliRunner().invoke(APP, command)
+    assert done.exit_code == 2
+    assert "Usage: kvferry" in done.stderr
+
+
+def test_version_and_help() -> None:
+    assert kvferry_command("--version").stdout == f"kvferry {kvferry.__version__}\n"
+    for command in ([], ["demo"], ["serve"], ["generate"], ["chat"], ["status"]):
+        shown = CliRunner().invoke(APP, [*command, "--help"])
+        assert shown.exit_code == 0
+        assert "kvferry chat" in shown.stdout if not command else f"    kvferry {command[0]}" in shown.stdout
+        assert shown.stdout.isascii(), "piped help has no frames"
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(gateway: FakeGateway) -> None:
+    gateway.scripts = [answer(*["words " * 1000] * 200)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvferry.cli", "generate", "x"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.wait(30) == 1
+        assert process.stderr.read() == b""
+
+
+def test_ctrl_c_stops_generate_and_its_compute(gateway: FakeGateway) -> None:
+    gateway.scripts = [gateway.hold]
+    with subprocess.Popen(
+        [sys.executable, "-m", "kvferry.cli", "generate", "x"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(3) == b"one"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == b"interrupted\n"
+    assert gateway.cancelled.wait(10)
+
+
+def test_chat_with_a_pipe_keeps_history(gateway: FakeGateway) -> None:
+    done = kvferry_command(
+        "chat", "--system", "Be brief.", stdin="Capital of France?\n\nSure?\n/reset\nAgain\n/exit\nnot sent\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Paris.\n" * 3, "")
+    conversations = [
+        [(message.role, message.content) for message in request.chat.messages]
+        for request in gateway.requests
+        if isinstance(request, inference_pb2.GenerateRequest)
+    ]
+    system = ("system", "Be brief.")
+    assert conversations == [
+        [system, ("user", "Capital of France?")],
+        [system, ("user", "Capital of France?"), ("assistant", "Paris."), ("user", "Sure?")],
+        [system, ("user", "Again")],
+    ]
+
+
+class Terminal:
+    """A pseudo-terminal with a command on it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.descriptor, inner = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvferry.cli", *arguments],
+            stdin=inner, stdout=inner, stderr=inner, cwd=ROOT, env={**os.environ, "TERM": "xterm"},
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(inner)
+        self.seen = self.unread = ""
+
+    def type(self, text: str) -> None:
+        os.write(self.descriptor, text.encode())
+
+    def read_until(self, words: str) -> None:
+        """Reads on from where the last call found its words; fails with what came instead, or by the test's own
+        timeout."""
+        while words not in self.unread:
+            try:
+                piece = os.read(self.descriptor, 4096).decode(errors="replace")
+            except OSError:  # how a pseudo-terminal says that everybody left
+                piece = ""
+            assert piece, f"{words!r} not in {self.unread!r}"
+            self.unread += piece
+        found = self.unread.index(words) + len(words)
+        self.seen += self.unread[:found]
+        self.unread = self.unread[found:]
+
+    def interrupt_until(self, words: str) -> None:
+        """Ctrl-C, and again when nothing comes of it: input() misses one that comes just before it blocks."""
+        while words not in self.unread:
+            self.process.send_signal(signal.SIGINT)
+            if select.select([self.descriptor], [], [], 1)[0]:
+                self.unread += os.read(self.descriptor, 4096).decode(errors="replace")
+        self.read_until(words)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.descriptor)
+
+
+@pytest.fixture
+def terminal() -> Iterator[list[Terminal]]:
+    opened: list[Terminal] = []
+    yield opened
+    for each in opened:
+        each.close()
+
+
+@pytest.mark.timeout(60)
+def test_chat_on_a_terminal(gateway: FakeGateway, terminal: list[Terminal]) -> None:
+    fine = gateway.scripts[0]
+    gateway.scripts = [gateway.hold, refuse(kvferry.InvalidRequestError("too long")), fine]
+    shell = Terminal("chat")
+    terminal.append(shell)
+    shell.read_until("tiny: /reset")
+    shell.read_until("> ")
+    shell.type("first\n")
+    shell.read_until("one")
+    shell.interrupt_until("[stopped]")
+    shell.read_until("> ")
+    shell.interrupt_until("> ")  # at the prompt: a new prompt
+    shell.type("second\n")
+    shell.read_until("kvferry: too long")
+    shell.read_until("> ")
+    shell.type("third\n")
+    shell.read_until("Paris.")
+    shell.read_until("> ")
+    shell.type("\x04")
+    assert shell.process.wait(20) == 0
+    last = gateway.requests[-1]
+    assert isinstance(last, inference_pb2.GenerateRequest)
+    assert [m.content for m in last.chat.messages] == ["first", "one", "third"], "a refused message is forgotten"
+
+
+@pytest.mark.timeout(60)
+def test_a_terminal_gets_a_framed_table(gateway: FakeGateway, terminal: list[Terminal]) -> None:
+    shell = Terminal("status")
+    terminal.append(shell)
+    shell.read_until("└")
+    assert "┏" in shell.seen
+    assert shell.process.wait(20) == 0

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from kvferry.cli.interrupts import SIGNALS, Interrupts
+
+
+@pytest.mark.parametrize("signum", SIGNALS)
+def test_a_swallowed_interrupt_is_not_lost(signum: signal.Signals) -> None:
+    before = signal.getsignal(signum)
+    with Interrupts() as interrupts:
+        interrupts.check()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signum)  # as if a destructor had swallowed it
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.wait()
+    assert signal.getsignal(signum) is before

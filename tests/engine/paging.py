@@ -1,0 +1,76 @@
+"""A runner with a pool, block tables in shuffled order, and greedy decoding over any schedule of chunks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from services.engine.batch import Entry, build_batch
+from services.engine.layout import KvLayout
+from services.engine.model_config import ModelConfig
+from services.engine.runner import TorchRunner
+from services.engine.sampling_params import Sampling
+from services.engine.weights import Weights
+
+GREEDY = Sampling()
+
+
+class PagedModel:
+    """Every slot of the pool is NaN at first: what attention should not read would show."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, *, num_blocks: int, block_size: int = 16,
+                 dtype: str = "float32", seed: int = 0) -> None:  # fmt: skip
+        self.block_size = block_size
+        self.layout = KvLayout(
+            config.revision, dtype, block_size, config.num_layers, config.num_kv_heads, config.head_dim
+        )
+        self.arena = bytearray(b"\xff" * (num_blocks * self.layout.block_nbytes))
+        self.runner = TorchRunner(config, weights, self.layout, memoryview(self.arena), num_blocks, 1)
+        self._free = list(range(num_blocks))
+        random.Random(seed).shuffle(self._free)
+
+    def table(self, num_tokens: int) -> list[int]:
+        return [self._free.pop() for _ in range(-(-num_tokens // self.block_size))]
+
+    def logits(self, entries: Sequence[Entry]) -> npt.NDArray[np.float32]:
+        return self.runner.logits(build_batch(entries, self.block_size))
+
+    def prompt_logits(self, ids: Sequence[int], chunk: int | None = None) -> npt.NDArray[np.float32]:
+        """Of the last token, the prompt being computed in chunks."""
+        table, chunk = self.table(len(ids)), chunk or len(ids)
+        for start in range(0, len(ids), chunk):
+            part = ids[start : start + chunk]
+            last = start + len(part) == len(ids)
+            found = self.logits([Entry(part, start, table, GREEDY if last else None)])
+            assert len(found) == int(last)
+        return found[0]
+
+    def greedy(self, prompts: Sequence[Sequence[int]], num_tokens: int, chunk: int) -> list[list[int]]:
+        """All at once, one sequence joining per step: chunks of some share steps with others' single tokens."""
+        tables = [self.table(len(ids) + num_tokens) for ids in prompts]
+        outputs: list[list[int]] = [[] for _ in prompts]
+        computed = [0] * len(prompts)
+        for step in range(10_000):
+            entries, who = [], []
+            for i, ids in enumerate(prompts[: step + 1]):
+                if len(outputs[i]) == num_tokens:
+                    continue
+                known = [*ids, *outputs[i]]
+                part = known[computed[i] : computed[i] + chunk]
+                complete = computed[i] + len(part) == len(known)
+                entries.append(Entry(part, computed[i], tables[i], GREEDY if complete else None))
+                computed[i] += len(part)
+                if complete:
+                    who.append(i)
+            if not entries:
+                return outputs
+            for i, drawn in zip(who, self.runner.run(build_batch(entries, self.block_size)), strict=True):
+                outputs[i].append(drawn.token_id)
+        raise AssertionError("never finished")
+
+
+def relative_error(found: npt.NDArray[np.float32], expected: npt.NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))

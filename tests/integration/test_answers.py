@@ -1,0 +1,144 @@
+"""Split over two processes or on one worker alone: the tokens that transformers computes, one by one."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+import grpc
+import pytest
+
+from kvferry import Client
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from services.engine.model_files import ModelFiles
+from tests.integration.conftest import Running
+from tests.integration.reference import Reference
+
+NUM_TOKENS = 64
+
+RAW = [
+    "The",
+    "Once upon a time",
+    "def fibonacci(n):\n    ",
+    "1, 2, 3, 5, 8, 13,",
+    "The capital of France is Paris. The capital of Italy is",
+    "Ünïcödé: naïve façade, Straße, Ελληνικά, русский, 中文字符, 日本語",
+    "Emoji 🙂🚀👩‍👩‍👧‍👦 and then",
+    "   leading spaces\tand\ttabs\n\n\nand newlines",
+    "SELECT name, count(*) FROM users WHERE",
+    '{"name": "kvferry", "tags": ["a", "b"], "nested": {"x": 1',
+    "A" * 100,
+    "word " * 16,
+    "It was a bright cold day in April, and the clocks were striking thirteen. " * 4,
+    " ".join(str(i * i) for i in range(60)),
+    "Prefill is limited by compute, decode by memory bandwidth; so they want different machines. " * 12,
+    "<|im_start|>user\nWritten out by hand<|im_end|>\n<|im_start|>assistant\n",
+]
+CHATS = [
+    [{"role": "user", "content": "hi"}],
+    [{"role": "user", "content": "Why is the sky blue?"}],
+    [{"role": "system", "content": "You answer in French."}, {"role": "user", "content": "Good morning! 你好"}],
+    [
+        {"role": "user", "content": "Name a colour."},
+        {"role": "assistant", "content": "Blue."},
+        {"role": "user", "content": "Another one, and explain at length why you chose it over all others. " * 10},
+    ],
+]
+
+
+def alone(cluster: Running, prompt: Sequence[int]) -> list[int]:
+    """Prefill and decode in one process, sharing no cache with other requests."""
+    request = worker_pb2.DecodeRequest(
+        request_id="alone",
+        prompt_token_ids=prompt,
+        sampling=common_pb2.SamplingParams(
+            max_tokens=NUM_TOKENS, temperature=0, top_p=1, top_k=0, seed=0, ignore_eos=True
+        ),
+        cache_salt=secrets.token_bytes(8),
+    )
+    with grpc.insecure_channel(cluster.local.address("decode-0")) as channel:
+        responses = list(worker_pb2_grpc.DecodeServiceStub(channel).Decode(request, timeout=120))
+    assert responses[-1].finished.decode.prefilled_locally
+    return [r.token.id for r in responses if r.HasField("token")]
+
+
+@pytest.mark.parametrize("number", range(len(RAW) + len(CHATS)))
+def test_split_equals_alone_equals_transformers(
+    cluster: Running, client: Client, reference: Reference, files: ModelFiles, number: int
+) -> None:
+    options = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
+    if number < len(RAW):
+        prompt = list(client.tokenize(RAW[number]))
+        split = client.generate(RAW[number], **options).result()
+    else:
+        messages = CHATS[number - len(RAW)]
+        prompt = list(client.tokenize(messages))
+        split = client.chat(messages, **options).result()
+    assert split.timeline.prefill_worker == "prefill-0"
+    assert split.timeline.transfer.num_blocks > 0
+    assert len(split.token_ids) == NUM_TOKENS
+    assert split.text == files.tokenizer.decode(split.token_ids)
+    assert reference.continuation_is_greedy(prompt, split.token_ids)
+    assert alone(cluster, prompt) == list(split.token_ids)
+
+
+def test_the_reference_decodes_by_itself_to_the_same(client: Client, reference: Reference) -> None:
+    """The comparison above asks transformers about our tokens; here it finds its own."""
+    text = RAW[4]
+    answer = client.generate(text, max_tokens=24, temperature=0, ignore_eos=True).result()
+    prompt = list(client.tokenize(text))
+    expected = reference.generate(prompt, 24)
+    assert list(answer.token_ids[: len(expected)]) == expected
+    assert not reference.continuation_is_greedy(prompt, [*expected[:-1], (expected[-1] + 1) % 1000])
+
+
+def test_prompts_span_blocks_and_chunks(client: Client) -> None:
+    """The list above is as varied as it claims to be."""
+    lengths = [len(client.tokenize(text)) for text in RAW] + [len(client.tokenize(chat)) for chat in CHATS]
+    assert min(lengths) == 1
+    assert sum(length > 16 for length in lengths) > 10, "several blocks"
+    assert sum(length > 64 for length in lengths) >= 4, "longer than a chunk"
+    assert max(lengths) > 3 * 64
+
+
+def test_seeded_sampling_is_the_same_split_and_alone(cluster: Running, client: Client) -> None:
+    text = "Write a poem about the sea:"
+    options = {"max_tokens": 40, "temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 1234}
+    first = client.generate(text, **options).result()
+    assert first.timeline.prefill_worker == "prefill-0"
+    again = client.generate(text, **options).result()  # partly from the prefix cache
+    assert again.token_ids == first.token_ids
+    other = client.generate(text, **{**options, "seed": 4321}).result()
+    assert other.token_ids != first.token_ids
+    request = worker_pb2.DecodeRequest(
+        request_id="alone",
+        prompt_token_ids=client.tokenize(text),
+        sampling=common_pb2.SamplingParams(max_tokens=40, temperature=0.9, top_p=0.95, top_k=50, seed=1234),
+        cache_salt=b"alone",
+    )
+    with grpc.insecure_channel(cluster.local.address("decode-0")) as channel:
+        responses = worker_pb2_grpc.DecodeServiceStub(channel).Decode(request, timeout=120)
+        assert [r.token.id for r in responses if r.HasField("token")] == list(first.token_ids)
+
+
+def test_a_repeated_prompt_comes_from_the_prefix_cache(client: Client) -> None:
+    text = "A prompt that nobody else in these tests has sent. " * 10
+    first = client.generate(text, max_tokens=8, temperature=0).result()
+    again = client.generate(text, max_tokens=8, temperature=0).result()
+    assert again.token_ids == first.token_ids
+    assert first.usage.num_cached_tokens == 0
+    assert again.usage.num_cached_tokens > 64
+    assert again.timeline.transfer.num_blocks < first.timeline.transfer.num_blocks
+
+
+def test_logprobs_stop_strings_and_reasons(client: Client) -> None:
+    answer = client.generate("Count: 1, 2, 3, 4,", max_tokens=30, temperature=0, logprobs=3, stop=[" 9"]).result()
+    assert answer.text.endswith("8,")
+    assert answer.finish_reason.name == "STOP"
+    for token in (t for t in answer.tokens):
+        assert token.logprob is not None
+        assert len(token.top_logprobs) == 3
+        assert token.top_logprobs[0].token_id == token.id, "greedy takes the likeliest"
+        assert token.logprob == pytest.approx(token.top_logprobs[0].logprob)
+    assert client.generate("Count:", max_tokens=3, temperature=0).result().finish_reason.name == "LENGTH"

@@ -1,0 +1,77 @@
+"""Processes that die in the middle: an answer that is right or an error that says what happened, never a hang."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from kvferry import Client, UnavailableError
+from tests.integration.conftest import Running
+from tests.integration.reference import Reference
+
+LONG = "Each of these sentences makes the prompt a little longer than before. " * 60
+DEADLINE_S = 90.0
+
+
+def assert_serves(client: Client) -> None:
+    answer = client.generate("And now?", max_tokens=4, temperature=0, ignore_eos=True, timeout=DEADLINE_S).result()
+    assert len(answer.token_ids) == 4
+
+
+def test_a_prefill_worker_killed_while_it_prefills(cluster: Running, client: Client, reference: Reference) -> None:
+    prompt = "killed while prefilling: " + LONG
+    before = cluster.stats("prefill-0")
+    stream = client.generate(prompt, max_tokens=16, temperature=0, ignore_eos=True, timeout=DEADLINE_S)
+    cluster.wait_until(
+        lambda: cluster.stats("prefill-0").num_blocks_written > before.num_blocks_written, 30, "blocks are written"
+    )
+    cluster.local.kill("prefill-0")
+    answer = stream.result()  # the decode worker computes the prompt itself, or the restarted one does
+    assert answer.timeline.num_retries >= 1
+    assert reference.continuation_is_greedy(client.tokenize(prompt), answer.token_ids)
+    cluster.wait_until(lambda: cluster.is_quiet("decode-0"), 10, "the dead writer's blocks are back")
+    cluster.local.wait_ready("prefill-0", 60)
+    info = cluster.info("prefill-0")
+    assert info.incarnation != before.state.info.incarnation
+    cluster.wait_routable(info.incarnation)
+    again = client.generate("after the restart: " + LONG[:300], max_tokens=4, temperature=0).result()
+    assert again.timeline.prefill_worker == "prefill-0"
+    assert again.timeline.num_retries == 0
+
+
+def test_a_decode_worker_killed_while_it_decodes_is_a_typed_error(cluster: Running, client: Client) -> None:
+    stream = client.generate("Tell me everything.", max_tokens=2000, temperature=0, ignore_eos=True, timeout=DEADLINE_S)
+    received = [next(stream) for _ in range(4)]
+    assert received
+    killed_s = time.monotonic()
+    cluster.local.kill("decode-0")
+    with pytest.raises(UnavailableError, match="decode-0") as lost:
+        for _ in stream:
+            pass
+    assert lost.value.reason == "DECODE_WORKER_LOST"
+    assert time.monotonic() - killed_s < 5
+    cluster.wait_until(lambda: cluster.is_quiet("prefill-0"), 5, "the prefill worker holds nothing for the dead")
+    cluster.local.wait_ready("decode-0", 60)
+    cluster.local.wait_ready("gateway", 60)
+    assert_serves(client)
+
+
+def test_a_decode_worker_killed_while_its_prompt_is_computed(cluster: Running, client: Client) -> None:
+    before = cluster.stats("prefill-0").num_blocks_written
+    stream = client.generate("owner killed: " + LONG, max_tokens=4, temperature=0, timeout=DEADLINE_S)
+    cluster.wait_until(lambda: cluster.stats("prefill-0").num_blocks_written > before, 30, "blocks are written")
+    cluster.local.kill("decode-0")
+    with pytest.raises(UnavailableError):
+        stream.result()
+    cluster.wait_until(lambda: cluster.is_quiet("prefill-0"), 5, "the writer has let go")
+    cluster.local.wait_ready("decode-0", 60)
+    cluster.local.wait_ready("gateway", 60)
+    assert_serves(client)
+
+
+def test_without_a_directory_the_cluster_goes_on(cluster: Running, client: Client) -> None:
+    cluster.local.kill("directory")
+    answer = client.generate("No directory, no problem: " + LONG[:400], max_tokens=8, temperature=0).result()
+    assert answer.timeline.prefill_worker == "prefill-0"
+    cluster.local.wait_ready("directory", 30)

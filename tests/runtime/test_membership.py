@@ -1,0 +1,313 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+import structlog
+
+from gateway.view import Change, ClusterView, WorkerGone, WorkerJoined, watch
+from kvferry import errors
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from services.directory.servicer import DirectoryServicer
+from services.directory.store import MemoryStore
+from services.runtime.membership import Membership
+from services.runtime.server import bind, create_server, running
+
+
+def block(n: int) -> bytes:
+    return n.to_bytes(16, "big")
+
+
+def info(worker_id: str = "d1", incarnation: int = 1) -> directory_pb2.WorkerInfo:
+    return directory_pb2.WorkerInfo(
+        worker_id=worker_id,
+        incarnation=incarnation,
+        role=common_pb2.WORKER_ROLE_DECODE,
+        control_address="127.0.0.1:1",
+    )
+
+
+class Servicer(DirectoryServicer):
+    """Lets a test hold up or fail publishing, and counts."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        super().__init__(store)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.publishes: list[directory_pb2.PublishBlocksRequest] = []
+        self.fail_publish: list[Exception] = []
+        self.lose_answers = 0
+
+    async def PublishBlocks(self, request: Any, context: Any) -> directory_pb2.PublishBlocksResponse:
+        self.publishes.append(request)
+        await self.gate.wait()
+        if self.fail_publish:
+            raise self.fail_publish.pop(0)
+        response = await super().PublishBlocks(request, context)
+        if self.lose_answers:
+            self.lose_answers -= 1
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the answer was lost")
+        return response
+
+
+class Running:
+    def __init__(self, store: MemoryStore, servicer: Servicer, port: int) -> None:
+        self.store, self.servicer, self.address = store, servicer, f"127.0.0.1:{port}"
+
+    def held(self, worker_id: str = "d1") -> set[bytes]:
+        return set(self.store.directory._index.held_by(worker_id))
+
+    async def until(self, condition: Callable[[], bool], *, beat_s: float = 0.1) -> None:
+        """Waits for a change of the directory that makes ``condition`` true; looks every ``beat_s`` as well."""
+        async with asyncio.timeout(10), aclosing(self.store.watch(0, beat_s)) as changes:
+            async for _ in changes:
+                if condition():
+                    return
+        raise AssertionError("the watch ended")
+
+
+@asynccontextmanager
+async def directory(port: int = 0) -> AsyncIterator[Running]:
+    server, store = create_server(), MemoryStore()
+    servicer = Servicer(store)
+    directory_pb2_grpc.add_DirectoryServiceServicer_to_server(servicer, server)
+    port = bind(server, f"127.0.0.1:{port}")
+    async with running(server, grace_s=1), store:
+        yield Running(store, servicer, port)
+        store.directory.check_integrity()
+
+
+class Worker:
+    """A worker's cache and its membership."""
+
+    def __init__(self, address: str, worker: directory_pb2.WorkerInfo | None = None, **options: Any) -> None:
+        self.cache: set[bytes] = set()
+        self.load = directory_pb2.WorkerLoad()
+        self.num_snapshots = 0
+        self.membership = Membership(address, worker or info(), lambda: self.load, self.snapshot, **options)
+
+    def snapshot(self) -> list[bytes]:
+        self.num_snapshots += 1
+        return sorted(self.cache)
+
+    def store(self, *numbers: int) -> None:
+        self.cache |= set(map(block, numbers))
+        self.membership.stored([block(n) for n in numbers])
+
+    def remove(self, *numbers: int) -> None:
+        self.cache -= set(map(block, numbers))
+        self.membership.removed([block(n) for n in numbers])
+
+
+def num_workers(place: Running) -> int:
+    return len(place.store.directory.workers())
+
+
+async def test_joins_reports_and_leaves() -> None:
+    async with directory() as place:
+        worker = Worker(place.address, lease_ttl_s=1)
+        worker.store(1, 2)
+        async with worker.membership:
+            await place.until(lambda: place.held() == {block(1), block(2)})
+            assert worker.membership.registered
+            worker.store(3)
+            worker.remove(1)
+            await place.until(lambda: place.held() == {block(2), block(3)})
+            worker.load.num_running = 5
+            # Longer than the lease, with no more than a third of it between two reports.
+            await place.until(lambda: directory_pb2.WorkerLoad.FromString(
+                place.store.directory.workers()[0].load).num_running == 5)  # fmt: skip
+            worker.cache.clear()
+            worker.membership.cleared()
+            await place.until(lambda: not place.held())
+        assert num_workers(place) == 0
+        assert not worker.membership.registered
+        assert worker.num_snapshots == 1
+
+
+async def test_the_lease_is_kept() -> None:
+    async with directory() as place:
+        worker = Worker(place.address, lease_ttl_s=1)
+        async with worker.membership:
+            await place.until(lambda: num_workers(place) == 1)
+            gone = asyncio.create_task(place.until(lambda: num_workers(place) == 0))
+            done, _ = await asyncio.wait([gone], timeout=1.6)
+            assert not done
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+
+
+async def test_starts_without_a_directory_and_leaves_without_one() -> None:
+    async with directory() as place:
+        address = place.address
+    worker = Worker(address)
+    async with asyncio.timeout(5):
+        async with worker.membership:
+            worker.store(1)
+        assert not worker.membership.registered
+
+
+@asynccontextmanager
+async def viewing(address: str) -> AsyncIterator[tuple[ClusterView, asyncio.Queue[list[Change]]]]:
+    view, changes = ClusterView(), asyncio.Queue[list[Change]]()
+    task = asyncio.create_task(watch(view, address, on_change=changes.put_nowait))
+    try:
+        yield view, changes
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled(), task.exception()
+        view.check_integrity()
+
+
+async def test_survives_a_restart_of_the_directory_and_sends_its_blocks_again() -> None:
+    async with AsyncExitStack() as stack:
+        async with directory() as place:
+            port = int(place.address.rpartition(":")[2])
+            worker = Worker(place.address, lease_ttl_s=1.5)
+            await stack.enter_async_context(worker.membership)
+            view, changes = await stack.enter_async_context(viewing(place.address))
+            worker.store(1, 2)
+            await place.until(lambda: place.held() == {block(1), block(2)})
+            (joined,) = await asyncio.wait_for(changes.get(), 5)
+            assert isinstance(joined, WorkerJoined)
+            old_revision = place.store.directory.revision
+        worker.remove(1)
+        worker.store(3)
+        async with directory(port) as place:
+            await place.until(lambda: place.held() == {block(2), block(3)})
+            assert place.store.directory.revision > old_revision
+            await place.until(lambda: view.revision > old_revision and view.num_blocks("d1") == 2, beat_s=0.02)
+            assert view.longest_prefix([block(3)]) == {"d1": 1}
+            assert view.longest_prefix([block(1)]) == {}
+            assert worker.num_snapshots == 2
+            assert changes.empty(), "the view let go of a worker that never stopped"
+            await stack.aclose()
+
+
+async def test_a_worker_that_falls_silent_expires_in_the_view() -> None:
+    async with directory() as place, viewing(place.address) as (view, changes):
+        worker = Worker(place.address, lease_ttl_s=1)
+        async with worker.membership:
+            assert isinstance((await asyncio.wait_for(changes.get(), 5))[0], WorkerJoined)
+            # As if it had been killed: neither a goodbye nor a sign of life.
+            worker.membership._task.cancel()
+            (gone,) = await asyncio.wait_for(changes.get(), 5)
+            assert gone == WorkerGone("d1", 1, directory_pb2.LEAVE_REASON_EXPIRED)
+            assert dict(view.workers) == {}
+
+
+async def test_a_new_incarnation_takes_over_and_the_old_one_gives_up() -> None:
+    async with directory() as place, viewing(place.address) as (_, changes):
+        old, new = Worker(place.address, lease_ttl_s=1), Worker(place.address, info(incarnation=2), lease_ttl_s=1)
+        with structlog.testing.capture_logs() as lines:
+            async with old.membership:
+                await asyncio.wait_for(changes.get(), 5)
+                async with new.membership:
+                    gone, joined = await asyncio.wait_for(changes.get(), 5)
+                    assert gone == WorkerGone("d1", 1, directory_pb2.LEAVE_REASON_REPLACED)
+                    assert isinstance(joined, WorkerJoined)
+                    assert joined.state.info.incarnation == 2
+                    await asyncio.wait_for(asyncio.shield(old.membership._task), 5)
+                    assert not old.membership.registered
+                    assert [w.incarnation for w in place.store.directory.workers()] == [2]
+        assert [line["event"] for line in lines if line["log_level"] == "error"] == ["out of the cluster"]
+
+
+async def test_a_lost_lease_is_replaced_by_a_new_one() -> None:
+    async with directory() as place:
+        worker = Worker(place.address, lease_ttl_s=1)
+        async with worker.membership:
+            worker.store(1)
+            await place.until(lambda: place.held() == {block(1)})
+            (lease_id,) = place.store.directory._by_lease
+            await place.store.deregister(lease_id)
+            await place.until(lambda: place.held() == {block(1)})
+            assert lease_id not in place.store.directory._by_lease
+
+
+async def test_a_lost_answer_is_sent_again_and_counted_once() -> None:
+    async with directory() as place:
+        worker = Worker(place.address)
+        async with worker.membership:
+            await place.until(lambda: len(place.servicer.publishes) == 1)
+            place.servicer.lose_answers = 1
+            worker.store(1)
+            await place.until(lambda: place.held() == {block(1)})
+            worker.remove(1)
+            await place.until(lambda: not place.held())
+            sequences = [request.first_sequence for request in place.servicer.publishes]
+            assert sequences == [1, 2, 2, 3]
+            assert worker.num_snapshots == 1
+
+
+async def test_a_gap_leads_to_a_snapshot() -> None:
+    async with directory() as place:
+        worker = Worker(place.address)
+        async with worker.membership:
+            await place.until(lambda: len(place.servicer.publishes) == 1)
+            place.servicer.fail_publish.append(errors.ConflictError("a gap", reason="SEQUENCE_GAP"))
+            worker.store(1)
+            await place.until(lambda: place.held() == {block(1)})
+            assert worker.num_snapshots == 2
+
+
+async def test_what_a_slow_directory_cannot_take_becomes_a_snapshot() -> None:
+    async with directory() as place:
+        worker = Worker(place.address, max_pending_hashes=10)
+        async with worker.membership:
+            await place.until(lambda: len(place.servicer.publishes) == 1)
+            place.servicer.gate.clear()
+            for n in range(100):
+                worker.store(n)
+                if n % 2:
+                    worker.remove(n)
+            place.servicer.gate.set()
+            await place.until(lambda: place.held() == worker.cache)
+            assert worker.num_snapshots == 2
+
+
+async def test_events_come_from_other_threads_batched_and_in_order() -> None:
+    async with directory() as place:
+        worker = Worker(place.address)
+        async with worker.membership:
+            await place.until(lambda: len(place.servicer.publishes) == 1)
+
+            def churn() -> None:
+                for n in range(2_000):
+                    worker.store(n)
+                    if n % 3:
+                        worker.remove(n)
+
+            thread = threading.Thread(target=churn)
+            thread.start()
+            await asyncio.to_thread(thread.join, 10)
+            await place.until(lambda: place.held() == worker.cache)
+            assert len(place.servicer.publishes) < 1_000
+        # A thread that has not noticed the end may go on.
+        worker.store(1)
+
+
+async def test_a_bug_in_a_callback_does_not_end_membership(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.runtime.backoff.random.uniform", lambda _a, _b: 0.05)
+    async with directory() as place:
+        worker = Worker(place.address)
+        failures = [ZeroDivisionError("bug")]
+
+        def snapshot() -> list[bytes]:
+            if failures:
+                raise failures.pop()
+            return [block(9)]
+
+        worker.membership._snapshot = snapshot
+        with structlog.testing.capture_logs() as lines:
+            async with worker.membership:
+                await place.until(lambda: place.held() == {block(9)})
+        assert "membership failed; registering again" in [line["event"] for line in lines]
