@@ -57,6 +57,8 @@ class Validator:
                 prompt = self._check_ids(request.token_ids.ids)
             case _:
                 raise _invalid("prompt", "no prompt: set text, token_ids or chat")
+        if not prompt:
+            raise _invalid("prompt", "the prompt has no tokens")
         config = self.files.config
         if len(prompt) >= config.context_length:
             raise _invalid("prompt", f"has {len(prompt)} tokens; the model's context holds {config.context_length}, "

@@ -32,6 +32,7 @@
 #define PIECE_BYTES (1u << 18) /* The largest single copy or operation: a cancel takes effect between two. */
 #define WINDOW 64              /* Operations of one job that UCP may hold: a cancel has to wait for these. */
 #define PROGRESS_TURNS 64      /* Calls into UCP before jobs and callers get their turn again. */
+#define DRAIN_TURNS 100000
 #define IDLE_POLL_MS 500
 #define CLOSE_TIMEOUT_NS 1000000000ull
 
@@ -400,6 +401,9 @@ static ucs_status_t release_region(ferry_t *f, region_t *region)
 {
     for (job_t *job = f->active; job; job = job->next)
         if (job->region == region) return UCS_ERR_BUSY;
+    /* Over tcp the bytes of a writer that has ended may still lie in a socket: better they land here than in what comes
+     * to this address next. */
+    for (int i = 0; i < DRAIN_TURNS && !f->stopped && ucp_worker_progress(f->worker); i++) {}
     ucs_status_t status = ucp_mem_unmap(f->context, region->memh);
     f->num_regions--;
     free(region);

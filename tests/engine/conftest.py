@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from services.engine.checkpoint import DEFAULT_MODEL
-from services.engine.model_files import ModelFiles, open_model
+from services.engine.model_files import ModelFiles
 from services.engine.weights import Weights, load_weights
 
 
@@ -16,22 +15,8 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2() -> ModelFiles:
-    return open_model(DEFAULT_MODEL)
-
-
-@pytest.fixture(scope="session")
 def smollm2_weights(smollm2: ModelFiles) -> Weights:
     return load_weights(smollm2.config, smollm2.path, "float32")
-
-
-@pytest.fixture(scope="session")
-def reference(smollm2: ModelFiles) -> Any:
-    """transformers' own reading of the same file."""
-    from transformers import AutoModelForCausalLM
-
-    path = smollm2.path
-    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,10 +18,8 @@ from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterConfig
-from services.engine.model_files import ModelFiles, open_model
 from tests.integration.reference import Reference
 
-MODEL = "smollm2-135m-instruct"
 # Small chunks, so that prompts of a few hundred tokens take several; everything is shipped, however short.
 ENVIRONMENT = {"KVFERRY_CHUNK_TOKENS": "64", "KVFERRY_MIN_SHIP_TOKENS": "1"}
 SETTLE_S = 2.0
@@ -116,10 +115,5 @@ def client(cluster: Running) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
-def files() -> ModelFiles:
-    return open_model(MODEL)
-
-
-@pytest.fixture(scope="session")
-def reference(files: ModelFiles) -> Reference:
-    return Reference(files.path)
+def greedy(reference: Any) -> Reference:
+    return Reference(reference)

@@ -65,7 +65,7 @@ def alone(cluster: Running, prompt: Sequence[int]) -> list[int]:
 
 @pytest.mark.parametrize("number", range(len(RAW) + len(CHATS)))
 def test_split_equals_alone_equals_transformers(
-    cluster: Running, client: Client, reference: Reference, files: ModelFiles, number: int
+    cluster: Running, client: Client, greedy: Reference, smollm2: ModelFiles, number: int
 ) -> None:
     options = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
     if number < len(RAW):
@@ -78,19 +78,19 @@ def test_split_equals_alone_equals_transformers(
     assert split.timeline.prefill_worker == "prefill-0"
     assert split.timeline.transfer.num_blocks > 0
     assert len(split.token_ids) == NUM_TOKENS
-    assert split.text == files.tokenizer.decode(split.token_ids)
-    assert reference.continuation_is_greedy(prompt, split.token_ids)
+    assert split.text == smollm2.tokenizer.decode(split.token_ids)
+    assert greedy.continuation_is_greedy(prompt, split.token_ids)
     assert alone(cluster, prompt) == list(split.token_ids)
 
 
-def test_the_reference_decodes_by_itself_to_the_same(client: Client, reference: Reference) -> None:
+def test_the_reference_decodes_by_itself_to_the_same(client: Client, greedy: Reference) -> None:
     """The comparison above asks transformers about our tokens; here it finds its own."""
     text = RAW[4]
     answer = client.generate(text, max_tokens=24, temperature=0, ignore_eos=True).result()
     prompt = list(client.tokenize(text))
-    expected = reference.generate(prompt, 24)
+    expected = greedy.generate(prompt, 24)
     assert list(answer.token_ids[: len(expected)]) == expected
-    assert not reference.continuation_is_greedy(prompt, [*expected[:-1], (expected[-1] + 1) % 1000])
+    assert not greedy.continuation_is_greedy(prompt, [*expected[:-1], (expected[-1] + 1) % 1000])
 
 
 def test_prompts_span_blocks_and_chunks(client: Client) -> None:

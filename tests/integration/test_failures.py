@@ -19,7 +19,7 @@ def assert_serves(client: Client) -> None:
     assert len(answer.token_ids) == 4
 
 
-def test_a_prefill_worker_killed_while_it_prefills(cluster: Running, client: Client, reference: Reference) -> None:
+def test_a_prefill_worker_killed_while_it_prefills(cluster: Running, client: Client, greedy: Reference) -> None:
     prompt = "killed while prefilling: " + LONG
     before = cluster.stats("prefill-0")
     stream = client.generate(prompt, max_tokens=16, temperature=0, ignore_eos=True, timeout=DEADLINE_S)
@@ -29,7 +29,7 @@ def test_a_prefill_worker_killed_while_it_prefills(cluster: Running, client: Cli
     cluster.local.kill("prefill-0")
     answer = stream.result()  # the decode worker computes the prompt itself, or the restarted one does
     assert answer.timeline.num_retries >= 1
-    assert reference.continuation_is_greedy(client.tokenize(prompt), answer.token_ids)
+    assert greedy.continuation_is_greedy(client.tokenize(prompt), answer.token_ids)
     cluster.wait_until(lambda: cluster.is_quiet("decode-0"), 10, "the dead writer's blocks are back")
     cluster.local.wait_ready("prefill-0", 60)
     info = cluster.info("prefill-0")

@@ -15,7 +15,18 @@ SYSTEM_UCX = Path("/usr/include/ucp/api/ucp.h")
 
 def run_contract(**environment: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "ucx", "tests/transport/test_contract.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "ucx",
+            "tests/transport/test_contract.py",
+        ],
         cwd=ROOT,
         env={**{k: v for k, v in os.environ.items() if not k.startswith("UCX_")}, **environment},
         capture_output=True,

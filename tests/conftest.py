@@ -1,0 +1,25 @@
+"""The real model, and transformers' own reading of it; loaded once for all tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from services.engine.checkpoint import DEFAULT_MODEL
+from services.engine.model_files import ModelFiles, open_model
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ModelFiles:
+    return open_model(DEFAULT_MODEL)
+
+
+@pytest.fixture(scope="session")
+def reference(smollm2: ModelFiles) -> Any:
+    """transformers in float32 on the same file: what every answer is held against."""
+    from transformers import AutoModelForCausalLM
+
+    path = smollm2.path
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
