@@ -129,7 +129,6 @@ class Dispatcher:
                             work = self._prefill(run, attempt, ticket)
                             self._start(run, attempt, Stream.PREFILL, run.prefill, work)
                         case CancelAttempt(attempt=attempt):
-                            log.warning("attempt_given_up", attempt=attempt)
                             for task in run.tasks.get(attempt, ()):
                                 task.cancel()
                         case Emit(token=token):
@@ -204,13 +203,13 @@ class Dispatcher:
                 error: Error = UnavailableError(f"worker {worker.key.worker_id} ended its stream early")
             except grpc.aio.AioRpcError as e:
                 error = from_rpc_error(e)
+                log.warning("stream_failed", stream=stream.name, worker_id=worker.key.worker_id, error=str(error))
             except TimeoutError:
                 text = f"worker {worker.key.worker_id} said nothing for {self._stall_timeout_s:g} s"
                 error = UnavailableError(text, reason="STALLED")
             except Exception as e:
                 log.exception("stream_broke", stream=stream.name)
                 error = InternalError(f"the gateway failed to follow a worker's stream: {type(e).__name__}")
-            log.debug("stream_ended", stream=stream.name, worker=worker.key.worker_id, error=str(error))
             run.events.put_nowait(StreamFailed(attempt, stream, error))  # ignored where the stream had come to its end
 
         run.tasks.setdefault(attempt, []).append(asyncio.create_task(guarded()))

@@ -552,8 +552,9 @@ static ucs_status_t call(ferry_t *f, call_t *c)
 
 /* What Python calls.  Statuses are ucs_status_t, negative on failure. */
 
-/* event_fd, a non-blocking eventfd that stays the caller's, becomes readable when there is something to drain. */
-int kvf_open(int event_fd, ferry_t **out)
+/* event_fd, a non-blocking eventfd that stays the caller's, becomes readable when there is something to drain.
+ * alloc_prio, unless NULL, is UCX's setting ALLOC_PRIO. */
+int kvf_open(int event_fd, const char *alloc_prio, ferry_t **out)
 {
     ferry_t *f = calloc(1, sizeof *f);
     if (!f) return UCS_ERR_NO_MEMORY;
@@ -574,7 +575,12 @@ int kvf_open(int event_fd, ferry_t **out)
     ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
                            .features = UCP_FEATURE_RMA | UCP_FEATURE_WAKEUP,
                            .name = "kvferry"};
-    if ((status = ucp_init(&params, NULL, &f->context)) != UCS_OK) goto fail;
+    ucp_config_t *config;
+    if ((status = ucp_config_read(NULL, NULL, &config)) != UCS_OK) goto fail;
+    if (alloc_prio) status = ucp_config_modify(config, "ALLOC_PRIO", alloc_prio);
+    if (status == UCS_OK) status = ucp_init(&params, config, &f->context);
+    ucp_config_release(config);
+    if (status != UCS_OK) goto fail;
     ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
                               .thread_mode = UCS_THREAD_MODE_SERIALIZED};
     if ((status = ucp_worker_create(f->context, &wp, &f->worker)) != UCS_OK) goto fail_context;

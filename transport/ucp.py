@@ -47,7 +47,7 @@ _SETTINGS = {
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
 # With posix: a pool that does not fit into shared memory fails, instead of silently going at the speed of tcp.
-_SHARED_MEMORY_ONLY = ("UCX_ALLOC_PRIO", "md:posix")
+_SHARED_MEMORY_ONLY = b"md:posix"
 
 _OK = 0
 _PACKED_KEY_BYTES = 4096
@@ -84,7 +84,8 @@ class UcpTransport:
         self._drained = (_CompletionStruct * 256)()
         self._completions = Completions(self._drain, self._cancel)
         self._ferry = c_void_p()
-        status = self._lib.kvf_open(self._completions.event_fd, byref(self._ferry))
+        alloc_prio = _SHARED_MEMORY_ONLY if _uses_shared_memory() and "UCX_ALLOC_PRIO" not in os.environ else None
+        status = self._lib.kvf_open(self._completions.event_fd, alloc_prio, byref(self._ferry))
         if status != _OK:
             self._completions.close()
             raise BackendUnavailable(
@@ -228,6 +229,8 @@ class UcpTransport:
                 self._lib.kvf_release(self._ferry, self._regions.pop(region))
 
     def _drain(self) -> list[Completion]:
+        if not self._ferry:
+            return []  # it never started
         n = self._lib.kvf_drain(self._ferry, self._drained, len(self._drained))
         return [
             Completion(
@@ -278,6 +281,16 @@ def _check_shared_memory(nbytes: int) -> None:
     free = stat.f_bavail * stat.f_frsize
     if nbytes > free:
         raise OutOfMemory(f"a region of {nbytes} bytes does not fit: {where} has {free} bytes left; {_ROOM_HINT}")
+    available = _available_memory()
+    if nbytes > available:  # a tmpfs may be larger than the memory behind it
+        raise OutOfMemory(
+            f"a region of {nbytes} bytes does not fit: {available} bytes are free; make the region smaller"
+        )
+
+
+def _available_memory() -> int:
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _uses_shared_memory() -> bool:
@@ -294,8 +307,6 @@ def _load() -> ctypes.CDLL:
     """Compiles the binding if need be and loads it, with the UCX it is linked with, once per process."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
-    if _uses_shared_memory():
-        os.environ.setdefault(*_SHARED_MEMORY_ONLY)
     try:
         path = build()
         lib = ctypes.CDLL(str(path))
@@ -305,7 +316,7 @@ def _load() -> ctypes.CDLL:
         raise BackendUnavailable(f"the UCX binding does not load ({e}); run `make clean setup`") from e
     size, h, p = c_uint64, c_void_p, POINTER(c_void_p)
     for name, result, arguments in (
-        ("open", c_int, [c_int, p]),
+        ("open", c_int, [c_int, c_char_p, p]),
         ("stop", None, [h]),
         ("free", None, [h]),
         ("address", size, [h, c_void_p, size]),

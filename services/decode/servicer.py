@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import structlog
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -16,6 +17,8 @@ from services.engine.sequence import TokenDrawn
 from services.runtime.process import ProcessIdentity
 from services.worker.convert import to_finish_reason, to_token
 from services.worker.worker import Worker
+
+log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -39,7 +42,9 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
                     case TokenDrawn(index=index, drawn=drawn):
                         yield worker_pb2.DecodeResponse(token=to_token(index, drawn))
                     case Finished(reason=reason):
-                        yield worker_pb2.DecodeResponse(finished=_finished_proto(stream, to_finish_reason(reason)))
+                        finished = _finished_proto(stream, to_finish_reason(reason))
+                        log.info("decoded", tokens=stream.sequence.num_output, steps=finished.decode.num_steps)
+                        yield worker_pb2.DecodeResponse(finished=finished)
                         return
                     case error:
                         raise error

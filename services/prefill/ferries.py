@@ -53,6 +53,14 @@ class Passage:
     path: str = ""
     owner_lost: bool = False
 
+    @property
+    def log(self) -> structlog.stdlib.BoundLogger:
+        """Events come from the engine's thread and the transport's, which know of no request."""
+        bound: structlog.stdlib.BoundLogger = log.bind(
+            request_id=self.ticket.request_id, transfer_id=self.ticket.transfer_id
+        )
+        return bound
+
     def on_step(self, step: StepTime) -> None:
         self.started_s = self.started_s or step.started_s
         self.compute_s += step.elapsed_s
@@ -154,7 +162,7 @@ class Passage:
             )
         except grpc.aio.AioRpcError as e:
             error = from_rpc_error(e)
-            log.warning("commit_refused", transfer_id=ticket.transfer_id, error=str(error))
+            self.log.warning("commit_refused", error=str(error))
             self.outbox.put_nowait(AbortedError(f"the commit was refused: {error}", reason="COMMIT_REFUSED"))
             self._do(self.ferry.stop(str(error)))
             return
@@ -182,7 +190,7 @@ class Passage:
                 timeout=ABORT_TIMEOUT_S,
             )
         except grpc.aio.AioRpcError as e:
-            log.info("abort_not_told", transfer_id=ticket.transfer_id, error=e.details())
+            self.log.info("abort_not_told", error=e.details())
 
     def _owner(self) -> worker_pb2_grpc.DecodeServiceAsyncStub:
         return worker_pb2_grpc.DecodeServiceStub(self.ferries.channels.get(self.ticket.owner_control_address))

@@ -7,9 +7,12 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+import structlog
 
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.prefill.ferries import Ferries
+
+log = structlog.get_logger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -25,6 +28,8 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
         async with aclosing(steps):
             async for item in steps:
                 if isinstance(item, worker_pb2.Committed):
+                    transfer = item.transfer
+                    log.info("committed", blocks=transfer.num_blocks, path=transfer.path, exposed_us=transfer.exposed_us)
                     yield worker_pb2.PrefillResponse(committed=item)
                 else:
                     yield worker_pb2.PrefillResponse(first_token=item)

@@ -268,7 +268,7 @@ def terminal() -> Iterator[list[Terminal]]:
         each.close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(20)
 def test_chat_on_a_terminal(gateway: FakeGateway, terminal: list[Terminal]) -> None:
     fine = gateway.scripts[0]
     gateway.scripts = [gateway.hold, refuse(kvferry.InvalidRequestError("too long")), fine]
@@ -294,7 +294,7 @@ def test_chat_on_a_terminal(gateway: FakeGateway, terminal: list[Terminal]) -> N
     assert [m.content for m in last.chat.messages] == ["first", "one", "third"], "a refused message is forgotten"
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(20)
 def test_a_terminal_gets_a_framed_table(gateway: FakeGateway, terminal: list[Terminal]) -> None:
     shell = Terminal("status")
     terminal.append(shell)

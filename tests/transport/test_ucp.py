@@ -8,10 +8,10 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -126,23 +126,33 @@ def test_a_first_read_may_overtake_a_big_write(ours: Transport) -> None:
             big.wait(5)
 
 
+class Roomy(NamedTuple):
+    f_bavail: int = 1 << 60
+    f_frsize: int = 1
+
+
 def test_a_pool_that_does_not_fit_says_what_to_do(ours: Transport, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OutOfMemory, match=r"does not fit: /dev/shm has \d+ bytes left; .*--shm-size"):
-        ours.allocate(1 << 50)
+        ours.allocate(1 << 59)
+    monkeypatch.setattr(os, "statvfs", lambda _: Roomy())
+    with pytest.raises(OutOfMemory, match=r"does not fit: \d+ bytes are free; make the region smaller"):
+        ours.allocate(1 << 59)
+    monkeypatch.undo()
     monkeypatch.setenv("UCX_POSIX_DIR", "/no/such/place")
     with pytest.raises(OutOfMemory, match="mount a tmpfs"):
         ours.allocate(4096)
-    monkeypatch.undo()
-    # A check that passes and a segment that fails all the same, as under a container's memory limit.
-    roomy = namedtuple("roomy", "f_bavail f_frsize")(1 << 50, 1)
-    monkeypatch.setattr(os, "statvfs", lambda _: roomy)
-    with pytest.raises(OutOfMemory, match="could not allocate"):
-        ours.allocate(1 << 49)
+
+
+def test_a_segment_that_fails_all_the_same_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UCX_POSIX_DIR", "/proc")  # exists, and no file can be made there
+    monkeypatch.setattr(os, "statvfs", lambda _: Roomy())
+    with transport.create("ucx") as t, pytest.raises(OutOfMemory, match=r"could not allocate 4096 bytes: .*--shm-size"):
+        t.allocate(4096)
 
 
 def test_a_missing_ucx_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVFERRY_UCX_HOME", "/no/such/place")
-    with pytest.raises(BackendUnavailable, match="no libucp.so.0 under /no/such/place: point KVFERRY_UCX_HOME"):
+    with pytest.raises(BackendUnavailable, match=r"no libucp\.so\.0 under /no/such/place: point KVFERRY_UCX_HOME"):
         ucp._load.__wrapped__()
 
 
