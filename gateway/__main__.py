@@ -79,22 +79,25 @@ async def run_gateway(config: GatewayConfig) -> None:
                 membership_changed.clear()
                 await membership_changed.wait()
 
-        background = await stack.enter_async_context(asyncio.TaskGroup())
-        tasks = [
-            background.create_task(watch(view, config.directory, on_change=lambda _: membership_changed.set())),
-            background.create_task(report_health()),
-        ]
-        stack.callback(lambda: [task.cancel() for task in tasks])
+        for name in ("", *names):
+            await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)
         limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s)
         http = HttpServer(create_app(frontend, vocabulary=vocabulary, limits=limits))
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await http.start(*split_address(config.http_listen), flag="--http-listen")
         stack.push_async_callback(http.stop, SERVER_GRACE_S)
+        # Entered last: what goes wrong before is a StartupError and not a group of them.
+        background = await stack.enter_async_context(asyncio.TaskGroup())
+        following = watch(view, config.directory, on_change=lambda _: membership_changed.set())
+        tasks = [background.create_task(following), background.create_task(report_health())]
+        stack.callback(lambda: [task.cancel() for task in tasks])
         log.info("ready", grpc=config.listen, http=config.http_listen, model=files.config.name)
         try:
             await asyncio.Event().wait()
         finally:
+            frontend.refuse_new()
+            membership_changed.set()
             await frontend.drain(config.drain_timeout_s)
 
 

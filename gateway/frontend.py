@@ -114,9 +114,12 @@ class Frontend:
         tokenizer = self.files.tokenizer
         return tokenizer.token_bytes(token_id).decode("utf-8", "replace") or tokenizer.token(token_id) or ""
 
-    async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests; returns when those in flight have ended, or after ``timeout_s``."""
+    def refuse_new(self) -> None:
+        """From here on: the gateway is shutting down."""
         self._draining = True
+
+    async def drain(self, timeout_s: float) -> None:
+        """Returns when the requests in flight have ended, or after ``timeout_s``."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self.num_in_flight:

@@ -212,7 +212,9 @@ class RequestMachine:
                 reason="DECODE_WORKER_LOST",
             )
             return self._fail(lost)
-        if not isinstance(error, _RETRIABLE) or self.attempt >= self._max_attempts:
+        # The worker was too small for it; another may not be.
+        retriable = isinstance(error, _RETRIABLE) or error.reason == "TOO_LONG_FOR_POOL"
+        if not retriable or self.attempt >= self._max_attempts:
             return self._fail(error)
         self._last_error = error
         self._excluded |= {self._culprit(stream, error)}
@@ -224,8 +226,8 @@ class RequestMachine:
     def _culprit(self, stream: Stream, error: Error) -> WorkerKey:
         assert self._route is not None
         prefill = self._route.prefill
-        # A decode worker says ABORTED of what its writer did.
-        by_writer = stream is Stream.PREFILL or isinstance(error, AbortedError)
+        # A decode worker says ABORTED of what its writer did, and a writer OWNER_LOST of the decode worker.
+        by_writer = isinstance(error, AbortedError) or (stream is Stream.PREFILL and error.reason != "OWNER_LOST")
         return prefill if by_writer and prefill is not None else self._route.decode
 
     def _fail(self, error: Error) -> list[Action]:

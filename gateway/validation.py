@@ -22,6 +22,8 @@ MAX_REQUEST_ID_LENGTH = 128
 ROLES = ("system", "user", "assistant")
 # Longer texts are tokenized on a thread: they would hold up everybody's tokens.
 INLINE_TEXT_LENGTH = 4096
+# Normalization may shorten a text, composed characters being shorter than their parts, but not by more than this.
+NORMALIZATION_FACTOR = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,10 @@ class Validator:
 
     async def _tokenize(self, text: str, *, add_special: bool) -> list[int]:
         encode = self.files.tokenizer.encode
+        context_length = self.files.config.context_length
+        if len(text) > context_length * self.files.tokenizer.longest_token_nbytes * NORMALIZATION_FACTOR:
+            problem = f"has {len(text)} characters, far more than a context of {context_length} tokens holds"
+            raise _invalid("prompt", problem, reason="PROMPT_TOO_LONG")
         if len(text) <= INLINE_TEXT_LENGTH:
             return encode(text, add_special=add_special)
         return await asyncio.to_thread(encode, text, add_special=add_special)

@@ -33,7 +33,7 @@ class Path(Enum):
     """How the bytes went."""
 
     MAPPED = 1  # plain loads and stores in the owner's memory, mapped into this process
-    RMA = 2  # the backend's put and get: a network, or an emulation of one
+    RMA = 2  # the backend's put and get: a network, or an emulation of one (see ADR 1 for reads over tcp)
     LOOPBACK = 3  # within this process
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
 from typing import Annotated
 
 import typer
 
 import kvferry
 from kvferry.cli import options, output, timeline
+from kvferry.cli.interrupts import CtrlC
 from kvferry.client import DEFAULT_ADDRESS, Client, Stream
 from kvferry.types import ChatMessage
 
@@ -42,11 +44,12 @@ def chat(
     interactive = sys.stdin.isatty()
     opening = [ChatMessage("system", system)] if system is not None else []
     history = list(opening)
-    with output.failures(address), Client(address) as client:
+    with output.failures(address), Client(address) as client, ExitStack() as stack:
+        ctrl_c = stack.enter_context(CtrlC()) if interactive else None
         if interactive:
             model = model or client.models()[0].name
             output.say(f"{model}: {HELP}")
-        for line in _typed() if interactive else _piped():
+        for line in _piped() if ctrl_c is None else _typed(ctrl_c):
             if line == "/exit":
                 return
             if line == "/reset":
@@ -65,46 +68,43 @@ def chat(
                     stop=stop or (),
                     timeout=timeout,
                 ) as stream:
-                    answer = _answer(stream, interactive)
+                    _show(stream, ctrl_c)
             except kvferry.Error as error:
                 if not interactive:
                     raise
                 history.pop()
                 output.say(f"kvferry: {output.sentence(error, address)}")
                 continue
-            except KeyboardInterrupt:  # before the answer's first word
-                if not interactive:
-                    raise
+            if stream.finish_reason is None and not stream.text:  # stopped before its first word: never asked
                 history.pop()
-                print("[stopped]", flush=True)
                 continue
-            history.append(ChatMessage("assistant", answer))
+            history.append(ChatMessage("assistant", stream.text))
             if show_timeline and stream.timeline is not None and stream.usage is not None:
                 timeline.show(stream.timeline, stream.usage)
 
 
-def _answer(stream: Stream, interactive: bool) -> str:
-    """Prints the answer as it comes; when Ctrl-C stops it, what came until then is the answer.  KeyboardInterrupt goes
-    on when nothing had come, or when nobody is there to go on talking."""
+def _show(stream: Stream, ctrl_c: CtrlC | None) -> None:
+    """Prints the answer as it comes.  With somebody at the keyboard Ctrl-C stops it, and what came until then is the
+    answer."""
     try:
-        for chunk in stream:
-            print(chunk.text, end="", flush=True)
+        with nullcontext() if ctrl_c is None else ctrl_c.allowed():
+            for chunk in stream:
+                print(chunk.text, end="", flush=True)
     except KeyboardInterrupt:
-        if not interactive or not stream.text:
+        if ctrl_c is None:
             raise
-        stream.close()
         print(" [stopped]", end="")
     print(flush=True)
-    return stream.text
 
 
-def _typed() -> Iterator[str]:
-    """Lines from the keyboard until Ctrl-D."""
+def _typed(ctrl_c: CtrlC) -> Iterator[str]:
+    """Lines from the keyboard until Ctrl-D; Ctrl-C drops the line begun."""
     import readline  # noqa: F401  (gives input() its editing and history)
 
     while True:
         try:
-            line = input("> ").strip()
+            with ctrl_c.allowed():
+                line = input("> ").strip()
         except EOFError:
             print()
             return

@@ -1,10 +1,12 @@
-"""Being asked to end by Ctrl-C, SIGTERM or SIGHUP, without ever losing the request."""
+"""Ctrl-C and its relatives, made dependable."""
 
 from __future__ import annotations
 
 import os
 import select
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -12,7 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupts:
-    """While entered, each of the signals raises KeyboardInterrupt in the main thread, where this must be used.
+    """Being asked to end, by Ctrl-C, SIGTERM or SIGHUP, without losing the request.
+
+    While entered, each of the signals raises KeyboardInterrupt in the main thread, where this must be used.
 
     An exception can be swallowed by whichever destructor it happens to be raised in, and a signal that comes just before
     a blocking call does not wake it.  So each signal leaves a byte in a pipe too, which :meth:`wait` and :meth:`check`
@@ -48,3 +52,32 @@ class Interrupts:
     @staticmethod
     def _interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
+
+
+class CtrlC:
+    """While entered, Ctrl-C raises KeyboardInterrupt only inside an :meth:`allowed` block: an impatient second one does
+    not hit the clean-up after the first."""
+
+    def __init__(self) -> None:
+        self._armed = False
+
+    def __enter__(self) -> Self:
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        self._armed = True
+        try:
+            yield
+        finally:
+            self._armed = False
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self._armed:
+            raise KeyboardInterrupt

@@ -29,7 +29,7 @@ async def _serve(
         yield _writes_nowhere
 
 
-async def _writes_nowhere(transfer_id: str, writer_incarnation: int) -> None:
+async def _writes_nowhere(transfer_id: str) -> None:
     """A decode worker never holds another's ticket."""
 
 

@@ -17,7 +17,7 @@ import structlog
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import AbortedError, ConflictError, InternalError
-from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, WriterId
+from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, TicketState, WriterId
 from services.engine.engine import StepTime
 from services.engine.sequence import Event, FinishReason, Sequence, StepFailed, TokenDrawn
 from services.runtime.channels import Channels
@@ -47,8 +47,10 @@ class Finished:
 class DecodeStream:
     """What one request's servicer awaits.  At most max_tokens + 2 items ever enter the queue."""
 
+    request_id: str
     sequence: Sequence
     ticket: Ticket | None
+    writer: Writer | None
     opened_s: float
     events: asyncio.Queue[TokenDrawn | Finished | Exception] = field(default_factory=asyncio.Queue)
     kv_ready_s: float | None = None
@@ -87,7 +89,6 @@ class Reservations:
         self._channels = channels
         self._ticket_lifetime_s = ticket_lifetime_s
         self._streams: dict[str, DecodeStream] = {}  # by transfer id, while LENT
-        self._writers: dict[str, Writer] = {}  # by transfer id, while its ticket is open
         self._tasks: set[asyncio.Task[None]] = set()
         self._expiry_changed = asyncio.Event()
         worker.check_role = self._book.check_integrity
@@ -109,11 +110,10 @@ class Reservations:
         InvalidRequestError or UnavailableError, having reserved nothing."""
         sequence = self._worker.make_sequence(request_id, prompt, params, salt)
         ticket = self._reserve(sequence, writer) if writer else None
-        stream = DecodeStream(sequence, ticket, time.monotonic())
+        stream = DecodeStream(request_id, sequence, ticket, writer, time.monotonic())
         self._worker.router.subscribe(sequence.id, stream)
-        if ticket and writer:
+        if ticket is not None:
             self._streams[ticket.transfer_id] = stream
-            self._writers[ticket.transfer_id] = writer
             self._expiry_changed.set()
         try:
             if ticket is None:
@@ -134,9 +134,9 @@ class Reservations:
                     return
                 events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
         except TicketRefusedError as e:
-            self._fail_if_ended(transfer_id, str(e))
+            if not self._book.is_lent(transfer_id):  # otherwise somebody spoke in the writer's name
+                self._fail(transfer_id, str(e))
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
-        self._writers.pop(transfer_id, None)
         self._streams.pop(transfer_id).kv_ready_s = time.monotonic()
         self._worker.traffic.blocks_received += num_blocks
         self._worker.traffic.bytes_received += num_bytes
@@ -152,7 +152,7 @@ class Reservations:
         except TicketRefusedError as e:
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
         if ticket is not None:
-            self._fail_if_ended(transfer_id, f"the writer gave up: {reason}")
+            self._fail(transfer_id, f"the writer gave up: {reason}")
 
     def _reserve(self, sequence: Sequence, writer: Writer) -> Ticket:
         with refusals_as_errors(), self._worker.engine.exclusive(wake=False) as scheduler:
@@ -166,13 +166,14 @@ class Reservations:
         with self._worker.engine.exclusive() as scheduler:
             revoked = self._book.give_up(stream.ticket.transfer_id) if stream.ticket else None
             scheduler.abort(stream.sequence.id)
+        if stream.ticket is not None:
+            self._streams.pop(stream.ticket.transfer_id, None)
         if revoked is not None:
-            self._streams.pop(revoked.transfer_id, None)
-            self._spawn(self._take_back(revoked))
+            assert stream.writer is not None
+            self._spawn(self._take_back(revoked, stream.writer, stream.request_id))
 
-    def _fail_if_ended(self, transfer_id: str, why: str) -> None:
+    def _fail(self, transfer_id: str, why: str) -> None:
         """The ticket ended without a commit: its request cannot go on."""
-        self._writers.pop(transfer_id, None)
         if stream := self._streams.pop(transfer_id, None):
             stream.events.put_nowait(AbortedError(why, reason="TRANSFER_ABORTED"))
 
@@ -183,10 +184,10 @@ class Reservations:
                 late = self._book.expired(time.monotonic())
                 next_s = self._book.next_expiry_s()
             for ticket in late:
-                if stream := self._streams.get(ticket.transfer_id):
-                    why = f"the writer {ticket.writer.worker_id} did not commit within {self._ticket_lifetime_s:g} s"
-                    stream.events.put_nowait(AbortedError(why, reason="TICKET_EXPIRED"))
-                    self._abandon(stream)
+                stream = self._streams[ticket.transfer_id]
+                why = f"the writer {ticket.writer.worker_id} did not commit within {self._ticket_lifetime_s:g} s"
+                stream.events.put_nowait(AbortedError(why, reason="TICKET_EXPIRED"))
+                self._abandon(stream)
             if late:
                 continue
             wait_s = None if next_s is None else max(0.0, next_s - time.monotonic()) + 0.001
@@ -196,19 +197,22 @@ class Reservations:
             except TimeoutError:
                 pass
 
-    async def _take_back(self, ticket: Ticket) -> None:
-        """Asks the writer to stop until there is proof that it has; its blocks stay in quarantine for so long."""
-        writer = self._writers[ticket.transfer_id]
+    async def _take_back(self, ticket: Ticket, writer: Writer, request_id: str) -> None:
+        """Asks the writer to stop until there is proof that it has; its blocks stay in quarantine for so long.  The writer
+        may also speak first, by its abort or a commit that comes too late."""
         delay_s, longest_s = STOP_BACKOFF_S
-        while not await self._has_stopped(ticket, writer):
+        while ticket.state is TicketState.REVOKING and not await self._has_stopped(ticket, writer):
             log.warning(
-                "quarantine", transfer_id=ticket.transfer_id, writer=writer.id.worker_id, blocks=len(ticket.blocks)
+                "quarantine",
+                request_id=request_id,
+                transfer_id=ticket.transfer_id,
+                writer=writer.id.worker_id,
+                blocks=len(ticket.blocks),
             )
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))
             delay_s = min(2 * delay_s, longest_s)
         with self._worker.engine.exclusive():
             self._book.prove_stopped(ticket.transfer_id)
-        self._writers.pop(ticket.transfer_id, None)
         self._worker.router.changed.set()
 
     async def _has_stopped(self, ticket: Ticket, writer: Writer) -> bool:
@@ -217,12 +221,13 @@ class Reservations:
         stub = worker_pb2_grpc.WorkerServiceStub(self._channels.get(writer.control_address))
         identity = self._worker.identity
         try:
-            await stub.StopTransfer(
+            answer = await stub.StopTransfer(
                 worker_pb2.StopTransferRequest(
                     transfer_id=ticket.transfer_id,
                     epoch=ticket.epoch,
                     owner_id=identity.worker_id,
                     owner_incarnation=identity.incarnation,
+                    writer_id=writer.id.worker_id,
                     writer_incarnation=writer.id.incarnation,
                 ),
                 timeout=STOP_TIMEOUT_S,
@@ -230,7 +235,8 @@ class Reservations:
         except grpc.aio.AioRpcError as e:
             log.info("stop_transfer_failed", transfer_id=ticket.transfer_id, error=e.details())
             return bool(has_ended(writer.process))
-        return True
+        # A successor may answer while its predecessor is still in its last moments.
+        return answer.incarnation == writer.id.incarnation or has_ended(writer.process) is not False
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -126,6 +126,10 @@ class TicketBook:
         ticket.state = TicketState.REVOKING
         return ticket
 
+    def is_lent(self, transfer_id: str) -> bool:
+        ticket = self._tickets.get(transfer_id)
+        return ticket is not None and ticket.state is TicketState.LENT
+
     def expired(self, now_s: float) -> list[Ticket]:
         """LENT tickets whose time is over; the caller gives them up."""
         return [t for t in self._tickets.values() if t.state is TicketState.LENT and now_s > t.expires_s]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,7 +13,7 @@ import structlog
 
 from services.engine.batch import Batch, build_batch
 from services.engine.blocks import CacheChange
-from services.engine.sampling_params import Drawn
+from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import Event, SequenceId
 
@@ -23,7 +23,7 @@ RATE_HALF_LIFE_S = 5.0
 
 
 class Runner(Protocol):
-    def run(self, batch: Batch) -> list[Drawn]:
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         """Computes a step and draws one token per entry of ``batch.samples``, in order.  Blocks; one thread calls it."""
 
 
@@ -49,19 +49,26 @@ class StepTime:
     elapsed_s: float
 
 
-Publish = Callable[[list[Event], list[CacheChange], StepTime], None]
+class Listener(Protocol):
+    """Called on any thread, with the engine's lock held; must neither block nor call back."""
+
+    def on_events(self, events: list[Event], step: StepTime) -> None: ...
+
+    def on_cache_changes(self, changes: list[CacheChange]) -> None: ...
+
+    def on_death(self, error: BaseException) -> None:
+        """The engine's thread has ended by a bug: nothing will be computed any more."""
 
 
 class Engine:
     """Owns the thread that runs the model.  The scheduler may be used from any thread inside ``exclusive()``; it is never
     held while the model runs, so reserving or aborting does not wait for a step."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, publish: Publish) -> None:
-        """``publish`` is called on the engine's thread after each step and must not block."""
+    def __init__(self, scheduler: Scheduler, runner: Runner, listener: Listener) -> None:
         self.work = Work()
         self._scheduler = scheduler
         self._runner = runner
-        self._publish = publish
+        self._listener = listener
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
@@ -80,10 +87,15 @@ class Engine:
     @contextmanager
     def exclusive(self, *, wake: bool = True) -> Iterator[Scheduler]:
         """The scheduler, between steps' bookkeeping.  ``wake`` has the engine look at it again afterwards."""
-        with self._lock:
-            yield self._scheduler
-        if wake:
-            self._wake.set()
+        try:
+            with self._lock:
+                try:
+                    yield self._scheduler
+                finally:
+                    self._tell_cache_changes()
+        finally:
+            if wake:
+                self._wake.set()
 
     def step(self) -> bool:
         """Computes one step; False when there is nothing to compute."""
@@ -91,26 +103,31 @@ class Engine:
             plan = self._scheduler.plan()
         if plan is None:
             return False
+        num_prefill, num_decode = plan.num_prefill_tokens, plan.num_decode_tokens
         started_s = time.monotonic()
         drawn, failure = self._compute(plan)
         elapsed_s = time.monotonic() - started_s
+        self._account(plan, num_prefill, num_decode, elapsed_s)
         with self._lock:
             events = self._scheduler.fail(plan, failure) if failure else self._scheduler.complete(plan, drawn)
-            changes = self._scheduler.pool.take_changes()
-        self._account(plan, elapsed_s)
-        self._publish(events, changes, StepTime(tuple(s.id for s in plan.sequences), started_s, elapsed_s))
+            self._listener.on_events(events, StepTime(tuple(s.id for s in plan.sequences), started_s, elapsed_s))
+            self._tell_cache_changes()
         return True
 
-    def _compute(self, plan: Plan) -> tuple[list[Drawn], str]:
+    def _tell_cache_changes(self) -> None:
+        """With the lock held, so that they are told in their order."""
+        if changes := self._scheduler.pool.take_changes():
+            self._listener.on_cache_changes(changes)
+
+    def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed], str]:
         try:
             return self._runner.run(build_batch(plan.entries, self._scheduler.limits.block_size)), ""
         except Exception as e:  # one batch fails, not the worker
             log.exception("step_failed", sequences=[s.id for s in plan.sequences])
             return [], f"the model could not be run: {e}"
 
-    def _account(self, plan: Plan, elapsed_s: float) -> None:
+    def _account(self, plan: Plan, prefill: int, decode: int, elapsed_s: float) -> None:
         work = self.work
-        decode, prefill = plan.num_decode_tokens, plan.num_prefill_tokens
         work.steps += 1
         work.busy_s += elapsed_s
         work.decode_tokens += decode
@@ -124,10 +141,14 @@ class Engine:
             work.decode_tokens_per_s = _blend(work.decode_tokens_per_s, decode / elapsed_s, weight)
 
     def _run(self) -> None:
-        while not self._stopping:
-            self._wake.clear()
-            if not self.step():
-                self._wake.wait()
+        try:
+            while not self._stopping:
+                self._wake.clear()
+                if not self.step():
+                    self._wake.wait()
+        except BaseException as e:
+            log.exception("engine_died")
+            self._listener.on_death(e)
 
 
 def _blend(old: float, new: float, weight: float) -> float:

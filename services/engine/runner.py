@@ -11,7 +11,7 @@ from services.engine.layout import KvLayout
 from services.engine.model import LlamaModel
 from services.engine.model_config import ModelConfig
 from services.engine.sampler import F32, draw
-from services.engine.sampling_params import Drawn, Sampling
+from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 from services.engine.weights import DTYPES, Weights
 
 
@@ -48,7 +48,7 @@ class TorchRunner:
         flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=nbytes // weights.embedding.itemsize)
         self._arena = flat.view(num_blocks, *layout.block_shape)
 
-    def run(self, batch: Batch) -> list[Drawn]:
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         """One drawn token per entry of ``batch.samples``, in their order; the KV of all new tokens is in the pool."""
         return draw(self.logits(batch), [(sampling, position) for _, sampling, position in batch.samples])
 

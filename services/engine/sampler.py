@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvferry import errors
-from services.engine.sampling_params import Drawn, Sampling
+from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -18,9 +17,9 @@ I64 = npt.NDArray[np.int64]
 _FIRST_LOOK = 256
 
 
-def draw(logits: F32, samples: Sequence[tuple[Sampling, int]]) -> list[Drawn]:
+def draw(logits: F32, samples: Sequence[tuple[Sampling, int]]) -> list[Drawn | DrawFailed]:
     """One token per row of ``logits`` [n, vocab], for n pairs of parameters and the position to draw.  Each row is treated
-    alone, in float64, so its company in a batch changes nothing.  Raises InternalError if a row holds NaN or infinity."""
+    alone, in float64, so its company in a batch changes nothing.  DrawFailed for a row that holds NaN or infinity."""
     return [_draw(row, sampling, position) for row, (sampling, position) in zip(logits, samples, strict=True)]
 
 
@@ -29,10 +28,10 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def _draw(row: F32, sampling: Sampling, position: int) -> Drawn:
+def _draw(row: F32, sampling: Sampling, position: int) -> Drawn | DrawFailed:
     best = int(row.argmax())  # the lowest id among equals
     if not np.isfinite(row[best]):
-        raise errors.InternalError(f"the model's logits for position {position} are not finite")
+        return DrawFailed(f"the model's logits for position {position} are not finite")
     token_id = best if sampling.temperature == 0 else _sample(row, float(row[best]), sampling, position)
     if sampling.num_logprobs is None:
         return Drawn(token_id)

@@ -25,3 +25,10 @@ class Drawn:
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DrawFailed:
+    """No token could be drawn for one sequence; the others of its batch are well."""
+
+    message: str

@@ -8,12 +8,13 @@ take the same path (as in vLLM's V1 scheduler).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
 
 from services.engine.batch import Entry
 from services.engine.blocks import BlockPool, OutOfBlocksError
 from services.engine.hashing import extend_chain
-from services.engine.sampling_params import Drawn
+from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.sequence import (
     ChunkComputed,
     Event,
@@ -78,6 +79,7 @@ class Scheduler:
         self._ready: deque[Sequence] = deque()  # KV delivered, no place in the batch yet
         self._running: list[Sequence] = []  # by age
         self._in_flight: frozenset[SequenceId] = frozenset()
+        self._num_reserved = 0
 
     @property
     def num_running(self) -> int:
@@ -114,12 +116,14 @@ class Scheduler:
         self._extend_chain(sequence)
         cached = self.pool.match(sequence.chain[1:])
         self.pool.acquire(cached)
-        num_prompt_blocks = self._num_blocks(sequence.num_prompt)
+        need = self._num_blocks(sequence.num_prompt) - len(cached)
         try:
-            lent = self.pool.lend(num_prompt_blocks - len(cached))
+            self._check_room(need)
+            lent = self.pool.lend(need)
         except OutOfBlocksError:
             self.pool.release(cached)
             raise
+        self._num_reserved += 1
         sequence.block_table = cached
         sequence.num_remembered = len(cached)
         sequence.num_cached = len(cached) * self.limits.block_size
@@ -131,6 +135,7 @@ class Scheduler:
         """The writer of ``lent`` has committed: the prompt's KV is here and its first token drawn."""
         sequence = self._sequences[id_]
         assert sequence.stage is Stage.RESERVED
+        self._num_reserved -= 1
         self.pool.settle(lent)
         sequence.block_table = sequence.block_table + lent
         sequence.num_computed = sequence.num_prompt
@@ -191,7 +196,7 @@ class Scheduler:
             started=tuple(started),
         )
 
-    def complete(self, plan: Plan, drawn: list[Drawn]) -> list[Event]:
+    def complete(self, plan: Plan, drawn: Sequence_[Drawn | DrawFailed]) -> list[Event]:
         """Takes the step's result; ``drawn`` holds one token for each entry with a sampling, in order."""
         self._in_flight = frozenset()
         events: list[Event] = list(plan.started)
@@ -208,7 +213,9 @@ class Scheduler:
             if sequence.num_output == 0:
                 sequence.num_chunks += 1
                 events.append(ChunkComputed(sequence.id, sequence.num_computed))
-            if token is not None:
+            if isinstance(token, DrawFailed):
+                events.append(self._fail(sequence, token.message))
+            elif token is not None:
                 events.append(self._append(sequence, token))
         return events
 
@@ -216,13 +223,10 @@ class Scheduler:
         """The step could not be computed: its sequences end.  Prefill-only ones keep their blocks until ``abort``, for a
         transfer may still be reading them."""
         self._in_flight = frozenset()
-        failed = [s for s in plan.sequences if not s.aborted]
         for sequence in plan.sequences:
-            if sequence.prefill_only and not sequence.aborted:
-                self.halt(sequence.id)
-            else:
+            if sequence.aborted:
                 self._end(sequence)
-        return [StepFailed(s.id, message) for s in failed]
+        return [self._fail(s, message) for s in plan.sequences if not s.aborted]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it."""
@@ -238,6 +242,18 @@ class Scheduler:
             raise NeverFitsError(
                 f"the prompt has {sequence.num_prompt} tokens; this worker holds prompt and answer of {self.max_length} "
                 f"tokens in all, so shorten the prompt or give the worker more KV memory"
+            )
+
+    def _check_room(self, need: int) -> None:
+        """A reservation must not take what others count on: a block for each sequence that grows, and what the first in
+        the queue waits for.  Otherwise a stream of reservations would starve them for ever."""
+        kept = self.num_running + self._num_reserved
+        if self._waiting and len(self._running) < self.limits.max_running:
+            kept += self._num_blocks(len(self._waiting[0].tokens))
+        if need + kept > self.pool.num_available:
+            raise OutOfBlocksError(
+                f"{need} blocks asked for; {self.pool.num_available} of {self.pool.num_blocks} are available and {kept} of "
+                f"them are kept for requests that run or wait"
             )
 
     def _try_start(self, sequence: Sequence) -> Started | None:
@@ -309,9 +325,17 @@ class Scheduler:
             self._end(sequence)
         return event
 
+    def _fail(self, sequence: Sequence, message: str) -> StepFailed:
+        if sequence.prefill_only:
+            self.halt(sequence.id)
+        else:
+            self._end(sequence)
+        return StepFailed(sequence.id, message)
+
     def _end(self, sequence: Sequence) -> None:
         if sequence.stage is Stage.ENDED:
             return
+        self._num_reserved -= sequence.stage is Stage.RESERVED
         sequence.stage = Stage.ENDED
         self._leave_queues(sequence)
         self.pool.release(sequence.block_table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import tokenizers
@@ -51,7 +51,8 @@ class Tokenizer:
         May be empty for a text that is not: vocabularies may lack rare bytes.  InvalidRequestError for half a surrogate
         pair, which JSON can smuggle into a str and no encoding can express."""
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+            # As a batch of one: encode() would hold the interpreter's lock, for seconds where the text is long.
+            return list(self._backend.encode_batch([text], add_special_tokens=add_special)[0].ids)
         except TypeError as error:
             raise errors.InvalidRequestError(
                 "the prompt is not valid Unicode: it holds half a surrogate pair"
@@ -80,6 +81,11 @@ class Tokenizer:
         if self._byte_fallback and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes.fromhex(token[3:5])
         return token.replace("▁", " ").encode()
+
+    @cached_property
+    def longest_token_nbytes(self) -> int:
+        """No text of n tokens has more than n times as many bytes, but for what normalization takes away."""
+        return max(len(self.token_bytes(token_id)) for token_id in range(self.vocab_size))
 
     def token_id(self, token: str) -> int | None:
         return self._backend.token_to_id(token)

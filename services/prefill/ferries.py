@@ -15,20 +15,29 @@ import structlog
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import AbortedError, ConflictError, Error, InternalError, UnavailableError, from_rpc_error
+from kvferry.errors import (
+    AbortedError,
+    ConflictError,
+    DeadlineError,
+    Error,
+    InternalError,
+    UnavailableError,
+    from_rpc_error,
+)
 from services.engine.engine import StepTime
 from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
+from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
 from services.worker.convert import to_token
 from services.worker.worker import Worker
-from transport import Op, PeerLost, RemoteRegion, Transfer, TransferResult, TransportError
+from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferResult, TransportError
 
 log = structlog.get_logger(__name__)
 
 COMMIT_TIMEOUT_S = 10.0
 ABORT_TIMEOUT_S = 5.0
-REMEMBER_REFUSED = 4096
+REMEMBER_USED = 16384
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +49,7 @@ class Passage:
     sequence: Sequence
     ferry: Ferry
     remote: RemoteRegion
+    owner: Owner
     added_s: float
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
@@ -52,6 +62,8 @@ class Passage:
     num_bytes: int = 0
     path: str = ""
     owner_lost: bool = False
+    # Of a connection that broke, bytes may still be on their way.
+    may_still_arrive: bool = False
 
     @property
     def log(self) -> structlog.stdlib.BoundLogger:
@@ -63,6 +75,7 @@ class Passage:
 
     def on_step(self, step: StepTime) -> None:
         self.started_s = self.started_s or step.started_s
+        self.computed_s = step.started_s + step.elapsed_s
         self.compute_s += step.elapsed_s
 
     def on_event(self, event: Event) -> None:
@@ -70,7 +83,6 @@ class Passage:
             case Started(block_table=table, num_cached=num_cached):
                 self._do(self.ferry.started(table, num_cached))
             case ChunkComputed(num_computed=num_computed):
-                self.computed_s = time.monotonic()
                 self._do(self.ferry.computed(num_computed))
             case TokenDrawn(drawn=drawn):
                 self.first_token = to_token(0, drawn)
@@ -130,7 +142,10 @@ class Passage:
         if transfer is not None:
             self.transfers.discard(transfer)
         if isinstance(outcome, BaseException):
-            self.owner_lost |= isinstance(outcome, PeerLost)
+            if isinstance(outcome, PeerLost):
+                self.owner_lost = True
+                self.may_still_arrive = self.remote.path is Path.RMA
+                self.ferries.remotes.forget(self.owner)
             if self.ferry.state is FerryState.WRITING:
                 self.outbox.put_nowait(_to_error(outcome))
             self._do(self.ferry.write_failed(f"writing failed: {outcome}"))
@@ -163,7 +178,12 @@ class Passage:
         except grpc.aio.AioRpcError as e:
             error = from_rpc_error(e)
             self.log.warning("commit_refused", error=str(error))
-            self.outbox.put_nowait(AbortedError(f"the commit was refused: {error}", reason="COMMIT_REFUSED"))
+            lost = isinstance(error, UnavailableError | DeadlineError)
+            self.outbox.put_nowait(
+                UnavailableError(f"the pool's owner was lost: {error}", reason="OWNER_LOST")
+                if lost
+                else AbortedError(f"the commit was refused: {error}", reason="COMMIT_REFUSED")
+            )
             self._do(self.ferry.stop(str(error)))
             return
         if self.ferry.state is not FerryState.COMMITTING:
@@ -200,7 +220,7 @@ class Passage:
         worker.router.unsubscribe(self.sequence.id)
         with worker.engine.exclusive() as scheduler:
             scheduler.abort(self.sequence.id)
-        self.remote.close()
+        self.ferries.remotes.release(self.owner)
         self.ended.set()
         self.ferries.forget(self)
 
@@ -230,9 +250,10 @@ class Ferries:
     def __init__(self, worker: Worker, channels: Channels) -> None:
         self.worker = worker
         self.channels = channels
+        self.remotes = Remotes(worker.transport)
         self.loop = asyncio.get_running_loop()
         self._passages: dict[str, Passage] = {}  # by transfer id
-        self._refused: OrderedDict[str, None] = OrderedDict()
+        self._used: OrderedDict[str, Passage | None] = OrderedDict()  # never to be used again
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Ferries:
@@ -243,11 +264,17 @@ class Ferries:
         passages = list(self._passages.values())
         for passage in passages:
             passage.stop("the prefill worker is shutting down")
-        async with asyncio.timeout(ABORT_TIMEOUT_S):
-            for passage in passages:
-                await passage.ended.wait()
-            while self._tasks:
-                await asyncio.wait(self._tasks)
+        try:
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                for passage in passages:
+                    await passage.ended.wait()
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+                await self.remotes.close()
+        except TimeoutError:
+            log.warning("owners_do_not_answer", transfers=len(self._passages), messages=len(self._tasks))
+            for task in self._tasks:
+                task.cancel()
 
     async def run(
         self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
@@ -268,18 +295,17 @@ class Ferries:
             expiry.cancel()
             passage.stop("the request was cancelled")
 
-    async def stop_transfer(self, transfer_id: str, writer_incarnation: int) -> None:
-        """Returns once nothing is written under this ticket any more, nor ever will be."""
-        if writer_incarnation != self.worker.identity.incarnation:
-            return  # that process has ended: this one has taken its place
-        passage = self._passages.get(transfer_id)
+    async def stop_transfer(self, transfer_id: str) -> None:
+        """Returns once nothing is written under this ticket any more, nor ever will be.  Raises UnavailableError when that
+        cannot be promised."""
+        passage = self._passages.get(transfer_id) or self._used.get(transfer_id)
         if passage is None:
-            self._refused[transfer_id] = None
-            if len(self._refused) > REMEMBER_REFUSED:
-                self._refused.popitem(last=False)
+            self._use_up(transfer_id, None)
             return
         passage.stop("the pool's owner took its blocks back")
         await passage.ended.wait()
+        if passage.may_still_arrive:
+            raise UnavailableError(f"the connection of transfer {transfer_id} broke; what was sent may still arrive")
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -287,7 +313,18 @@ class Ferries:
         task.add_done_callback(self._tasks.discard)
 
     def forget(self, passage: Passage) -> None:
-        self._passages.pop(passage.ticket.transfer_id, None)
+        del self._passages[passage.ticket.transfer_id]
+        # Kept whole only where its end proves nothing.
+        self._use_up(passage.ticket.transfer_id, passage if passage.may_still_arrive else None)
+
+    def _use_up(self, transfer_id: str, passage: Passage | None) -> None:
+        self._used[transfer_id] = passage
+        if len(self._used) > REMEMBER_USED:
+            self._used.popitem(last=False)
+
+    def _require_unused(self, transfer_id: str) -> None:
+        if transfer_id in self._passages or transfer_id in self._used:
+            raise ConflictError(f"ticket {transfer_id} was used or stopped before", reason="TICKET_REFUSED")
 
     async def _begin(
         self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
@@ -309,30 +346,28 @@ class Ferries:
                 f"ticket {ticket.transfer_id} is for {ticket.num_prompt_tokens} tokens, the prompt has {len(prompt)}",
                 reason="TICKET_REFUSED",
             )
-        if ticket.transfer_id in self._passages or ticket.transfer_id in self._refused:
-            raise ConflictError(f"ticket {ticket.transfer_id} was used or stopped before", reason="TICKET_REFUSED")
+        self._require_unused(ticket.transfer_id)
         sequence = worker.make_sequence(ticket.request_id, prompt, params, salt, prefill_only=True)
         try:
             ferry = Ferry(tuple(ticket.blocks), ticket.first_block_index, len(prompt), worker.layout.block_size)
         except ValueError as e:
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
+        owner = Owner(ticket.owner_id, ticket.owner_incarnation)
+        worker.num_opening += 1
         try:
-            remote = await asyncio.to_thread(worker.transport.open, ticket.region)
-        except TransportError as e:
-            raise UnavailableError(f"the pool of {ticket.owner_id} cannot be reached: {e}") from e
-        if ticket.transfer_id in self._refused:
-            remote.close()
-            raise ConflictError(f"ticket {ticket.transfer_id} was stopped", reason="TICKET_REFUSED")
-        passage = Passage(self, ticket, sequence, ferry, remote, added_s=time.monotonic())
-        self._passages[ticket.transfer_id] = passage
-        worker.router.subscribe(sequence.id, passage)
+            remote = await self.remotes.acquire(owner, ticket.region)
+        finally:
+            worker.num_opening -= 1
         try:
+            self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
+            passage = Passage(self, ticket, sequence, ferry, remote, owner, added_s=time.monotonic())
+            worker.router.subscribe(sequence.id, passage)
             worker.add(sequence)
         except Error:
             worker.router.unsubscribe(sequence.id)
-            del self._passages[ticket.transfer_id]
-            remote.close()
+            self.remotes.release(owner)
             raise
+        self._passages[ticket.transfer_id] = passage
         return passage
 
 

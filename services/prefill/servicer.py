@@ -29,7 +29,9 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
             async for item in steps:
                 if isinstance(item, worker_pb2.Committed):
                     transfer = item.transfer
-                    log.info("committed", blocks=transfer.num_blocks, path=transfer.path, exposed_us=transfer.exposed_us)
+                    log.info(
+                        "committed", blocks=transfer.num_blocks, path=transfer.path, exposed_us=transfer.exposed_us
+                    )
                     yield worker_pb2.PrefillResponse(committed=item)
                 else:
                     yield worker_pb2.PrefillResponse(first_token=item)

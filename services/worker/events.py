@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+import structlog
 
 from services.engine.blocks import CacheChange
 from services.engine.engine import StepTime
-from services.engine.sequence import Event, SequenceId
+from services.engine.sequence import Event, SequenceId, StepFailed
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 class Subscriber(Protocol):
@@ -21,12 +27,13 @@ class Subscriber(Protocol):
 
 
 class EventRouter:
-    """One per worker.  ``publish`` may be called from any thread, the rest from the loop."""
+    """One per worker.  It listens to the engine on whatever thread; everything else happens in the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         # Set whenever a sequence may have ended; who waits for that clears it.
         self.changed = asyncio.Event()
-        self.on_cache_changes: Callable[[list[CacheChange]], None] = lambda changes: None
+        self.died: asyncio.Future[None] = loop.create_future()
+        self.tell_directory: Callable[[list[CacheChange]], None] = lambda changes: None
         self._loop = loop
         self._subscribers: dict[SequenceId, Subscriber] = {}
 
@@ -38,24 +45,44 @@ class EventRouter:
         self._subscribers.pop(id_, None)
         self.changed.set()
 
-    def publish(self, events: list[Event], changes: list[CacheChange], step: StepTime) -> None:
-        try:
-            self._loop.call_soon_threadsafe(self._deliver, events, changes, step)
-        except RuntimeError:
-            if not self._loop.is_closed():  # closed: the worker has shut down while a step ran, nobody waits any more
-                raise
+    def on_events(self, events: list[Event], step: StepTime) -> None:
+        self._call(self._deliver_step, events, step)
+
+    def on_cache_changes(self, changes: list[CacheChange]) -> None:
+        self._call(lambda: self.tell_directory(changes))
+
+    def on_death(self, error: BaseException) -> None:
+        def end() -> None:
+            if not self.died.done():
+                self.died.set_exception(error)
+
+        self._call(end)
 
     def deliver(self, events: list[Event]) -> None:
         """Events that came about in the loop itself."""
         for event in events:
             if subscriber := self._subscribers.get(event.id):
-                subscriber.on_event(event)
+                self._guarded(event.id, subscriber.on_event, event)
 
-    def _deliver(self, events: list[Event], changes: list[CacheChange], step: StepTime) -> None:
+    def _deliver_step(self, events: list[Event], step: StepTime) -> None:
         for id_ in step.sequence_ids:
             if subscriber := self._subscribers.get(id_):
-                subscriber.on_step(step)
+                self._guarded(id_, subscriber.on_step, step)
         self.deliver(events)
         self.changed.set()
-        if changes:
-            self.on_cache_changes(changes)
+
+    def _guarded(self, id_: SequenceId, call: Callable[[T], None], argument: T) -> None:
+        """A bug in one request's subscriber must not cost the others their events."""
+        try:
+            call(argument)
+        except Exception:
+            log.exception("subscriber_failed", sequence=id_)
+            if subscriber := self._subscribers.pop(id_, None):
+                subscriber.on_event(StepFailed(id_, "an internal error; the worker's log has the details"))
+
+    def _call(self, call: Callable[..., object], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, *arguments)
+        except RuntimeError:
+            if not self._loop.is_closed():  # closed: the worker has shut down while a step ran, nobody waits any more
+                raise

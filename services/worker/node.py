@@ -62,7 +62,7 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         membership = Membership(
             config.directory, worker.info(), worker.load, _snapshot(worker), lease_ttl_s=config.lease_ttl_s
         )
-        worker.router.on_cache_changes = lambda changes: _publish(membership, changes)
+        worker.router.tell_directory = lambda changes: _publish(membership, changes)
         stop_transfer = await stack.enter_async_context(role.serve(server, worker, channels, config))
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker, stop_transfer), server)
         names = (role.service_name, worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
@@ -74,9 +74,10 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         publish_metrics(worker)
         log.info("ready", address=worker.identity.control_address, worker_id=worker.identity.worker_id)
         try:
-            await asyncio.Event().wait()
-        finally:
+            await worker.router.died
+        except asyncio.CancelledError:
             await _drain(worker, config.drain_timeout_s)
+            raise
 
 
 @asynccontextmanager
@@ -118,7 +119,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             max_waiting=config.max_waiting,
         )
         router = EventRouter(loop)
-        engine = Engine(Scheduler(BlockPool(num_blocks), limits), runner, router.publish)
+        engine = Engine(Scheduler(BlockPool(num_blocks), limits), runner, router)
         role_name = common_pb2.WorkerRole.Name(role.kind).removeprefix("WORKER_ROLE_").lower()
         identity = Identity(
             worker_id=config.worker_id or f"{role_name}-{address}",

@@ -9,23 +9,29 @@ import grpc
 
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.errors import ConflictError
 from services.worker.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]
-StopTransfer = Callable[[str, int], Awaitable[None]]
+StopTransfer = Callable[[str], Awaitable[None]]
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, worker: Worker, stop_transfer: StopTransfer) -> None:
-        """``stop_transfer(transfer_id, writer_incarnation)`` returns once nothing is written under that ticket."""
+        """``stop_transfer(transfer_id)`` returns once nothing is written under that ticket."""
         self._worker = worker
         self._stop_transfer = stop_transfer
 
     async def StopTransfer(
         self, request: worker_pb2.StopTransferRequest, context: Context
     ) -> worker_pb2.StopTransferResponse:
-        await self._stop_transfer(request.transfer_id, request.writer_incarnation)
-        return worker_pb2.StopTransferResponse()
+        identity = self._worker.identity
+        if request.writer_id != identity.worker_id:
+            raise ConflictError(f"this is {identity.worker_id}, not {request.writer_id}", reason="OTHER_WORKER")
+        # Another incarnation was asked for: that process has ended, this one has taken its place.
+        if request.writer_incarnation == identity.incarnation:
+            await self._stop_transfer(request.transfer_id)
+        return worker_pb2.StopTransferResponse(incarnation=identity.incarnation)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainResponse:
         await drain(self._worker)

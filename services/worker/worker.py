@@ -62,6 +62,7 @@ class Worker:
     check_role: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
     draining: bool = False
+    num_opening: int = 0  # requests that are on their way to the scheduler
 
     def make_sequence(
         self,
@@ -157,7 +158,9 @@ class Worker:
     def is_idle(self) -> bool:
         with self.engine.exclusive(wake=False) as scheduler:
             counts = scheduler.pool.counts()
-            return scheduler.num_sequences == 0 and counts.lent == 0 and counts.quarantined == 0
+            return (
+                not self.num_opening and scheduler.num_sequences == 0 and counts.lent == 0 and counts.quarantined == 0
+            )
 
 
 class refusals_as_errors:

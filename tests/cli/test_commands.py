@@ -10,6 +10,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -232,26 +233,39 @@ class Terminal:
         os.write(self.descriptor, text.encode())
 
     def read_until(self, words: str) -> None:
-        """Reads on from where the last call found its words; fails with what came instead, or by the test's own
-        timeout."""
-        while words not in self.unread:
-            try:
-                piece = os.read(self.descriptor, 4096).decode(errors="replace")
-            except OSError:  # how a pseudo-terminal says that everybody left
-                piece = ""
-            assert piece, f"{words!r} not in {self.unread!r}"
-            self.unread += piece
-        found = self.unread.index(words) + len(words)
-        self.seen += self.unread[:found]
-        self.unread = self.unread[found:]
+        """Reads on from where the last call found its words; fails with what came instead."""
+        deadline = time.monotonic() + 30
+        while not self._found(words):
+            assert time.monotonic() < deadline, f"{words!r} not in {self.unread!r} after {self.seen!r}"
+            self._read(1)
 
     def interrupt_until(self, words: str) -> None:
         """Ctrl-C, and again when nothing comes of it: input() misses one that comes just before it blocks."""
-        while words not in self.unread:
+        deadline = time.monotonic() + 30
+        while not self._found(words):
+            assert time.monotonic() < deadline, f"{words!r} not in {self.unread!r} after {self.seen!r}"
             self.process.send_signal(signal.SIGINT)
-            if select.select([self.descriptor], [], [], 1)[0]:
-                self.unread += os.read(self.descriptor, 4096).decode(errors="replace")
-        self.read_until(words)
+            while self._read(1) and words not in self.unread:
+                pass
+
+    def _found(self, words: str) -> bool:
+        before, found, after = self.unread.partition(words)
+        if found:
+            self.seen += before + found
+            self.unread = after
+        return bool(found)
+
+    def _read(self, timeout_s: float) -> bool:
+        """Takes what has come; False when nothing did."""
+        if not select.select([self.descriptor], [], [], timeout_s)[0]:
+            return False
+        try:
+            piece = os.read(self.descriptor, 4096).decode(errors="replace")
+        except OSError:  # how a pseudo-terminal says that everybody left
+            piece = ""
+        assert piece, f"the command left after {self.seen + self.unread!r}"
+        self.unread += piece
+        return True
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -268,7 +282,6 @@ def terminal() -> Iterator[list[Terminal]]:
         each.close()
 
 
-@pytest.mark.timeout(20)
 def test_chat_on_a_terminal(gateway: FakeGateway, terminal: list[Terminal]) -> None:
     fine = gateway.scripts[0]
     gateway.scripts = [gateway.hold, refuse(kvferry.InvalidRequestError("too long")), fine]
@@ -294,7 +307,6 @@ def test_chat_on_a_terminal(gateway: FakeGateway, terminal: list[Terminal]) -> N
     assert [m.content for m in last.chat.messages] == ["first", "one", "third"], "a refused message is forgotten"
 
 
-@pytest.mark.timeout(20)
 def test_a_terminal_gets_a_framed_table(gateway: FakeGateway, terminal: list[Terminal]) -> None:
     shell = Terminal("status")
     terminal.append(shell)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from kvferry.cli.interrupts import SIGNALS, Interrupts
+from kvferry.cli.interrupts import SIGNALS, CtrlC, Interrupts
 
 
 @pytest.mark.parametrize("signum", SIGNALS)
@@ -19,3 +19,14 @@ def test_a_swallowed_interrupt_is_not_lost(signum: signal.Signals) -> None:
         with pytest.raises(KeyboardInterrupt):
             interrupts.wait()
     assert signal.getsignal(signum) is before
+
+
+def test_ctrl_c_interrupts_only_where_allowed() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with CtrlC() as ctrl_c:
+        signal.raise_signal(signal.SIGINT)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt), ctrl_c.allowed():
+                signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from services.engine.blocks import BlockPool, OutOfBlocksError
 from services.engine.hashing import chain_root
-from services.engine.sampling_params import Drawn, Sampling
+from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 from services.engine.scheduler import Limits, NeverFitsError, Plan, QueueFullError, Scheduler
 from services.engine.sequence import FinishReason, Sequence, SequenceId, StepFailed, TokenDrawn
 
@@ -188,6 +188,40 @@ def test_reserving_more_than_there_is_takes_nothing() -> None:
     assert s.pool.counts() == before
 
 
+def test_reservations_do_not_starve_those_who_run_or_wait() -> None:
+    """A closed loop of clients that reserve as soon as there is room, on a pool too small for all of them."""
+    s, model = scheduler(24, max_step_tokens=64), FakeModel(24)
+    refused: list[int] = []
+    started = 0
+    last_progress: dict[str, int] = {}
+    longest_silence = 0
+    for step in range(1500):
+        while s.num_sequences < 12:
+            q = sequence(f"q{started}", [started % 7 + 1] * 2 + list(range(14)), 12)
+            try:
+                _, lent = s.reserve(q)
+            except OutOfBlocksError:
+                refused.append(step)
+                break
+            started += 1
+            for i, token in enumerate(q.tokens):
+                table = q.block_table + lent
+                model.slots[table[i // BLOCK] * BLOCK + i % BLOCK] = token
+            s.deliver(q.id, lent, Drawn(next_token(q.tokens)))
+            last_progress[q.id] = step
+        plan = s.plan()
+        assert plan is not None
+        for event in s.complete(plan, model.run(plan)):
+            if isinstance(event, TokenDrawn):
+                last_progress[event.id] = step
+                if event.finish:
+                    del last_progress[event.id]
+        longest_silence = max([longest_silence, *(step - seen for seen in last_progress.values())])
+    assert refused, "the pool was tight"
+    assert started > 300
+    assert longest_silence < 60
+
+
 def test_an_abort_during_a_step_keeps_the_blocks_until_its_end() -> None:
     s, model = scheduler(20), FakeModel(20)
     s.add(sequence("a", [1, 2, 3], 5))
@@ -222,6 +256,21 @@ def test_a_failed_step_ends_its_sequences_only() -> None:
     assert plan is not None
     assert s.fail(plan, "broken") == [StepFailed(SequenceId("a"), "broken")]
     assert set(run_to_end(s, FakeModel(20))) == {"b"}
+
+
+def test_a_draw_that_fails_ends_its_own_sequence_only() -> None:
+    s, model = scheduler(20), FakeModel(20)
+    s.add(sequence("sick", [1, 2], 5))
+    s.add(sequence("well", [3, 4], 2))
+    plan = s.plan()
+    assert plan is not None
+    _, well = model.run(plan)
+    events = s.complete(plan, [DrawFailed("not finite"), well])
+    assert [e for e in events if isinstance(e, StepFailed)] == [StepFailed(SequenceId("sick"), "not finite")]
+    assert s.get(SequenceId("sick")) is None
+    plan = s.plan()
+    assert plan is not None
+    assert [q.id for q in plan.sequences] == ["well"]
 
 
 def test_a_running_stream_waits_for_one_chunk_at_most() -> None:

@@ -162,6 +162,42 @@ async def test_one_corrupted_block_changes_the_answer(cluster: Running, client: 
     assert again == honest
 
 
+async def test_a_ticket_works_once_and_for_its_writer_only(cluster: Running, client: Client) -> None:
+    handmade = Handmade(cluster, client.tokenize(PROMPT), b"once")
+    async with (
+        handmade.begun() as (decode, prefill),
+        grpc.aio.insecure_channel(cluster.local.address("prefill-0")) as to_prefill,
+        grpc.aio.insecure_channel(cluster.local.address("decode-0")) as to_decode,
+    ):
+        reader = asyncio.create_task(_drain(prefill))
+        await asyncio.wait_for(handmade.at_commit.wait(), 30)
+        ticket = handmade.ticket
+        owner = worker_pb2_grpc.DecodeServiceStub(to_decode)
+        real = {
+            "transfer_id": ticket.transfer_id, "epoch": ticket.epoch, "owner_incarnation": ticket.owner_incarnation,
+            "writer_id": ticket.writer_id, "writer_incarnation": ticket.writer_incarnation,
+            "num_blocks": len(ticket.blocks), "num_bytes": len(ticket.blocks) * ticket.layout.block_nbytes,
+        }  # fmt: skip
+        for change in ({"epoch": 999}, {"writer_id": "mallory"}, {"writer_incarnation": 1}, {"owner_incarnation": 1}):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await owner.CommitTransfer(worker_pb2.CommitTransferRequest(**{**real, **change}), timeout=10)
+            assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        handmade.go_on.set()
+        num_tokens = 0
+        while (response := await decode.read()) is not grpc.aio.EOF:
+            num_tokens += response.HasField("token")
+        assert num_tokens == 24, "messages in another's name changed nothing"
+        await reader
+        again = worker_pb2_grpc.PrefillServiceStub(to_prefill).Prefill(
+            worker_pb2.PrefillRequest(prompt_token_ids=handmade.prompt, sampling=handmade.sampling, ticket=ticket),
+            timeout=10,
+        )
+        written = cluster.stats("prefill-0").num_bytes_written
+        with pytest.raises(grpc.aio.AioRpcError, match="used or stopped before"):
+            await _drain(again)
+        assert cluster.stats("prefill-0").num_bytes_written == written
+
+
 async def test_cancelling_while_the_transfer_is_under_way(cluster: Running, client: Client) -> None:
     handmade = Handmade(cluster, client.tokenize(PROMPT), b"cancelled")
     async with handmade.begun() as (decode, prefill):

@@ -22,13 +22,32 @@ def ours(backend: str) -> Iterator[Transport]:
         yield t
 
 
+@pytest.fixture(scope="session")
+def idle_processes() -> Iterator[list[ProcessPeer]]:
+    idle: list[ProcessPeer] = []
+    yield idle
+    for peer in idle:
+        peer.close()
+
+
 @pytest.fixture
-def new_peer(backend: str) -> Iterator[Callable[[], Peer]]:
+def new_peer(backend: str, idle_processes: list[ProcessPeer]) -> Iterator[Callable[[], Peer]]:
+    """Peers with an allocation of their own; a process is used again by later tests unless it was harmed."""
     with ExitStack() as stack:
 
+        def let_go(peer: Peer) -> None:
+            if isinstance(peer, ProcessPeer) and peer.reusable:
+                idle_processes.append(peer)
+            else:
+                peer.close()
+
         def create() -> Peer:
-            peer = ProcessPeer("ucx") if backend == "ucx-process" else InProcessPeer(backend)
-            stack.callback(peer.close)
+            peer: Peer
+            if backend == "ucx-process":
+                peer = idle_processes.pop() if idle_processes else ProcessPeer("ucx")
+            else:
+                peer = InProcessPeer(backend)
+            stack.callback(let_go, peer)
             return peer
 
         yield create

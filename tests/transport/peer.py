@@ -25,6 +25,8 @@ class InProcessPeer:
         self._region: Region | None = None
 
     def allocate(self, nbytes: int) -> bytes:
+        if self._region is not None:
+            self._region.release()
         self._region = self._transport.allocate(nbytes)
         return self._region.descriptor
 
@@ -47,6 +49,7 @@ class InProcessPeer:
 
 class ProcessPeer:
     def __init__(self, backend: str, **environment: str) -> None:
+        self.reusable = True
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.transport.peer", backend],
             stdin=subprocess.PIPE,
@@ -69,9 +72,11 @@ class ProcessPeer:
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
 
     def stop(self) -> None:
+        self.reusable = False
         self.process.send_signal(signal.SIGSTOP)
 
     def die(self) -> None:
+        self.reusable = False
         self.process.kill()
 
     def close(self) -> None:

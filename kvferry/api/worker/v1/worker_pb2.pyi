@@ -394,13 +394,17 @@ class StopTransferRequest(google.protobuf.message.Message):
     EPOCH_FIELD_NUMBER: builtins.int
     OWNER_ID_FIELD_NUMBER: builtins.int
     OWNER_INCARNATION_FIELD_NUMBER: builtins.int
+    WRITER_ID_FIELD_NUMBER: builtins.int
     WRITER_INCARNATION_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     epoch: builtins.int
     owner_id: builtins.str
     owner_incarnation: builtins.int
+    writer_id: builtins.str
+    """The process that the ticket was for. Another incarnation of the same worker answers at once, since the one asked for
+    has ended; another worker refuses with FAILED_PRECONDITION.
+    """
     writer_incarnation: builtins.int
-    """The incarnation that the ticket was for. Another incarnation answers at once: the one asked for has ended."""
     def __init__(
         self,
         *,
@@ -408,9 +412,10 @@ class StopTransferRequest(google.protobuf.message.Message):
         epoch: builtins.int = ...,
         owner_id: builtins.str = ...,
         owner_incarnation: builtins.int = ...,
+        writer_id: builtins.str = ...,
         writer_incarnation: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_incarnation", b"writer_incarnation"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StopTransferRequest: typing_extensions.TypeAlias = StopTransferRequest
@@ -419,9 +424,16 @@ Global___StopTransferRequest: typing_extensions.TypeAlias = StopTransferRequest
 class StopTransferResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    INCARNATION_FIELD_NUMBER: builtins.int
+    incarnation: builtins.int
+    """Of the process that answers."""
     def __init__(
         self,
+        *,
+        incarnation: builtins.int = ...,
     ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["incarnation", b"incarnation"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StopTransferResponse: typing_extensions.TypeAlias = StopTransferResponse
 

@@ -308,7 +308,8 @@ class WorkerServiceServicer(object):
 
     def StopTransfer(self, request, context):
         """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
-        the proof that lets the owner use the blocks again. A ticket never heard of is refused from then on. Idempotent.
+        the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
+        of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

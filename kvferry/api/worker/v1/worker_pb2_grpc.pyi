@@ -156,7 +156,8 @@ class WorkerServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> WorkerServiceAsyncStub: ...
     StopTransfer: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.StopTransferRequest, kvferry.api.worker.v1.worker_pb2.StopTransferResponse]
     """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
-    the proof that lets the owner use the blocks again. A ticket never heard of is refused from then on. Idempotent.
+    the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
+    of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
     """
     Drain: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.DrainRequest, kvferry.api.worker.v1.worker_pb2.DrainResponse]
     """Takes no new work from now on; returns when what it has is done, or at the caller's deadline."""
@@ -169,7 +170,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     StopTransfer: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.StopTransferRequest, kvferry.api.worker.v1.worker_pb2.StopTransferResponse]  # type: ignore[assignment]
     """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
-    the proof that lets the owner use the blocks again. A ticket never heard of is refused from then on. Idempotent.
+    the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
+    of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
     """
     Drain: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.DrainRequest, kvferry.api.worker.v1.worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes no new work from now on; returns when what it has is done, or at the caller's deadline."""
@@ -185,7 +187,8 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.StopTransferResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.StopTransferResponse]]:
         """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
-        the proof that lets the owner use the blocks again. A ticket never heard of is refused from then on. Idempotent.
+        the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
+        of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
         """
 
     @abc.abstractmethod

@@ -1,0 +1,96 @@
+"""Other workers' pools, opened once per owner and kept for as long as the owner lives."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+import structlog
+
+from kvferry.errors import UnavailableError
+from transport import RegionBusy, RemoteRegion, Transport, TransportError
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(slots=True, eq=False)
+class _Opened:
+    opening: asyncio.Task[RemoteRegion]
+    num_users: int = 0
+    stale: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Remotes:
+    """Opening and closing may block while a peer does not answer, so both run on threads: nobody else waits for it.
+    Owned by the event loop."""
+
+    transport: Transport
+    _opened: dict[Owner, _Opened] = field(default_factory=dict)
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def acquire(self, owner: Owner, descriptor: bytes) -> RemoteRegion:
+        """The owner's pool; give it back with ``release``.  Raises UnavailableError."""
+        for other in [o for o in self._opened if o.worker_id == owner.worker_id and o != owner]:
+            self.forget(other)  # an earlier process of that name
+        entry = self._opened.get(owner)
+        if entry is None:
+            opening = asyncio.create_task(asyncio.to_thread(self.transport.open, descriptor))
+            entry = self._opened[owner] = _Opened(opening)
+        entry.num_users += 1
+        try:
+            return await asyncio.shield(entry.opening)
+        except asyncio.CancelledError:
+            self._leave(owner, entry)
+            raise
+        except TransportError as e:
+            entry.stale = True
+            self._leave(owner, entry)
+            raise UnavailableError(f"the pool of {owner.worker_id} cannot be reached: {e}", reason="OWNER_LOST") from e
+
+    def release(self, owner: Owner) -> None:
+        """One user less.  The region stays open, for the next ticket, unless it was forgotten."""
+        entry = self._opened.get(owner)
+        if entry is not None:
+            self._leave(owner, entry)
+
+    def forget(self, owner: Owner) -> None:
+        """The owner is gone: closes its region once nobody uses it."""
+        entry = self._opened.get(owner)
+        if entry is not None:
+            entry.stale = True
+            self._close_if_unused(owner, entry)
+
+    async def close(self) -> None:
+        """Lets go of all regions; nobody may be using one."""
+        for owner in list(self._opened):
+            self.forget(owner)
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+    def _leave(self, owner: Owner, entry: _Opened) -> None:
+        entry.num_users -= 1
+        self._close_if_unused(owner, entry)
+
+    def _close_if_unused(self, owner: Owner, entry: _Opened) -> None:
+        if not entry.stale or entry.num_users:
+            return
+        if self._opened.get(owner) is entry:
+            del self._opened[owner]
+        task = asyncio.create_task(self._close(entry))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close(self, entry: _Opened) -> None:
+        try:
+            await asyncio.to_thread((await entry.opening).close)
+        except RegionBusy:
+            log.error("region_busy")  # a user let go before its last write had ended: our bug
+        except TransportError:
+            pass  # it never opened
