@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import pytest
 
-from kvferry import Client
+from kvferry import AsyncClient, Client, Completion
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.engine.model_files import ModelFiles
@@ -47,40 +49,71 @@ CHATS = [
 ]
 
 
-def alone(cluster: Running, prompt: Sequence[int]) -> list[int]:
+OPTIONS: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
+
+
+async def _split(address: str) -> list[Completion]:
+    async with AsyncClient(address) as client:
+        streams = [client.generate(text, **OPTIONS) for text in RAW] + [client.chat(c, **OPTIONS) for c in CHATS]
+        return list(await asyncio.gather(*(stream.result() for stream in streams)))
+
+
+async def _alone(address: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Prefill and decode in one process, sharing no cache with other requests."""
-    request = worker_pb2.DecodeRequest(
-        request_id="alone",
-        prompt_token_ids=prompt,
-        sampling=common_pb2.SamplingParams(
-            max_tokens=NUM_TOKENS, temperature=0, top_p=1, top_k=0, seed=0, ignore_eos=True
-        ),
-        cache_salt=secrets.token_bytes(8),
-    )
-    with grpc.insecure_channel(cluster.local.address("decode-0")) as channel:
-        responses = list(worker_pb2_grpc.DecodeServiceStub(channel).Decode(request, timeout=120))
-    assert responses[-1].finished.decode.prefilled_locally
-    return [r.token.id for r in responses if r.HasField("token")]
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = worker_pb2_grpc.DecodeServiceStub(channel)
+
+        async def one(prompt: Sequence[int]) -> list[int]:
+            request = worker_pb2.DecodeRequest(
+                request_id="alone",
+                prompt_token_ids=prompt,
+                sampling=common_pb2.SamplingParams(
+                    max_tokens=NUM_TOKENS, temperature=0, top_p=1, top_k=0, seed=0, ignore_eos=True
+                ),
+                cache_salt=secrets.token_bytes(8),
+            )
+            responses = [response async for response in stub.Decode(request, timeout=120)]
+            assert responses[-1].finished.decode.prefilled_locally
+            return [r.token.id for r in responses if r.HasField("token")]
+
+        return list(await asyncio.gather(*map(one, prompts)))
+
+
+@pytest.fixture(scope="module")
+def split(running: Running) -> list[Completion]:
+    """All at once: batching and chunking are part of what is tested."""
+    running.wait_routable()
+    return asyncio.run(_split(running.address))
+
+
+@pytest.fixture(scope="module")
+def prompts(running: Running) -> list[tuple[int, ...]]:
+    with Client(running.address) as client:
+        return [client.tokenize(text) for text in RAW] + [client.tokenize(chat) for chat in CHATS]
+
+
+@pytest.fixture(scope="module")
+def alone(running: Running, prompts: list[tuple[int, ...]]) -> list[list[int]]:
+    return asyncio.run(_alone(running.local.address("decode-0"), prompts))
 
 
 @pytest.mark.parametrize("number", range(len(RAW) + len(CHATS)))
 def test_split_equals_alone_equals_transformers(
-    cluster: Running, client: Client, greedy: Reference, smollm2: ModelFiles, number: int
+    split: list[Completion],
+    alone: list[list[int]],
+    prompts: list[tuple[int, ...]],
+    greedy: Reference,
+    smollm2: ModelFiles,
+    number: int,
 ) -> None:
-    options = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
-    if number < len(RAW):
-        prompt = list(client.tokenize(RAW[number]))
-        split = client.generate(RAW[number], **options).result()
-    else:
-        messages = CHATS[number - len(RAW)]
-        prompt = list(client.tokenize(messages))
-        split = client.chat(messages, **options).result()
-    assert split.timeline.prefill_worker == "prefill-0"
-    assert split.timeline.transfer.num_blocks > 0
-    assert len(split.token_ids) == NUM_TOKENS
-    assert split.text == smollm2.tokenizer.decode(split.token_ids)
-    assert greedy.continuation_is_greedy(prompt, split.token_ids)
-    assert alone(cluster, prompt) == list(split.token_ids)
+    answer = split[number]
+    assert answer.timeline.prefill_worker == "prefill-0"
+    assert answer.timeline.transfer is not None
+    assert answer.timeline.transfer.num_blocks > 0
+    assert len(answer.token_ids) == NUM_TOKENS
+    assert answer.text == smollm2.tokenizer.decode(answer.token_ids)
+    assert greedy.continuation_is_greedy(prompts[number], answer.token_ids)
+    assert alone[number] == list(answer.token_ids)
 
 
 def test_the_reference_decodes_by_itself_to_the_same(client: Client, greedy: Reference) -> None:
@@ -93,9 +126,9 @@ def test_the_reference_decodes_by_itself_to_the_same(client: Client, greedy: Ref
     assert not greedy.continuation_is_greedy(prompt, [*expected[:-1], (expected[-1] + 1) % 1000])
 
 
-def test_prompts_span_blocks_and_chunks(client: Client) -> None:
+def test_prompts_span_blocks_and_chunks(prompts: list[tuple[int, ...]]) -> None:
     """The list above is as varied as it claims to be."""
-    lengths = [len(client.tokenize(text)) for text in RAW] + [len(client.tokenize(chat)) for chat in CHATS]
+    lengths = [len(prompt) for prompt in prompts]
     assert min(lengths) == 1
     assert sum(length > 16 for length in lengths) > 10, "several blocks"
     assert sum(length > 64 for length in lengths) >= 4, "longer than a chunk"
