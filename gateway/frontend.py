@@ -81,7 +81,7 @@ class Frontend:
     def __init__(
         self, files: ModelFiles, view: ClusterView, dispatcher: Dispatcher, *, max_requests: int, max_request_s: float
     ) -> None:
-        self.validator = Validator(files)
+        self.validator = Validator.for_model(files)
         self.files = files
         self.num_requests_total = 0
         self.num_in_flight = 0

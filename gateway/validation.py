@@ -29,6 +29,13 @@ NORMALIZATION_FACTOR = 4
 @dataclass(frozen=True, slots=True)
 class Validator:
     files: ModelFiles
+    # No longer text can fit the context; looked at before the text is tokenized.
+    max_text_length: int
+
+    @classmethod
+    def for_model(cls, files: ModelFiles) -> Validator:
+        longest_nbytes = files.tokenizer.longest_token_nbytes * NORMALIZATION_FACTOR
+        return cls(files, files.config.context_length * longest_nbytes)
 
     def check_model(self, name: str) -> None:
         known = self.files.config.name
@@ -69,8 +76,8 @@ class Validator:
 
     async def _tokenize(self, text: str, *, add_special: bool) -> list[int]:
         encode = self.files.tokenizer.encode
-        context_length = self.files.config.context_length
-        if len(text) > context_length * self.files.tokenizer.longest_token_nbytes * NORMALIZATION_FACTOR:
+        if len(text) > self.max_text_length:
+            context_length = self.files.config.context_length
             problem = f"has {len(text)} characters, far more than a context of {context_length} tokens holds"
             raise _invalid("prompt", problem, reason="PROMPT_TOO_LONG")
         if len(text) <= INLINE_TEXT_LENGTH:

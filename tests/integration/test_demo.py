@@ -25,7 +25,7 @@ def test_demo(tmp_path: Path) -> None:
     for name in ("directory", "prefill-0", "decode-0", "gateway"):
         log = (tmp_path / f"{name}.log").read_text()
         assert "Traceback" not in log, log
-        assert f"{name} stopped" in done.stdout
+        assert f"{name} stopped" in done.stderr
 
 
 def test_generate_and_status(cluster: Running) -> None:
