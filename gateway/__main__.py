@@ -104,7 +104,7 @@ async def run_gateway(config: GatewayConfig) -> None:
 def main() -> int:
     prog = "python -m gateway"
     config = load(GatewayConfig, sys.argv[1:], prog)
-    logs.configure("gateway", level=config.log_level)
+    logs.configure("gateway", level=config.log_level.value)
     tracing.configure("gateway")
     return run_until_stopped(run_gateway(config), prog=prog)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from services.runtime.config import option
+from services.runtime.logs import LogLevel
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,4 +27,4 @@ class GatewayConfig:
     max_request_s: float = option(600.0, help="longest time for one request", minimum=0.1)
     max_body_nbytes: int = option(2 * 1024 * 1024, help="largest HTTP request body", minimum=1024)
     drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
-    log_level: str = option("info", help="debug, info, warning or error")
+    log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")

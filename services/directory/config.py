@@ -12,7 +12,7 @@ from services.runtime.logs import LogLevel
 class DirectoryConfig:
     """The cache directory: who is alive, and who holds which KV blocks."""
 
-    listen: str = option("127.0.0.1:7000", help="host:port of the gRPC server")
+    listen: str = option("127.0.0.1:8472", help="host:port of the gRPC server")
     metrics_port: int = option(
         0, help="port of the Prometheus metrics on the same host; 0 is off", minimum=0, maximum=65535
     )

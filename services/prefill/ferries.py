@@ -353,6 +353,8 @@ class Ferries:
         except ValueError as e:
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
         owner = Owner(ticket.owner_id, ticket.owner_incarnation)
+        # Connects while the prompt is computed: the commit must not wait for it.
+        self.channels.get(ticket.owner_control_address).get_state(try_to_connect=True)
         worker.num_opening += 1
         try:
             remote = await self.remotes.acquire(owner, ticket.region)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvferry.errors import InvalidRequestError
 from services.runtime.config import option
+from services.runtime.logs import LogLevel
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -23,18 +24,21 @@ class WorkerConfig:
         help="a .gguf file, a Hugging Face directory or id, or a name that ships with a package",
     )
     dtype: str = option("float32", help="type of weights and KV: float32 or bfloat16")
-    threads: int = option(1, help="CPU threads for the model")
+    threads: int = option(1, help="CPU threads for the model", minimum=1)
     kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
-    block_size: int = option(16, help="tokens in a KV block")
-    chunk_tokens: int = option(256, help="most tokens computed in one step, and so the size of a prefill chunk")
-    max_running: int = option(64, help="most sequences in one step")
-    max_waiting: int = option(256, help="most requests queued; more are refused")
-    transport: str = option("ucx", help="how KV blocks travel: ucx")
-    ticket_lifetime_s: float = option(60.0, help="how long a writer may take from its ticket to its commit")
-    lease_ttl_s: float = option(6.0, help="how long the directory believes in this worker without hearing from it")
-    drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM")
-    metrics_port: int = option(0, help="port of the Prometheus endpoint; 0 is off")
-    log_level: str = option("info", help="debug, info, warning or error")
+    block_size: int = option(16, help="tokens in a KV block", minimum=1)
+    chunk_tokens: int = option(
+        256, help="most tokens computed in one step, and so the size of a prefill chunk", minimum=1
+    )
+    max_running: int = option(64, help="most sequences in one step", minimum=1)
+    max_waiting: int = option(256, help="most requests queued; more are refused", minimum=1)
+    ticket_lifetime_s: float = option(300.0, help="how long a writer may take from ticket to commit", minimum=0.1)
+    lease_ttl_s: float = option(
+        6.0, help="how long the directory believes in this worker without hearing from it", minimum=1
+    )
+    drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
+    metrics_port: int = option(0, help="port of the Prometheus endpoint; 0 is off", minimum=0)
+    log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")
 
 
 def parse_nbytes(text: str) -> int:

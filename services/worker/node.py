@@ -86,7 +86,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     try:
         files = await asyncio.to_thread(open_model, config.model)
         weights = await asyncio.to_thread(load_weights, files.config, files.path, config.dtype)
-        transport = create(config.transport)
+        transport = create("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e
     model = files.config

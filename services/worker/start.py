@@ -14,6 +14,6 @@ from services.worker.node import Role, run_worker
 def start(role: Role, name: str) -> int:
     prog = f"python -m services.{name}"
     config = load(WorkerConfig, sys.argv[1:], prog)
-    logs.configure(config.worker_id or name, level=config.log_level)
+    logs.configure(config.worker_id or name, level=config.log_level.value)
     tracing.configure(config.worker_id or name)
     return run_until_stopped(run_worker(config, role), prog=prog)
