@@ -1,8 +1,8 @@
 """What clients may ask, checked strictly: OpenAI's field names, the ranges of kvferry.api.common.v1.SamplingParams.
 
 ``user``, ``metadata`` and ``store`` are accepted and change nothing, as OpenAI documents them: they label a request for
-the account's own bookkeeping.  ``n`` can only be 1 and ``echo`` only false.  ``top_k`` is not OpenAI's.  Any other field
-is refused rather than ignored.
+the account's own bookkeeping.  ``n`` can only be 1, ``echo`` only false, and the penalties only 0, which is what clients
+send that always send them.  ``top_k`` is not OpenAI's.  Any other field is refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from kvferry.errors import InvalidRequestError
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-def _only(value: int | bool) -> AfterValidator:
+def _only(value: float | bool) -> AfterValidator:
     shown = json.dumps(value)
 
-    def check(given: int | bool) -> int | bool:
+    def check(given: float | bool) -> float | bool:
         if given != value:
             raise PydanticCustomError("only", "Input should be {only}, the only value served", {"only": shown})
         return given
@@ -125,6 +125,8 @@ class GenerationRequest(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: Stop | None = None
     n: Annotated[int, _only(1)] | None = None
+    frequency_penalty: Annotated[float, _only(0)] | None = None
+    presence_penalty: Annotated[float, _only(0)] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None

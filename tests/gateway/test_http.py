@@ -165,7 +165,7 @@ async def test_an_impossible_token_still_makes_valid_json() -> None:
 async def test_every_field_reaches_the_front_door() -> None:
     front_door = answering()
     fields = {"temperature": 0, "top_p": 0.5, "top_k": 4, "seed": -1, "stop": ["a", "b"], "logprobs": True}
-    ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "n": 1, "stream": False}
+    ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "n": 1, "stream": False, "presence_penalty": 0.0}
     messages = [
         {"role": "developer", "content": "d"},
         {"role": "system", "content": "s"},
@@ -246,6 +246,12 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, text(seed=2**64), "seed", "less than or equal to"),
     (TEXT, text(n=2), "n", "'n' must be 1, the only value served, not 2"),
     (TEXT, text(n=True), "n", "valid integer"),
+    (
+        TEXT,
+        text(frequency_penalty=0.5),
+        "frequency_penalty",
+        "'frequency_penalty' must be 0, the only value served, not 0.5",
+    ),
     (TEXT, text(echo=True), "echo", "'echo' must be false"),
     (TEXT, text(stop=""), "stop", "at least 1 character"),
     (TEXT, text(stop=["a"] * 17), "stop", "at most 16 items"),

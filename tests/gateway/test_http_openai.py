@@ -190,8 +190,8 @@ async def test_errors_have_their_class(
 async def test_a_refused_field_is_named(gateway: Gateway) -> None:
     async with gateway.client() as client:
         with pytest.raises(openai.BadRequestError) as caught:
-            await client.chat.completions.create(model=MODEL, messages=MESSAGES, frequency_penalty=1)
-        assert (caught.value.param, caught.value.code) == ("frequency_penalty", "unknown_parameter")
+            await client.chat.completions.create(model=MODEL, messages=MESSAGES, verbosity="low")
+        assert (caught.value.param, caught.value.code) == ("verbosity", "unknown_parameter")
         with pytest.raises(openai.NotFoundError) as unknown:
             await client.chat.completions.create(model="gpt-9", messages=MESSAGES)
         assert (unknown.value.param, unknown.value.code) == ("model", "model_not_found")
