@@ -287,6 +287,20 @@ def test_a_running_stream_waits_for_one_chunk_at_most() -> None:
         s.complete(plan, model.run(plan))
 
 
+def test_a_stream_that_came_later_is_not_held_up_by_an_older_prompt() -> None:
+    s, model = scheduler(100, max_step_tokens=8), FakeModel(100)
+    s.add(sequence("long", list(range(200)), 1))
+    plan = s.plan()
+    assert plan is not None
+    s.complete(plan, model.run(plan))
+    s.add(sequence("stream", [1], 50))
+    for _ in range(20):
+        plan = s.plan()
+        assert plan is not None
+        assert {q.id for q in plan.sequences} == {"stream", "long"}
+        s.complete(plan, model.run(plan))
+
+
 def test_bounds_are_refusals() -> None:
     s = scheduler(4, max_waiting=1)
     with pytest.raises(NeverFitsError, match="16 tokens"):
