@@ -15,7 +15,7 @@ from services.decode.reservations import DecodeStream, Finished, Reservations, W
 from services.decode.tickets import Ticket, WriterId
 from services.engine.sequence import TokenDrawn
 from services.runtime.process import ProcessIdentity
-from services.worker.convert import to_finish_reason, to_token
+from services.worker.convert import to_finish_reason, to_token, to_us
 from services.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -110,8 +110,8 @@ def _finished_proto(stream: DecodeStream, reason: common_pb2.FinishReason.ValueT
     finished = worker_pb2.DecodeFinished(
         reason=reason,
         decode=common_pb2.DecodeStats(
-            wait_for_kv_us=0 if stream.kv_ready_s is None else _us(stream.kv_ready_s - stream.opened_s),
-            compute_us=_us(stream.decode_s),
+            wait_for_kv_us=0 if stream.kv_ready_s is None else to_us(stream.kv_ready_s - stream.opened_s),
+            compute_us=to_us(stream.decode_s),
             num_steps=stream.num_steps,
             num_cached_tokens=sequence.num_cached,
             prefilled_locally=stream.ticket is None,
@@ -121,15 +121,11 @@ def _finished_proto(stream: DecodeStream, reason: common_pb2.FinishReason.ValueT
     if stream.ticket is None:
         finished.prefill.MergeFrom(
             common_pb2.PrefillStats(
-                queue_us=0 if stream.started_s is None else _us(stream.started_s - stream.opened_s),
-                compute_us=_us(stream.prefill_s),
+                queue_us=0 if stream.started_s is None else to_us(stream.started_s - stream.opened_s),
+                compute_us=to_us(stream.prefill_s),
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 num_chunks=sequence.num_chunks,
             )
         )
     return finished
-
-
-def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))

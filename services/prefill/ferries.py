@@ -29,7 +29,7 @@ from services.engine.sequence import ChunkComputed, Event, Sequence, Started, St
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
 from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
-from services.worker.convert import to_token
+from services.worker.convert import to_token, to_us
 from services.worker.worker import Worker
 from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferResult, TransportError
 
@@ -228,8 +228,8 @@ class Passage:
         now_s, sequence = time.monotonic(), self.sequence
         return worker_pb2.Committed(
             prefill=common_pb2.PrefillStats(
-                queue_us=_us((self.started_s or now_s) - self.added_s),
-                compute_us=_us(self.compute_s),
+                queue_us=to_us((self.started_s or now_s) - self.added_s),
+                compute_us=to_us(self.compute_s),
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 num_chunks=sequence.num_chunks,
@@ -237,8 +237,8 @@ class Passage:
             transfer=common_pb2.TransferStats(
                 num_blocks=num_blocks,
                 num_bytes=self.num_bytes,
-                busy_us=_us(self.busy_s),
-                exposed_us=_us(now_s - self.computed_s),
+                busy_us=to_us(self.busy_s),
+                exposed_us=to_us(now_s - self.computed_s),
                 path=self.path,
             ),
         )
@@ -377,7 +377,3 @@ def _to_error(failure: BaseException) -> Error:
     if isinstance(failure, PeerLost):
         return UnavailableError(f"the pool's owner was lost: {failure}", reason="OWNER_LOST")
     return AbortedError(f"writing KV blocks failed: {failure}", reason="WRITE_FAILED")
-
-
-def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))

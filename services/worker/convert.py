@@ -55,6 +55,10 @@ def to_sequence(
     )
 
 
+def to_us(seconds: float) -> int:
+    return max(0, round(seconds * 1e6))
+
+
 def to_token(index: int, drawn: Drawn) -> common_pb2.Token:
     return common_pb2.Token(
         index=index,
