@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ test: $(STAMP) ## Run every test that needs no GPU
 test-fast: $(STAMP) ## Run the tests that start no process
 	@python -m pytest -m "not gpu and not rdma" --ignore=tests/integration $(ARGS)
 
+bench-transport: $(STAMP) ## Measure the transport against memcpy and, where installed, NIXL
+	@python -m tests.bench.transport
+
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 
 format: $(STAMP) ## Format the code
@@ -57,7 +60,10 @@ imports: $(STAMP)
 protos: $(STAMP) ## Regenerate the stubs under kvferry/api
 	@python protos/generate.py
 
-protos-check: $(STAMP)
+protos-bench-transport: $(STAMP) ## Measure the transport against memcpy and, where installed, NIXL
+	@python -m tests.bench.transport
+
+check: $(STAMP)
 	@python protos/generate.py --check
 	@if command -v npm >/dev/null; then npm exec --yes --loglevel=error -- @bufbuild/buf@1.75.0 lint protos; \
 	 else echo "buf lint skipped: npm is not installed"; fi
