@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport wheel clean
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything (torch CPU build, UCX, the default model)
 
@@ -60,10 +60,7 @@ imports: $(STAMP)
 protos: $(STAMP) ## Regenerate the stubs under kvferry/api
 	@python protos/generate.py
 
-protos-bench-transport: $(STAMP) ## Measure the transport against memcpy and, where installed, NIXL
-	@python -m tests.bench.transport
-
-check: $(STAMP)
+protos-check: $(STAMP)
 	@python protos/generate.py --check
 	@if command -v npm >/dev/null; then npm exec --yes --loglevel=error -- @bufbuild/buf@1.75.0 lint protos; \
 	 else echo "buf lint skipped: npm is not installed"; fi
