@@ -20,6 +20,7 @@ from services.engine.sequence import Event, SequenceId
 log = structlog.get_logger(__name__)
 
 RATE_HALF_LIFE_S = 5.0
+CLOSE_TIMEOUT_S = 10.0
 
 
 class Runner(Protocol):
@@ -78,11 +79,12 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread after the step under way.  Idempotent; blocks for up to that step."""
+        """Ends the thread after the step under way.  Idempotent; blocks for up to that step, at most ``CLOSE_TIMEOUT_S``:
+        the thread is a daemon, so the process can end without it."""
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(CLOSE_TIMEOUT_S)
 
     @contextmanager
     def exclusive(self, *, wake: bool = True) -> Iterator[Scheduler]:
@@ -144,7 +146,8 @@ class Engine:
         try:
             while not self._stopping:
                 self._wake.clear()
-                if not self.step():
+                # Looked at again after the clear: close() may have set both in between.
+                if not self.step() and not self._stopping:
                     self._wake.wait()
         except BaseException as e:
             log.exception("engine_died")

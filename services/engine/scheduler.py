@@ -169,9 +169,9 @@ class Scheduler:
         chunks, so that a long prompt delays the others by one chunk at most."""
         assert not self._in_flight, "the step before was not completed"
         started = []
-        while self._ready and len(self._running) < self.limits.max_running:
-            self._running.append(self._ready.popleft())
+        self._fill_from_ready()
         self._grow()
+        self._fill_from_ready()  # a preemption may have made a place
         while self._waiting and len(self._running) < self.limits.max_running:
             event = self._try_start(self._waiting[0])
             if event is None:
@@ -220,13 +220,13 @@ class Scheduler:
         return events
 
     def fail(self, plan: Plan, message: str) -> list[Event]:
-        """The step could not be computed: its sequences end.  Prefill-only ones keep their blocks until ``abort``, for a
-        transfer may still be reading them."""
+        """The step could not be computed: its sequences end, those that only started with it do not.  Prefill-only ones
+        keep their blocks until ``abort``, for a transfer may still be reading them."""
         self._in_flight = frozenset()
         for sequence in plan.sequences:
             if sequence.aborted:
                 self._end(sequence)
-        return [self._fail(s, message) for s in plan.sequences if not s.aborted]
+        return [*plan.started, *(self._fail(s, message) for s in plan.sequences if not s.aborted)]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it."""
@@ -279,6 +279,10 @@ class Scheduler:
             sequence.num_cached = sequence.num_computed
         sequence.stage = Stage.RUNNING
         return Started(sequence.id, tuple(sequence.block_table), sequence.num_computed)
+
+    def _fill_from_ready(self) -> None:
+        while self._ready and len(self._running) < self.limits.max_running:
+            self._running.append(self._ready.popleft())
 
     def _grow(self) -> None:
         """Gives each running sequence the block its next token needs, oldest first, preempting the youngest for it."""

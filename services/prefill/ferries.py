@@ -31,7 +31,7 @@ from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
 from services.worker.convert import to_token, to_us
 from services.worker.worker import Worker
-from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferResult, TransportError
+from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferCancelled, TransferResult, TransportClosed
 
 log = structlog.get_logger(__name__)
 
@@ -127,7 +127,8 @@ class Passage:
                 [block * nbytes for block in write.target],
                 [nbytes] * len(write.source),
             )
-        except TransportError as e:
+        except Exception as e:  # counted as under way already: whatever refuses it, it has ended
+            self.log.exception("write_refused")
             self.ferries.loop.call_soon(self._write_ended, None, write, e)
             return
         self.transfers.add(transfer)
@@ -142,10 +143,12 @@ class Passage:
         if transfer is not None:
             self.transfers.discard(transfer)
         if isinstance(outcome, BaseException):
-            if isinstance(outcome, PeerLost):
+            if isinstance(outcome, PeerLost | TransportClosed):
                 self.owner_lost = True
-                self.may_still_arrive = self.remote.path is Path.RMA
                 self.ferries.remotes.forget(self.owner)
+            # Of a connection that broke, only the writer's end can prove that nothing comes any more.
+            if self.remote.path is Path.RMA and not isinstance(outcome, TransferCancelled):
+                self.may_still_arrive = True
             if self.ferry.state is FerryState.WRITING:
                 self.outbox.put_nowait(_to_error(outcome))
             self._do(self.ferry.write_failed(f"writing failed: {outcome}"))
@@ -320,7 +323,8 @@ class Ferries:
     def _use_up(self, transfer_id: str, passage: Passage | None) -> None:
         self._used[transfer_id] = passage
         if len(self._used) > REMEMBER_USED:
-            self._used.popitem(last=False)
+            oldest = next(id_ for id_, kept in self._used.items() if kept is None)
+            del self._used[oldest]
 
     def _require_unused(self, transfer_id: str) -> None:
         if transfer_id in self._passages or transfer_id in self._used:
@@ -360,6 +364,7 @@ class Ferries:
             remote = await self.remotes.acquire(owner, ticket.region)
         finally:
             worker.num_opening -= 1
+            worker.router.changed.set()
         try:
             self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
             passage = Passage(self, ticket, sequence, ferry, remote, owner, added_s=time.monotonic())
@@ -374,6 +379,6 @@ class Ferries:
 
 
 def _to_error(failure: BaseException) -> Error:
-    if isinstance(failure, PeerLost):
+    if isinstance(failure, PeerLost | TransportClosed):
         return UnavailableError(f"the pool's owner was lost: {failure}", reason="OWNER_LOST")
     return AbortedError(f"writing KV blocks failed: {failure}", reason="WRITE_FAILED")

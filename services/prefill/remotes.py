@@ -24,6 +24,7 @@ class _Opened:
     opening: asyncio.Task[RemoteRegion]
     num_users: int = 0
     stale: bool = False
+    closing: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -39,20 +40,28 @@ class Remotes:
         """The owner's pool; give it back with ``release``.  Raises UnavailableError."""
         for other in [o for o in self._opened if o.worker_id == owner.worker_id and o != owner]:
             self.forget(other)  # an earlier process of that name
-        entry = self._opened.get(owner)
-        if entry is None:
-            opening = asyncio.create_task(asyncio.to_thread(self.transport.open, descriptor))
-            entry = self._opened[owner] = _Opened(opening)
+        entry = self._opened.get(owner) or self._open(owner, descriptor)
         entry.num_users += 1
         try:
             return await asyncio.shield(entry.opening)
-        except asyncio.CancelledError:
+        except BaseException as e:
             self._leave(owner, entry)
+            if isinstance(e, TransportError):
+                what = f"the pool of {owner.worker_id} cannot be reached: {e}"
+                raise UnavailableError(what, reason="OWNER_LOST") from e
             raise
-        except TransportError as e:
-            entry.stale = True
-            self._leave(owner, entry)
-            raise UnavailableError(f"the pool of {owner.worker_id} cannot be reached: {e}", reason="OWNER_LOST") from e
+
+    def _open(self, owner: Owner, descriptor: bytes) -> _Opened:
+        opening = asyncio.create_task(asyncio.to_thread(self.transport.open, descriptor))
+        entry = self._opened[owner] = _Opened(opening)
+
+        def opened(task: asyncio.Task[RemoteRegion]) -> None:
+            if task.cancelled() or task.exception() is not None:  # nobody may come upon it later
+                entry.stale = True
+                self._close_if_unused(owner, entry)
+
+        opening.add_done_callback(opened)
+        return entry
 
     def release(self, owner: Owner) -> None:
         """One user less.  The region stays open, for the next ticket, unless it was forgotten."""
@@ -79,8 +88,9 @@ class Remotes:
         self._close_if_unused(owner, entry)
 
     def _close_if_unused(self, owner: Owner, entry: _Opened) -> None:
-        if not entry.stale or entry.num_users:
+        if not entry.stale or entry.num_users or entry.closing:
             return
+        entry.closing = True
         if self._opened.get(owner) is entry:
             del self._opened[owner]
         task = asyncio.create_task(self._close(entry))
@@ -92,5 +102,5 @@ class Remotes:
             await asyncio.to_thread((await entry.opening).close)
         except RegionBusy:
             log.error("region_busy")  # a user let go before its last write had ended: our bug
-        except TransportError:
-            pass  # it never opened
+        except Exception:
+            log.debug("never_opened", exc_info=True)  # whoever waited for it was told

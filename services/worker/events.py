@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol, TypeVar
 
 import structlog
@@ -54,7 +55,9 @@ class EventRouter:
     def on_death(self, error: BaseException) -> None:
         def end() -> None:
             if not self.died.done():
-                self.died.set_exception(error)
+                died = RuntimeError(f"the engine died: {error!r}")  # a future takes no StopIteration
+                died.__cause__ = error
+                self.died.set_exception(died)
 
         self._call(end)
 
@@ -78,7 +81,8 @@ class EventRouter:
         except Exception:
             log.exception("subscriber_failed", sequence=id_)
             if subscriber := self._subscribers.pop(id_, None):
-                subscriber.on_event(StepFailed(id_, "an internal error; the worker's log has the details"))
+                with suppress(Exception):
+                    subscriber.on_event(StepFailed(id_, "an internal error; the worker's log has the details"))
 
     def _call(self, call: Callable[..., object], *arguments: object) -> None:
         try:

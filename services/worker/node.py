@@ -136,7 +136,9 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
 async def _drain(worker: Worker, timeout_s: float) -> None:
     try:
         async with asyncio.timeout(timeout_s):
-            await drain(worker)
+            draining = asyncio.ensure_future(drain(worker))
+            await asyncio.wait((draining, worker.router.died), return_when=asyncio.FIRST_COMPLETED)
+            draining.cancel()
     except TimeoutError:
         log.warning("drain_cut_short", timeout_s=timeout_s)
 

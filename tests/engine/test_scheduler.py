@@ -248,13 +248,41 @@ def test_a_halted_prefill_keeps_its_blocks_and_computes_no_more() -> None:
     assert s.pool.counts().active == 0
 
 
+def test_a_failed_step_still_tells_what_started_with_it() -> None:
+    s, model = scheduler(40, max_step_tokens=8), FakeModel(40)
+    s.add(sequence("first", list(range(20)), 1, prefill_only=True))
+    s.add(sequence("second", list(range(20, 40)), 1, prefill_only=True))
+    plan = s.plan()
+    assert plan is not None
+    assert [q.id for q in plan.sequences] == ["first"]
+    events = s.fail(plan, "broken")
+    assert [type(e).__name__ + " " + e.id for e in events] == ["Started first", "Started second", "StepFailed first"]
+    assert "second" in run_to_end(s, model)
+
+
+def test_with_one_place_a_preemption_hands_it_on() -> None:
+    s, model = scheduler(4, max_running=1), FakeModel(4)
+    for name in ("a", "b"):
+        q = sequence(name, [1, 2, 3], 12)
+        _, lent = s.reserve(q)
+        model.slots[lent[0] * BLOCK : lent[0] * BLOCK + 3] = q.tokens
+        s.deliver(q.id, lent, Drawn(next_token(q.tokens)))
+    outputs = {name: [next_token([1, 2, 3])] for name in ("a", "b")}
+    while plan := s.plan():
+        for event in s.complete(plan, model.run(plan)):
+            if isinstance(event, TokenDrawn):
+                outputs[event.id].append(event.drawn.token_id)
+        s.check_integrity()
+    assert outputs == {name: expected([1, 2, 3], 12) for name in ("a", "b")}
+
+
 def test_a_failed_step_ends_its_sequences_only() -> None:
     s = scheduler(20, max_running=1)
     s.add(sequence("a", [1, 2], 5))
     s.add(sequence("b", [1, 2], 5))
     plan = s.plan()
     assert plan is not None
-    assert s.fail(plan, "broken") == [StepFailed(SequenceId("a"), "broken")]
+    assert s.fail(plan, "broken")[-1] == StepFailed(SequenceId("a"), "broken")
     assert set(run_to_end(s, FakeModel(20))) == {"b"}
 
 

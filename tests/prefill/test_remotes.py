@@ -99,6 +99,24 @@ async def test_an_owner_that_does_not_answer_delays_nobody_else(
     assert (len(transport.opened), transport.num_open) == (1, 0), "opened for nobody, and closed"
 
 
+async def test_a_failed_opening_is_not_kept_for_the_next(
+    remotes: Remotes, transport: Recording, region: Region
+) -> None:
+    """Its only caller left before it failed."""
+    transport.may_open.clear()
+    gone = asyncio.create_task(remotes.acquire(A, b"garbled"))
+    await asyncio.sleep(0.02)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    transport.may_open.set()
+    await asyncio.sleep(0.05)
+    await remotes.acquire(A, region.descriptor)
+    remotes.release(A)
+    await remotes.close()
+    assert transport.num_open == 0
+
+
 async def test_what_cannot_be_opened_is_a_typed_error_and_tried_anew(remotes: Remotes, region: Region) -> None:
     with pytest.raises(UnavailableError, match="pool of a") as refused:
         await remotes.acquire(A, b"garbled")
