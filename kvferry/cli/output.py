@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -96,9 +97,10 @@ def print_json(value: Any) -> None:
 
 def table(title: str, headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], numeric: frozenset[int]) -> Table:
     """For a terminal; ``numeric`` columns are aligned right."""
-    made = Table(title=title, title_justify="left", title_style="bold")
+    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, heading in enumerate(headings):
-        made.add_column(heading, justify="right" if index in numeric else "left", overflow="fold")
+        is_number = index in numeric
+        made.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
     for row in rows:
         made.add_row(*map(escape, row))
     return made

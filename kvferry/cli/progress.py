@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from types import TracebackType
 from typing import Self
 
@@ -73,4 +74,6 @@ def describe(event: Event) -> str:
         case Stopped(name, status, killed):
             if killed:
                 return f"{name} did not stop in time and was killed"
-            return f"{name} stopped" if status == 0 else f"{name} stopped: it {describe_status(status)}"
+            return (
+                f"{name} stopped" if status in (0, -signal.SIGTERM) else f"{name} stopped: it {describe_status(status)}"
+            )

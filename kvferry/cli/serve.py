@@ -99,10 +99,10 @@ kvferry serves {model}
 
 Try it:
   kvferry chat{address}
-  kvferry generate "The capital of France is" --timeline{address}
+  kvferry generate "The capital of France is" --temperature 0 --timeline{address}
   kvferry status{address}
   curl {cluster.http_url}/v1/chat/completions -H 'content-type: application/json' \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "temperature": 0}}'
 
 Ctrl-C stops everything.""",
         flush=True,

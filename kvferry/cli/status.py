@@ -11,15 +11,12 @@ from rich.live import Live
 from rich.text import Text
 
 from kvferry.cli import options, output
-from kvferry.cli.timeline import size
 from kvferry.client import DEFAULT_ADDRESS, Client
 from kvferry.types import Cluster, Worker
 
-HEADINGS = (
-    "worker", "role", "state", "address", "running", "waiting", "queued tokens", "prefill tok/s", "decode tok/s",
-    "free", "active", "cached", "lent", "quarantined", "blocks", "KV pool",
-)  # fmt: skip
-_NUMERIC = frozenset(range(4, len(HEADINGS)))
+# Narrow enough for 80 columns; what is left out is in --json.
+HEADINGS = ("worker", "state", "run", "wait", "pre/s", "dec/s", "free", "active", "cached", "lent", "quar.", "all")
+_NUMERIC = frozenset(range(2, len(HEADINGS)))
 
 
 def status(
@@ -31,8 +28,9 @@ def status(
 ) -> None:
     """Show workers, their KV blocks by state, their load and rates.
 
-    Free, active, cached, lent and quarantined blocks add up to a worker's blocks. The gateway answers from its own view,
-    whose age is shown.
+    Run and wait count requests; pre/s and dec/s are tokens per second of prefill and of decode, over the last seconds of
+    work. Free, active, cached, lent and quarantined KV blocks add up to all of a worker's. The gateway answers from its
+    own view, whose age is shown. Roles, addresses and sizes are in --json.
 
     \b
     Examples:
@@ -70,8 +68,9 @@ def _rendered(cluster: Cluster) -> Group:
 
 
 def summary(cluster: Cluster) -> str:
+    workers = "1 worker" if len(cluster.workers) == 1 else f"{len(cluster.workers)} workers"
     return (
-        f"{cluster.model.name}, {len(cluster.workers)} workers, {cluster.num_requests_in_flight} requests in flight, "
+        f"{cluster.model.name}, {workers}, {cluster.num_requests_in_flight} requests in flight, "
         f"{cluster.num_requests_total} in total, view {cluster.view_age_s:.1f} s old, kvferry {cluster.version}"
     )
 
@@ -80,14 +79,10 @@ def _row(worker: Worker) -> tuple[str, ...]:
     blocks = worker.blocks
     return (
         worker.worker_id,
-        worker.role.value,
-        "draining" if worker.draining else "ready",
-        worker.control_address,
+        "drain" if worker.draining else "ready",
         str(worker.num_running),
         str(worker.num_waiting),
-        str(worker.num_queued_prefill_tokens),
-        f"{worker.prefill_tokens_per_s:.1f}",
-        f"{worker.decode_tokens_per_s:.1f}",
+        f"{worker.prefill_tokens_per_s:.0f}",
+        f"{worker.decode_tokens_per_s:.0f}",
         *map(str, (blocks.free, blocks.active, blocks.cached, blocks.lent, blocks.quarantined, blocks.total)),
-        size(blocks.total * worker.layout.block_nbytes),
     )

@@ -185,6 +185,17 @@ def test_without_restart_the_dead_stay_dead(tmp_path: Path) -> None:
     assert events.empty()
 
 
+def test_two_clusters_do_not_share_their_logs(tmp_path: Path) -> None:
+    with LocalCluster([member("a", WAITS)], tmp_path, timing=QUICK):
+        (tmp_path / "a.log").write_text("the first one's words\n")
+        second = LocalCluster([member("a", WAITS)], tmp_path, timing=QUICK)
+        with pytest.raises(ClusterError, match="--log-dir"):
+            second.start()
+        assert (tmp_path / "a.log").read_text() == "the first one's words\n"
+    with LocalCluster([member("a", WAITS)], tmp_path, timing=QUICK):
+        pass  # free again
+
+
 def test_stop_kills_the_stubborn_and_what_they_started(tmp_path: Path) -> None:
     child = f"import subprocess, sys\nprint(subprocess.Popen([sys.executable, '-c', {WAITS!r}]).pid, flush=True)\n"
     events = Recorder()

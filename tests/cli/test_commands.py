@@ -92,11 +92,9 @@ def test_status_table(gateway: FakeGateway) -> None:
     done = CliRunner().invoke(APP, ["status"])
     summary, heading, prefill, decode = done.stdout.splitlines()
     assert summary == "tiny, 2 workers, 2 requests in flight, 41 in total, view 0.2 s old, kvferry 0.1.0"
-    assert heading.split()[:4] == ["worker", "role", "state", "address"]
-    assert " ".join(prefill.split()) == (
-        "prefill-0 prefill ready 127.0.0.1:9000 2 1 512 812.5 48.2 60 20 15 4 1 100 140.6 MiB"
-    )
-    assert decode.split()[:3] == ["decode-0", "decode", "draining"]
+    assert heading.split()[:4] == ["worker", "state", "run", "wait"]
+    assert " ".join(prefill.split()) == "prefill-0 ready 2 1 812 48 60 20 15 4 1 100"
+    assert decode.split()[:2] == ["decode-0", "drain"]
 
 
 def test_status_json(gateway: FakeGateway) -> None:
@@ -307,9 +305,10 @@ def test_chat_on_a_terminal(gateway: FakeGateway, terminal: list[Terminal]) -> N
     assert [m.content for m in last.chat.messages] == ["first", "one", "third"], "a refused message is forgotten"
 
 
-def test_a_terminal_gets_a_framed_table(gateway: FakeGateway, terminal: list[Terminal]) -> None:
+def test_a_terminal_of_80_columns_gets_a_ruled_table(gateway: FakeGateway, terminal: list[Terminal]) -> None:
     shell = Terminal("status")
     terminal.append(shell)
-    shell.read_until("└")
-    assert "┏" in shell.seen
+    shell.read_until("decode-0")
+    assert "─────" in shell.seen
+    assert "prefill-0" in shell.seen, "no name is folded"
     assert shell.process.wait(20) == 0

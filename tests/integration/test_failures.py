@@ -50,6 +50,8 @@ def test_a_decode_worker_killed_while_it_decodes_is_a_typed_error(cluster: Runni
         for _ in stream:
             pass
     assert lost.value.reason == "DECODE_WORKER_LOST"
+    assert lost.value.message.endswith("send the request again"), "and not gRPC's words"
+    assert lost.value.retry_after_s
     assert time.monotonic() - killed_s < 5
     cluster.wait_until(lambda: cluster.is_quiet("prefill-0"), 5, "the prefill worker holds nothing for the dead")
     cluster.local.wait_ready("decode-0", 60)
