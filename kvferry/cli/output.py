@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -97,7 +96,7 @@ def print_json(value: Any) -> None:
 
 def table(title: str, headings: tuple[str, ...], rows: Sequence[tuple[str, ...]], numeric: frozenset[int]) -> Table:
     """For a terminal; ``numeric`` columns are aligned right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    made = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for index, heading in enumerate(headings):
         is_number = index in numeric
         made.add_column(heading, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")

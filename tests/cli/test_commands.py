@@ -305,10 +305,10 @@ def test_chat_on_a_terminal(gateway: FakeGateway, terminal: list[Terminal]) -> N
     assert [m.content for m in last.chat.messages] == ["first", "one", "third"], "a refused message is forgotten"
 
 
-def test_a_terminal_of_80_columns_gets_a_ruled_table(gateway: FakeGateway, terminal: list[Terminal]) -> None:
+def test_a_terminal_of_80_columns_shows_every_column_whole(gateway: FakeGateway, terminal: list[Terminal]) -> None:
     shell = Terminal("status")
     terminal.append(shell)
     shell.read_until("decode-0")
-    assert "─────" in shell.seen
     assert "prefill-0" in shell.seen, "no name is folded"
+    assert all(word in shell.seen for word in ("worker", "active", "cached", "quar."))
     assert shell.process.wait(20) == 0
