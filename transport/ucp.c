@@ -222,10 +222,12 @@ static enum turn start_slice(job_t *job)
 static void finish(ferry_t *f, job_t *job, int closed)
 {
     enum outcome outcome = FAILED;
+    int peer_status = atomic_load(&job->remote->peer->status); /* CANCELED: shut_down closed its endpoint by force */
     if (closed) outcome = CLOSED;
     else if (job->status == UCS_OK) outcome = job->cut_short ? CANCELLED : DONE;
-    else if (atomic_load(&job->remote->peer->status) != UCS_OK) outcome = PEER_LOST; /* UCX may say CANCELED of it */
-    else if (job->status == UCS_ERR_CANCELED) outcome = CLOSED; /* an endpoint closed by force */
+    else if (peer_status == UCS_ERR_CANCELED) outcome = CLOSED;
+    else if (peer_status != UCS_OK) outcome = PEER_LOST; /* UCX may call the request CANCELED then */
+    else if (job->status == UCS_ERR_CANCELED) outcome = CLOSED;
     atomic_thread_fence(memory_order_seq_cst); /* every store is out before anybody hears of it */
     job->completion = (completion_t){.cookie = job->cookie,
                                      .nbytes = job->nbytes,
