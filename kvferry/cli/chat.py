@@ -55,6 +55,9 @@ def chat(
             if line == "/reset":
                 history = list(opening)
                 continue
+            if interactive and line.startswith("/"):
+                output.say(HELP)
+                continue
             history.append(ChatMessage("user", line))
             try:
                 with client.chat(

@@ -75,6 +75,8 @@ def sentence(error: kvferry.Error, address: str | None) -> str:
             f"no gateway answers at {address}; start a cluster with `kvferry serve`, or name another gateway with "
             "--address"
         )
+    if isinstance(error, kvferry.UnavailableError) and "errors resolving" in error.message:
+        return f"{address} is no address that can be found; write host:port, such as 127.0.0.1:8470, without http://"
     if isinstance(error, kvferry.DeadlineError):
         return f"the gateway at {address} did not finish within the time allowed; allow more with --timeout"
     hint = "" if error.retry_after_s is None else f" (try again in {error.retry_after_s:.3g} s)"

@@ -58,6 +58,7 @@ def serve(
         log_level=log_level.value,
     )
     progress = StartProgress()
+    is_up = False
     with output.failures():
         cluster = LocalCluster.from_config(config, log_dir=log_dir, on_event=progress.on_event)
         with Interrupts() as interrupts:
@@ -65,11 +66,14 @@ def serve(
                 with progress.show([member.name for member in cluster.members]):
                     cluster.start()
                 _announce(cluster)
+                is_up = True
                 interrupts.wait()
             except KeyboardInterrupt:
                 output.say("\nstopping; Ctrl-C again kills at once")
             finally:
                 stop(cluster)
+    if not is_up:
+        raise typer.Exit(130)
 
 
 def stop(cluster: LocalCluster) -> None:

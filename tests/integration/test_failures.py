@@ -61,11 +61,13 @@ def test_a_decode_worker_killed_while_it_decodes_is_a_typed_error(cluster: Runni
 
 def test_a_decode_worker_killed_while_its_prompt_is_computed(cluster: Running, client: Client) -> None:
     before = cluster.stats("prefill-0").num_blocks_written
-    stream = client.generate("owner killed: " + LONG, max_tokens=4, temperature=0, timeout=DEADLINE_S)
-    cluster.wait_until(lambda: cluster.stats("prefill-0").num_blocks_written > before, 30, "blocks are written")
-    cluster.local.kill("decode-0")
-    with pytest.raises(UnavailableError):
-        stream.result()
+    with Client(cluster.address, max_attempts=1) as once:  # the default one would try again, and succeed
+        stream = once.generate("owner killed: " + LONG, max_tokens=4, temperature=0, timeout=DEADLINE_S)
+        cluster.wait_until(lambda: cluster.stats("prefill-0").num_blocks_written > before, 30, "blocks are written")
+        cluster.local.kill("decode-0")
+        with pytest.raises(UnavailableError) as lost:
+            stream.result()
+    assert lost.value.retry_after_s
     cluster.wait_until(lambda: cluster.is_quiet("prefill-0"), 5, "the writer has let go")
     cluster.local.wait_ready("decode-0", 60)
     cluster.local.wait_ready("gateway", 60)
