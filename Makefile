@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt transport/ucp.c transport/build.py
 	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding: apt-get install gcc"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvferry needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "could not create $(VENV): on Debian, apt-get install python3-venv"; exit 1; }
-	@echo "installing into $(VENV): about 1.5 GB at the first time, a few minutes"
+	@echo "installing into $(VENV): about 1.6 GB at the first time, a few minutes"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt pip setuptools wheel
 	@echo "  torch (CPU build)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch

@@ -12,13 +12,13 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import InvalidRequestError, NotFoundError
 from services.engine.model_files import ModelFiles
+from services.runtime.tracing import MAX_REQUEST_ID_LENGTH, is_request_id
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 512
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
 MAX_TEMPERATURE = 100.0
-MAX_REQUEST_ID_LENGTH = 128
 ROLES = ("system", "user", "assistant")
 # Longer texts are tokenized on a thread: they would hold up everybody's tokens.
 INLINE_TEXT_LENGTH = 4096
@@ -54,7 +54,7 @@ class Validator:
         """Raises InvalidRequestError or NotFoundError; the message names the field."""
         self.check_model(request.model)
         request_id = request.request_id or secrets.token_hex(8)
-        if len(request_id) > MAX_REQUEST_ID_LENGTH or not (request_id.isascii() and request_id.isprintable()):
+        if not is_request_id(request_id):
             raise _invalid("request_id", f"must be up to {MAX_REQUEST_ID_LENGTH} printable ASCII characters")
         self._check_stop(request.stop)
         match request.WhichOneof("prompt"):

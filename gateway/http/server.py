@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import socket
 from collections.abc import Iterator
 
 import uvicorn
 from starlette.types import ASGIApp
 
-from services.runtime.startup import StartupError
+from services.runtime.startup import cannot_listen
 
 # What a request may still take to say goodbye, once its grace is over and it was cancelled.
 _CANCELLED_S = 2.0
@@ -86,11 +84,5 @@ async def _listen(host: str, port: int, flag: str) -> socket.socket:
             listener.close()
             raise
         return listener
-    except socket.gaierror as error:
-        raise StartupError(f"cannot resolve the host of {address}; choose another with {flag}") from error
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            message = f"address {address} is in use by another process; choose another with {flag}"
-        else:
-            message = f"cannot listen on {address}: {os.strerror(error.errno or 0)}; choose another with {flag}"
-        raise StartupError(message) from error
+        raise cannot_listen(error, address, flag) from error

@@ -47,7 +47,6 @@ class Ticket:
     writer: WriterId
     first_block_index: int
     blocks: tuple[int, ...]
-    reserved_s: float
     expires_s: float
     state: TicketState = field(default=TicketState.LENT)
 
@@ -77,7 +76,7 @@ class TicketBook:
         assert transfer_id not in self._tickets
         self._epoch += 1
         ticket = Ticket(
-            transfer_id, self._epoch, sequence_id, writer, first_block_index, tuple(blocks), now_s, now_s + lifetime_s
+            transfer_id, self._epoch, sequence_id, writer, first_block_index, tuple(blocks), now_s + lifetime_s
         )
         self._tickets[transfer_id] = ticket
         return ticket
@@ -145,9 +144,6 @@ class TicketBook:
         self._pool.restore(ticket.blocks)
         self._retire(ticket, TicketState.CLOSED)
         return True
-
-    def revoking(self) -> list[Ticket]:
-        return [t for t in self._tickets.values() if t.state is TicketState.REVOKING]
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the LENT and QUARANTINED blocks are exactly those that open tickets name."""

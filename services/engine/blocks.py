@@ -142,11 +142,6 @@ class BlockPool:
         self._by_hash[hash_] = block
         self._changes.append(CacheChange(hash_, stored=True))
 
-    def forget_cached(self) -> None:
-        """Evicts every cached block."""
-        while self._cached:
-            self._free.append(self._evict())
-
     def hashes(self) -> list[bytes]:
         """Every hash held, for a snapshot."""
         return list(self._by_hash)

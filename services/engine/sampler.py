@@ -11,7 +11,6 @@ import numpy.typing as npt
 from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 
 F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 _FIRST_LOOK = 256

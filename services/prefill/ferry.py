@@ -73,10 +73,6 @@ class Ferry:
         self._in_flight = 0
         self._drawn = False
 
-    @property
-    def writes_in_flight(self) -> int:
-        return self._in_flight
-
     def started(self, block_table: tuple[int, ...], num_computed: int) -> list[Action]:
         """Compute began with these source blocks; the first ``num_computed`` tokens' KV is there already."""
         self._source = block_table

@@ -23,11 +23,6 @@ class Channels:
             channel = self._channels[address] = open_channel(address)
         return channel
 
-    async def forget(self, address: str) -> None:
-        """The process there is gone for good; a later ``get`` connects afresh.  Unknown addresses are ignored."""
-        if channel := self._channels.pop(address, None):
-            await channel.close()
-
     async def __aenter__(self) -> Channels:
         return self
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from services.runtime.interceptor import RequestInterceptor
-from services.runtime.startup import StartupError
+from services.runtime.startup import StartupError, cannot_listen
 
 MAX_MESSAGE_NBYTES = 16 * 1024 * 1024
 
@@ -89,14 +88,8 @@ def _probe(host: str, port: int, address: str, flag: str) -> None:
         with socket.socket(family, kind) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(sockaddr)
-    except socket.gaierror as error:
-        raise StartupError(f"cannot resolve the host of {address}; choose another with {flag}") from error
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            message = f"address {address} is in use by another process; choose another with {flag}"
-        else:
-            message = f"cannot listen on {address}: {os.strerror(error.errno or 0)}; choose another with {flag}"
-        raise StartupError(message) from error
+        raise cannot_listen(error, address, flag) from error
 
 
 @asynccontextmanager
