@@ -148,10 +148,18 @@ class Region:
 class RemoteRegion:
     """A peer's region, opened here.  A context manager."""
 
-    def __init__(self, incarnation: int, nbytes: int, path: Path, close: Callable[[RemoteRegion], None]) -> None:
+    def __init__(
+        self,
+        incarnation: int,
+        nbytes: int,
+        path: Path,
+        close: Callable[[RemoteRegion], None],
+        why_not_mapped: str = "",
+    ) -> None:
         self.incarnation = incarnation
         self.nbytes = nbytes
         self.path = path
+        self.why_not_mapped = why_not_mapped  # where the path is RMA
         self.num_in_flight = 0  # guarded by the transport
         self.closed = False  # guarded by the transport
         self._close = close
@@ -181,9 +189,9 @@ class Transport(Protocol):
         ...
 
     def open(self, descriptor: bytes) -> RemoteRegion:
-        """Connects to the owner unless a connection is there; one serves all regions of a peer.  Blocks for
-        milliseconds, at most 2 s when the owner does not answer.  Raises BadDescriptor, PeerLost.  Opening is dearer
-        than posting: keep what is opened."""
+        """Maps the region, or else connects to its owner unless a connection is there; one serves all regions of a peer.
+        Blocks for milliseconds, at most 2 s when an owner elsewhere does not answer, and holds up nobody else's
+        opening.  Raises BadDescriptor, PeerLost.  Opening is dearer than posting: keep what is opened."""
         ...
 
     def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
@@ -204,6 +212,11 @@ class Transport(Protocol):
 
     def poll(self, timeout_s: float) -> int:
         """Without a loop: delivers outcomes, waiting for the first up to ``timeout_s``; returns how many."""
+        ...
+
+    def fence(self, timeout_s: float) -> bool:
+        """True once all that had reached this host, when it was called, lies in its region.  Of a writer of this host
+        whose process has ended, no byte comes after.  Blocks, at most ``timeout_s``."""
         ...
 
     def counters(self) -> Counters: ...

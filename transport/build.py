@@ -1,4 +1,4 @@
-"""Compiles ucp.c against the UCX in use, into build/.  Run by `make setup`: python -m transport.build"""
+"""Compiles ucp.c and copy.c against the UCX in use, into build/.  Run by `make setup`: python -m transport.build"""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("ucp.c")
-BUILD = SOURCE.parent.parent / "build"
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / name for name in ("ucp.c", "copy.c", "copy.h"))
+BUILD = HERE.parent / "build"
 
 
 def ucx_home() -> Path:
@@ -39,7 +40,7 @@ def ucx_libraries() -> Path:
 def library_path() -> Path:
     """Names the compiled binding after its source and the UCX it is linked with, so that a stale one is never loaded."""
     ucp = ucx_libraries() / "libucp.so.0"
-    stamp = f"{SOURCE.read_text()}{ucp}{ucp.stat().st_size}{ucp.stat().st_mtime_ns}"
+    stamp = f"{[source.read_text() for source in SOURCES]}{ucp}{ucp.stat().st_size}{ucp.stat().st_mtime_ns}"
     return BUILD / f"libkvferry_ucp.{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.so"
 
 
@@ -56,11 +57,12 @@ def build() -> Path:
     libraries = ucx_libraries()
     # By soname and rpath: the wheel holds libucp.so and libucp.so.0 as two files, and loading both crashes at exit.
     command = [compiler, "-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-shared", "-fPIC", "-pthread",
-               f"-I{ucx_home() / 'include'}", str(SOURCE), "-o", str(partial), f"-L{libraries}",
-               "-l:libucp.so.0", "-l:libucs.so.0", f"-Wl,-rpath,{libraries}"]  # fmt: skip
+               f"-I{ucx_home() / 'include'}", *(str(source) for source in SOURCES if source.suffix == ".c"),
+               "-o", str(partial), f"-L{libraries}", "-l:libucp.so.0", "-l:libucs.so.0",
+               f"-Wl,-rpath,{libraries}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"compiling {SOURCE.name} failed:\n{done.stderr.strip()}")
+        raise RuntimeError(f"compiling the UCX binding failed:\n{done.stderr.strip()}")
     partial.rename(target)
     return target
 

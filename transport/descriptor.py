@@ -7,31 +7,36 @@ import struct
 from dataclasses import dataclass
 
 from transport.errors import BadDescriptor
+from transport.segments import SegmentName
 
-# Little-endian: magic, version, backend, incarnation, base, nbytes, length of the address, length of the key; then the
-# address, the key and a digest of all before it.
-_HEAD = struct.Struct("<4sBBQQQHH")
+# Little-endian: magic, version, backend, incarnation, base, nbytes, the segment's host, process and number there, length
+# of the address, length of the key; then the address, the key and a digest of all before it.
+_HEAD = struct.Struct("<4sBBQQQ16sIIHH")
 _MAGIC = b"KVFR"
-_VERSION = 1
+_VERSION = 2
 _DIGEST_BYTES = 16
 _BACKENDS = {"ucx": 1, "loopback": 2}
+_NO_SEGMENT = SegmentName(bytes(16), 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
     """``incarnation`` is new with every transport that starts, so it tells a restarted owner from the one before.
-    ``base`` and ``nbytes`` are the region in the owner's memory, ``address`` its worker, ``key`` the right to reach it."""
+    ``base`` and ``nbytes`` are the region in the owner's memory; ``segment`` names it to processes of its host, None where
+    nobody can map it; ``address`` is the owner's worker and ``key`` the right to reach the region through it."""
 
     backend: str
     incarnation: int
     base: int
     nbytes: int
+    segment: SegmentName | None = None
     address: bytes = b""
     key: bytes = b""
 
     def pack(self) -> bytes:
+        segment = self.segment or _NO_SEGMENT
         head = _HEAD.pack(_MAGIC, _VERSION, _BACKENDS[self.backend], self.incarnation, self.base, self.nbytes,
-                          len(self.address), len(self.key))  # fmt: skip
+                          segment.host, segment.pid, segment.fd, len(self.address), len(self.key))  # fmt: skip
         body = head + self.address + self.key
         return body + _digest(body)
 
@@ -41,7 +46,7 @@ class Descriptor:
         it unpacks, so a damaged descriptor must end here; the digest catches accidents, it is no signature."""
         if len(data) < _HEAD.size + _DIGEST_BYTES:
             raise BadDescriptor(f"a region descriptor of {len(data)} bytes is too short")
-        magic, version, code, incarnation, base, nbytes, num_address, num_key = _HEAD.unpack_from(data)
+        magic, version, code, incarnation, base, nbytes, host, pid, fd, num_address, num_key = _HEAD.unpack_from(data)
         if magic != _MAGIC:
             raise BadDescriptor("not a region descriptor")
         if version != _VERSION:
@@ -56,7 +61,8 @@ class Descriptor:
         if nbytes == 0 or base + nbytes > 1 << 64:
             raise BadDescriptor(f"the region descriptor names an impossible range: {nbytes} bytes at {base:#x}")
         address, key = body[_HEAD.size : _HEAD.size + num_address], body[_HEAD.size + num_address :]
-        return cls(backend, incarnation, base, nbytes, bytes(address), bytes(key))
+        segment = SegmentName(host, pid, fd) if pid else None
+        return cls(backend, incarnation, base, nbytes, segment, bytes(address), bytes(key))
 
 
 def _digest(body: bytes) -> bytes:

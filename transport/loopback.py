@@ -107,6 +107,9 @@ class LoopbackTransport:
     def poll(self, timeout_s: float) -> int:
         return self._completions.poll(timeout_s)
 
+    def fence(self, timeout_s: float) -> bool:
+        return True  # copies are made by their writer, and end with it
+
     def counters(self) -> Counters:
         return self._completions.counters()
 

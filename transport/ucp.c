@@ -1,14 +1,14 @@
-/* A thin binding to UCP's one-sided operations, driven by one thread.
+/* A thin binding to UCP's one-sided operations, and copies into mapped memory, driven by one thread.
  *
- * UCP wants every call on a worker to come from one thread, and a copy over shared memory happens inside the
- * posting call itself.  So one C thread owns the worker: callers hand it whole batches and never wait for bytes.
- * Completions collect in a list and raise an eventfd, which an event loop can watch without polling.
+ * UCP wants every call on a worker to come from one thread, and a copy takes the thread that does it.  So one C thread
+ * owns the worker: callers hand it whole batches and never wait for bytes.  Completions collect in a list and raise an
+ * eventfd, which an event loop can watch without polling.
  * Every handle is used by one caller at a time and not after it was given back; the caller (ucp.py) holds to that.
  *
- * Memory of a peer on the same host is reached through ucp_rkey_ptr: a mapping of the peer's segment into this
- * process, written by plain stores.  The mapping keeps its pages when the peer dies, so a death can neither abort nor
- * fault the survivor (CMA in UCX's default error mode does).  Everything else goes through put/get and a flush on an
- * endpoint in PEER error mode, where a death arrives as an error code.
+ * Memory of a peer on the same host is mapped here (segments.py) and written by plain stores.  The mapping keeps its pages
+ * when the peer dies, so a death can neither abort nor fault the survivor (CMA in UCX's default error mode does).
+ * Everything else goes through put/get and a flush on an endpoint in PEER error mode, where a death arrives as an error
+ * code.
  *
  * Compiled against the headers of the UCX in use: no struct layout is written down twice.
  */
@@ -24,6 +24,8 @@
 #include <ucp/api/ucp.h>
 #include <unistd.h>
 
+#include "copy.h"
+
 #if UCP_API_VERSION < UCP_VERSION(1, 12)
 #error "kvferry needs UCX 1.12 or newer"
 #endif
@@ -35,6 +37,7 @@
 #define DRAIN_TURNS 100000
 #define IDLE_POLL_MS 500
 #define CLOSE_TIMEOUT_NS 1000000000ull
+#define STREAM_BYTES (256u << 10) /* Batches from this size on bypass the cache. */
 
 enum path { PATH_MAPPED = 1, PATH_RMA = 2 };
 enum op { OP_WRITE = 0, OP_READ = 1 };
@@ -53,17 +56,21 @@ typedef struct peer {
     struct ferry *ferry;
     ucp_ep_h ep;
     atomic_int status; /* UCS_OK until the endpoint failed; read by any thread */
-    int probed;        /* the first import asked the peer for a byte */
+    int probed;        /* the first import asked the peer who it is */
     int settled;       /* guarded by the lock: it answered, or failed to */
-    char answer;
+    uint64_t incarnation, answer;
+    uint64_t outstanding, heard_ns; /* requests of jobs that UCP holds, and when one ended last */
 } peer_t;
 
+/* A peer's region: either mapped, with its owner's mark and a pidfd to see it end, or reached through peer and rkey. */
 typedef struct remote {
     struct remote *next;
     peer_t *peer;
     ucp_rkey_h rkey;
-    uint64_t base, nbytes;
-    char *mapped; /* NULL unless the peer's segment is mapped here */
+    uint64_t base, nbytes, incarnation;
+    char *mapped;
+    volatile uint64_t *mark; /* the incarnation, until the owner gives the region up */
+    int process;
 } remote_t;
 
 typedef struct completion {
@@ -77,7 +84,7 @@ typedef struct job {
     uint64_t cookie;
     region_t *region;
     remote_t *remote;
-    uint64_t n, at, nbytes;
+    uint64_t n, at, nbytes, total;
     uint64_t *local, *away, *size; /* into arrays */
     uint64_t t_post_ns, t_start_ns;
     ucs_status_t status;
@@ -88,7 +95,7 @@ typedef struct job {
     uint64_t arrays[];
 } job_t;
 
-enum command { CMD_CONNECT, CMD_DISCONNECT, CMD_IMPORT, CMD_DROP, CMD_ABANDON, CMD_ALLOCATE, CMD_RELEASE, CMD_PACK, CMD_CANCEL };
+enum command { CMD_CONNECT, CMD_DISCONNECT, CMD_IMPORT, CMD_DROP, CMD_ABANDON, CMD_REGISTER, CMD_RELEASE, CMD_PACK, CMD_CANCEL };
 
 typedef struct call { /* work for the thread; the caller sleeps until it ran, unless it is detached */
     struct call *next;
@@ -111,8 +118,9 @@ typedef struct ferry {
     job_t *active, **active_tail; /* under way */
     job_t *done, **done_tail;     /* ended, not yet drained */
     peer_t *peers;
-    remote_t *remotes;
-    uint64_t num_regions;
+    remote_t *remotes; /* those reached through UCP */
+    uint64_t num_regions, stall_ns;
+    uint64_t num_quiet; /* guarded by the lock: how often the network had nothing more to bring */
     void *address;
     size_t address_length;
 } ferry_t;
@@ -149,6 +157,8 @@ static void on_request(void *request, ucs_status_t status, void *arg)
     job_t *job = arg;
     if (status != UCS_OK && job->status == UCS_OK) job->status = status;
     job->outstanding--;
+    job->remote->peer->outstanding--;
+    job->remote->peer->heard_ns = now_ns();
     ucp_request_free(request);
 }
 
@@ -162,9 +172,15 @@ static void settle(peer_t *peer, ucs_status_t status)
     pthread_mutex_unlock(&peer->ferry->lock);
 }
 
+/* Where another process has taken the owner's address, it answers too, but with another mark. */
+static void on_answer(peer_t *peer, ucs_status_t status)
+{
+    settle(peer, status == UCS_OK && peer->answer != peer->incarnation ? UCS_ERR_CONNECTION_RESET : status);
+}
+
 static void on_probed(void *request, ucs_status_t status, void *arg)
 {
-    settle(arg, status);
+    on_answer(arg, status);
     ucp_request_free(request);
 }
 
@@ -173,8 +189,26 @@ static void track(job_t *job, ucs_status_ptr_t request)
     if (UCS_PTR_IS_ERR(request)) {
         if (job->status == UCS_OK) job->status = UCS_PTR_STATUS(request);
     } else if (request != NULL) {
+        peer_t *peer = job->remote->peer;
+        if (peer->outstanding++ == 0) peer->heard_ns = now_ns();
         job->outstanding++;
     }
+}
+
+/* What is known of the owner.  A pidfd is readable once no thread of its process runs any more. */
+static ucs_status_t owner_status(remote_t *remote)
+{
+    if (!remote->mapped) return atomic_load(&remote->peer->status);
+    if (*remote->mark != remote->incarnation) return UCS_ERR_CONNECTION_RESET;
+    struct pollfd process = {.fd = remote->process, .events = POLLIN};
+    return poll(&process, 1, 0) > 0 ? UCS_ERR_CONNECTION_RESET : UCS_OK;
+}
+
+static void copy(job_t *job, char *here, char *there, uint64_t length)
+{
+    char *to = job->op == OP_WRITE ? there : here, *from = job->op == OP_WRITE ? here : there;
+    if (job->total >= STREAM_BYTES) copy_streaming(to, from, length);
+    else memcpy(to, from, length);
 }
 
 /* Copies or posts up to one slice. */
@@ -188,8 +222,10 @@ static enum turn start_slice(job_t *job)
                              .user_data = job,
                              .memory_type = region->memory_type,
                              .memh = region->memh};
+    ucs_status_t owner = owner_status(remote);
     for (uint64_t budget = SLICE_BYTES; job->at < job->n;) {
-        if (job->status == UCS_OK) job->status = atomic_load(&remote->peer->status);
+        if (!remote->mapped || *remote->mark != remote->incarnation) owner = owner_status(remote);
+        if (job->status == UCS_OK) job->status = owner;
         if (job->cancelled || job->status != UCS_OK) {
             job->cut_short = 1;
             job->at = job->n;
@@ -202,9 +238,7 @@ static enum turn start_slice(job_t *job)
         if (length > budget) length = budget;
         char *here = region->base + job->local[i];
         if (remote->mapped) {
-            char *there = remote->mapped + job->away[i];
-            if (job->op == OP_WRITE) memcpy(there, here, length);
-            else memcpy(here, there, length);
+            copy(job, here, remote->mapped + job->away[i], length);
         } else {
             uint64_t there = remote->base + job->away[i];
             track(job, job->op == OP_WRITE ? ucp_put_nbx(remote->peer->ep, here, length, there, remote->rkey, &p)
@@ -222,12 +256,13 @@ static enum turn start_slice(job_t *job)
 static void finish(ferry_t *f, job_t *job, int closed)
 {
     enum outcome outcome = FAILED;
-    int peer_status = atomic_load(&job->remote->peer->status); /* CANCELED: shut_down closed its endpoint by force */
+    ucs_status_t owner = job->status == UCS_OK ? UCS_OK : owner_status(job->remote);
     if (closed) outcome = CLOSED;
     else if (job->status == UCS_OK) outcome = job->cut_short ? CANCELLED : DONE;
-    else if (peer_status == UCS_ERR_CANCELED) outcome = CLOSED;
-    else if (peer_status != UCS_OK) outcome = PEER_LOST; /* UCX may call the request CANCELED then */
+    else if (owner == UCS_ERR_CANCELED) outcome = CLOSED; /* shut_down closed its endpoint by force */
+    else if (owner != UCS_OK) outcome = PEER_LOST;        /* UCX may call the request CANCELED then */
     else if (job->status == UCS_ERR_CANCELED) outcome = CLOSED;
+    copy_fence();
     atomic_thread_fence(memory_order_seq_cst); /* every store is out before anybody hears of it */
     job->completion = (completion_t){.cookie = job->cookie,
                                      .nbytes = job->nbytes,
@@ -243,6 +278,29 @@ static void finish(ferry_t *f, job_t *job, int closed)
     f->done_tail = &job->next;
     pthread_mutex_unlock(&f->lock);
     ring(f->event_fd);
+}
+
+static void close_endpoint(ferry_t *f, peer_t *peer)
+{
+    if (peer->ep == NULL) return;
+    ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS, .flags = UCP_EP_CLOSE_FLAG_FORCE};
+    ucs_status_ptr_t request = ucp_ep_close_nbx(peer->ep, &p);
+    peer->ep = NULL;
+    if (UCS_PTR_IS_PTR(request)) {
+        uint64_t end = now_ns() + CLOSE_TIMEOUT_NS;
+        while (ucp_request_check_status(request) == UCS_INPROGRESS && now_ns() < end) ucp_worker_progress(f->worker);
+        ucp_request_free(request);
+    }
+}
+
+/* An owner whose process hangs while its kernel still answers ends nothing and fails nothing: nobody waits for it for
+ * ever.  What was sent may arrive when it goes on. */
+static void drop_stalled(ferry_t *f, peer_t *peer)
+{
+    if (peer->outstanding == 0 || now_ns() - peer->heard_ns < f->stall_ns) return;
+    int fine = UCS_OK;
+    atomic_compare_exchange_strong(&peer->status, &fine, UCS_ERR_ENDPOINT_TIMEOUT);
+    close_endpoint(f, peer);
 }
 
 /* One turn over the active jobs, a slice each.  True while some job could go on without waiting. */
@@ -262,6 +320,7 @@ static int advance(ferry_t *f)
             track(job, ucp_ep_flush_nbx(peer->ep, &p));
             job->flushed = 1;
         }
+        if (job->outstanding) drop_stalled(f, peer);
         if (turn == ALL_STARTED && job->outstanding == 0) {
             if (!job->remote->mapped && job->status == UCS_OK) job->status = atomic_load(&peer->status);
             if ((*link = job->next) == NULL) f->active_tail = link;
@@ -273,24 +332,12 @@ static int advance(ferry_t *f)
     return busy;
 }
 
-static void close_endpoint(ferry_t *f, peer_t *peer)
-{
-    if (peer->ep == NULL) return;
-    ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS, .flags = UCP_EP_CLOSE_FLAG_FORCE};
-    ucs_status_ptr_t request = ucp_ep_close_nbx(peer->ep, &p);
-    peer->ep = NULL;
-    if (UCS_PTR_IS_PTR(request)) {
-        uint64_t end = now_ns() + CLOSE_TIMEOUT_NS;
-        while (ucp_request_check_status(request) == UCS_INPROGRESS && now_ns() < end) ucp_worker_progress(f->worker);
-        ucp_request_free(request);
-    }
-}
-
 static ucs_status_t connect_peer(ferry_t *f, call_t *c)
 {
     peer_t *peer = calloc(1, sizeof *peer);
     if (!peer) return UCS_ERR_NO_MEMORY;
     peer->ferry = f;
+    peer->incarnation = c->a;
     ucp_ep_params_t p = {.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
                                        UCP_EP_PARAM_FIELD_ERR_HANDLER,
                          .address = c->in,
@@ -319,18 +366,19 @@ static ucs_status_t disconnect_peer(ferry_t *f, peer_t *peer)
     return UCS_OK;
 }
 
-/* Reads one byte before anything else.  Only a peer that answered is alive, and only then can a segment found by its
- * process's number be trusted to be its own: numbers are used again.  It also completes the connection in both directions:
- * over tcp, UCX 1.22 crashes the owner when its way back is made while a put streams in. */
-static void probe_peer(remote_t *remote)
+/* Reads the owner's mark before anything else.  Only an owner that answers is alive, and only if it answers with its
+ * incarnation is it the one that was meant.  It also completes the connection in both directions: over tcp, UCX 1.22
+ * crashes the owner when its way back is made while a put streams in. */
+static void probe_peer(remote_t *remote, uint64_t mark_offset)
 {
     peer_t *peer = remote->peer;
     ucp_request_param_t p = {.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA,
                              .cb.send = on_probed,
                              .user_data = peer};
     peer->probed = 1;
-    ucs_status_ptr_t request = ucp_get_nbx(peer->ep, &peer->answer, 1, remote->base, remote->rkey, &p);
-    if (!UCS_PTR_IS_PTR(request)) settle(peer, UCS_PTR_RAW_STATUS(request));
+    ucs_status_ptr_t request =
+        ucp_get_nbx(peer->ep, &peer->answer, sizeof peer->answer, remote->base + mark_offset, remote->rkey, &p);
+    if (!UCS_PTR_IS_PTR(request)) on_answer(peer, UCS_PTR_RAW_STATUS(request));
 }
 
 static ucs_status_t import_remote(ferry_t *f, call_t *c)
@@ -346,12 +394,10 @@ static ucs_status_t import_remote(ferry_t *f, call_t *c)
         free(remote);
         return status;
     }
-    void *mapped = NULL;
-    if (ucp_rkey_ptr(remote->rkey, remote->base, &mapped) == UCS_OK) remote->mapped = mapped;
     remote->next = f->remotes;
     f->remotes = remote;
     c->out = remote;
-    if (!remote->peer->probed) probe_peer(remote);
+    if (!remote->peer->probed) probe_peer(remote, c->length);
     return UCS_OK;
 }
 
@@ -359,10 +405,12 @@ static ucs_status_t drop_remote(ferry_t *f, remote_t *remote)
 {
     for (job_t *job = f->active; job; job = job->next)
         if (job->remote == remote) return UCS_ERR_BUSY;
-    remote_t **link = &f->remotes;
-    while (*link != remote) link = &(*link)->next;
-    *link = remote->next;
-    ucp_rkey_destroy(remote->rkey);
+    if (!remote->mapped) {
+        remote_t **link = &f->remotes;
+        while (*link != remote) link = &(*link)->next;
+        *link = remote->next;
+        ucp_rkey_destroy(remote->rkey);
+    }
     free(remote);
     return UCS_OK;
 }
@@ -376,14 +424,14 @@ static ucs_status_t abandon_remote(ferry_t *f, remote_t *remote)
     return drop_remote(f, remote);
 }
 
-static ucs_status_t allocate_region(ferry_t *f, call_t *c)
+static ucs_status_t register_region(ferry_t *f, call_t *c)
 {
     region_t *region = calloc(1, sizeof *region);
     if (!region) return UCS_ERR_NO_MEMORY;
-    ucp_mem_map_params_t p = {.field_mask = UCP_MEM_MAP_PARAM_FIELD_LENGTH | UCP_MEM_MAP_PARAM_FIELD_FLAGS,
-                              .length = c->length,
-                              .flags = UCP_MEM_MAP_ALLOCATE};
-    ucp_mem_attr_t attr = {.field_mask = UCP_MEM_ATTR_FIELD_ADDRESS | UCP_MEM_ATTR_FIELD_MEM_TYPE};
+    ucp_mem_map_params_t p = {.field_mask = UCP_MEM_MAP_PARAM_FIELD_ADDRESS | UCP_MEM_MAP_PARAM_FIELD_LENGTH,
+                              .address = c->in,
+                              .length = c->length};
+    ucp_mem_attr_t attr = {.field_mask = UCP_MEM_ATTR_FIELD_MEM_TYPE};
     ucs_status_t status = ucp_mem_map(f->context, &p, &region->memh);
     if (status == UCS_OK && (status = ucp_mem_query(region->memh, &attr)) != UCS_OK)
         ucp_mem_unmap(f->context, region->memh);
@@ -391,12 +439,11 @@ static ucs_status_t allocate_region(ferry_t *f, call_t *c)
         free(region);
         return status;
     }
-    region->base = attr.address;
+    region->base = c->in;
     region->nbytes = c->length;
     region->memory_type = attr.mem_type;
     f->num_regions++;
     c->out = region;
-    c->a = (uint64_t)region->base;
     return UCS_OK;
 }
 
@@ -441,7 +488,7 @@ static ucs_status_t run_call(ferry_t *f, call_t *c)
     case CMD_IMPORT: return import_remote(f, c);
     case CMD_DROP: return drop_remote(f, c->in);
     case CMD_ABANDON: return abandon_remote(f, c->in);
-    case CMD_ALLOCATE: return allocate_region(f, c);
+    case CMD_REGISTER: return register_region(f, c);
     case CMD_RELEASE: return release_region(f, c->in);
     case CMD_PACK: return pack_region(f, c);
     case CMD_CANCEL: return cancel_job(f, c->a);
@@ -518,6 +565,14 @@ static void shut_down(ferry_t *f)
     }
 }
 
+static void note_quiet(ferry_t *f)
+{
+    pthread_mutex_lock(&f->lock);
+    f->num_quiet++;
+    pthread_cond_broadcast(&f->called);
+    pthread_mutex_unlock(&f->lock);
+}
+
 static void *run(void *arg)
 {
     ferry_t *f = arg;
@@ -526,6 +581,7 @@ static void *run(void *arg)
         int busy = advance(f);
         for (int i = 0; i < PROGRESS_TURNS && ucp_worker_progress(f->worker); i++) busy = 1;
         if (busy || ucp_worker_arm(f->worker) == UCS_ERR_BUSY) continue;
+        note_quiet(f);
         poll(fds, 2, IDLE_POLL_MS);
         hush(f->wake_fd);
     }
@@ -555,9 +611,9 @@ static ucs_status_t call(ferry_t *f, call_t *c)
 
 /* What Python calls.  Statuses are ucs_status_t, negative on failure. */
 
-/* event_fd, a non-blocking eventfd that stays the caller's, becomes readable when there is something to drain.
- * alloc_prio, unless NULL, is UCX's setting ALLOC_PRIO. */
-int kvf_open(int event_fd, const char *alloc_prio, ferry_t **out)
+/* event_fd, a non-blocking eventfd that stays the caller's, becomes readable when there is something to drain.  A peer
+ * that ends no request for stall_ms counts as lost. */
+int kvf_open(int event_fd, uint64_t stall_ms, ferry_t **out)
 {
     ferry_t *f = calloc(1, sizeof *f);
     if (!f) return UCS_ERR_NO_MEMORY;
@@ -573,6 +629,7 @@ int kvf_open(int event_fd, const char *alloc_prio, ferry_t **out)
     f->done_tail = &f->done;
     f->wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     f->event_fd = event_fd;
+    f->stall_ns = stall_ms * 1000000;
     ucs_status_t status = UCS_ERR_IO_ERROR;
     if (f->wake_fd < 0) goto fail;
     ucp_params_t params = {.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_NAME,
@@ -580,8 +637,7 @@ int kvf_open(int event_fd, const char *alloc_prio, ferry_t **out)
                            .name = "kvferry"};
     ucp_config_t *config;
     if ((status = ucp_config_read(NULL, NULL, &config)) != UCS_OK) goto fail;
-    if (alloc_prio) status = ucp_config_modify(config, "ALLOC_PRIO", alloc_prio);
-    if (status == UCS_OK) status = ucp_init(&params, config, &f->context);
+    status = ucp_init(&params, config, &f->context);
     ucp_config_release(config);
     if (status != UCS_OK) goto fail;
     ucp_worker_params_t wp = {.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE,
@@ -642,15 +698,12 @@ uint64_t kvf_address(ferry_t *f, void *out, uint64_t capacity)
     return f->address_length;
 }
 
-/* UCX allocates the memory itself: a shared-memory segment where it can. */
-int kvf_allocate(ferry_t *f, uint64_t nbytes, region_t **out, uint64_t *base)
+/* Memory that stays the caller's, for peers to reach and as the near side of transfers. */
+int kvf_register(ferry_t *f, void *base, uint64_t nbytes, region_t **out)
 {
-    call_t c = {.command = CMD_ALLOCATE, .length = nbytes};
+    call_t c = {.command = CMD_REGISTER, .in = base, .length = nbytes};
     int status = call(f, &c);
-    if (status == UCS_OK) {
-        *out = c.out;
-        *base = c.a;
-    }
+    if (status == UCS_OK) *out = c.out;
     return status;
 }
 
@@ -670,9 +723,9 @@ int kvf_pack(ferry_t *f, region_t *region, void *out, uint64_t *length)
     return status;
 }
 
-int kvf_connect(ferry_t *f, void *address, peer_t **out)
+int kvf_connect(ferry_t *f, void *address, uint64_t incarnation, peer_t **out)
 {
-    call_t c = {.command = CMD_CONNECT, .in = address};
+    call_t c = {.command = CMD_CONNECT, .in = address, .a = incarnation};
     int status = call(f, &c);
     if (status == UCS_OK) *out = c.out;
     return status;
@@ -687,32 +740,67 @@ int kvf_disconnect(ferry_t *f, peer_t *peer)
     return call(f, &c);
 }
 
-/* The first import of a peer waits until it answered, at most timeout_ms; after a failure the peer counts as lost. */
-int kvf_import(ferry_t *f, peer_t *peer, void *rkey, uint64_t base, uint64_t nbytes, uint64_t timeout_ms, remote_t **out,
-               int *mapped)
+/* A region of a connected peer.  The first one asks the peer for its mark, mark_offset behind base: kvf_wait_peer tells
+ * the answer. */
+int kvf_import(ferry_t *f, peer_t *peer, void *rkey, uint64_t base, uint64_t nbytes, uint64_t mark_offset, remote_t **out)
 {
-    call_t c = {.command = CMD_IMPORT, .in = rkey, .out = peer, .a = base, .b = nbytes};
+    call_t c = {.command = CMD_IMPORT, .in = rkey, .out = peer, .a = base, .b = nbytes, .length = mark_offset};
     int status = call(f, &c);
-    if (status != UCS_OK) return status;
-    remote_t *remote = c.out;
+    if (status == UCS_OK) *out = c.out;
+    return status;
+}
+
+/* UCS_OK once the peer has answered, or why it counts as lost.  Blocks, at most timeout_ms; holds up nobody else. */
+int kvf_wait_peer(ferry_t *f, peer_t *peer, uint64_t timeout_ms)
+{
     uint64_t end_ns = now_ns() + timeout_ms * 1000000;
     struct timespec end = {.tv_sec = end_ns / 1000000000, .tv_nsec = end_ns % 1000000000};
     pthread_mutex_lock(&f->lock);
     while (!peer->settled && !pthread_cond_timedwait(&f->called, &f->lock, &end)) {}
-    status = peer->settled ? atomic_load(&peer->status) : UCS_ERR_TIMED_OUT;
+    int status = peer->settled ? atomic_load(&peer->status) : UCS_ERR_TIMED_OUT;
     pthread_mutex_unlock(&f->lock);
-    if (status != UCS_OK) {
-        c = (call_t){.command = CMD_ABANDON, .in = remote};
-        call(f, &c);
-        return status;
+    return status;
+}
+
+/* UCS_OK once everything that the network had brought to this host when it was called lies in its region: of a writer that
+ * has ended on this host, nothing comes after.  Blocks, at most timeout_ms. */
+int kvf_fence(ferry_t *f, uint64_t timeout_ms)
+{
+    uint64_t end_ns = now_ns() + timeout_ms * 1000000;
+    struct timespec end = {.tv_sec = end_ns / 1000000000, .tv_nsec = end_ns % 1000000000};
+    pthread_mutex_lock(&f->lock);
+    uint64_t enough = f->num_quiet + 2; /* the first may have been found quiet before the call */
+    int late = 0;
+    while (f->num_quiet < enough && !f->stopping && !late) {
+        ring(f->wake_fd);
+        late = pthread_cond_timedwait(&f->called, &f->lock, &end);
     }
+    int status = f->num_quiet >= enough ? UCS_OK : UCS_ERR_TIMED_OUT;
+    pthread_mutex_unlock(&f->lock);
+    return status;
+}
+
+/* Gives a region back whose peer has not answered; the peer counts as lost from now on. */
+int kvf_abandon(ferry_t *f, remote_t *remote)
+{
+    call_t c = {.command = CMD_ABANDON, .in = remote};
+    return call(f, &c);
+}
+
+/* A region that the caller has mapped: mark holds incarnation until its owner gives it up, process is a pidfd of it. */
+int kvf_map(void *mapped, uint64_t nbytes, void *mark, uint64_t incarnation, int process, remote_t **out)
+{
+    remote_t *remote = calloc(1, sizeof *remote);
+    if (!remote) return UCS_ERR_NO_MEMORY;
+    *remote = (remote_t){.mapped = mapped, .nbytes = nbytes, .mark = mark, .incarnation = incarnation, .process = process};
     *out = remote;
-    *mapped = remote->mapped != NULL;
     return UCS_OK;
 }
 
+/* Also after kvf_stop, for mapped ones: those of peers are gone by then. */
 int kvf_drop(ferry_t *f, remote_t *remote)
 {
+    if (f->stopped) return drop_remote(f, remote);
     call_t c = {.command = CMD_DROP, .in = remote};
     return call(f, &c);
 }
@@ -743,6 +831,7 @@ int kvf_post(ferry_t *f, int op, region_t *region, remote_t *remote, uint64_t n,
         job->away[m] = away[i];
         job->size[m++] = size[i];
     }
+    for (uint64_t i = 0; i < m; i++) job->total += job->size[i];
     job->n = m;
     pthread_mutex_lock(&f->lock);
     int stopping = f->stopping;

@@ -25,15 +25,18 @@ from transport.errors import (
     TransportError,
 )
 from transport.pieces import U64, Offsets, check_pieces
+from transport.segments import CannotMap, Segment, make_segment, mark_offset, open_segment
 
 OLDEST_UCX = (1, 12)
 CONNECT_TIMEOUT_MS = 2000
 
-# Set before the library loads, unless the user did.  Sites with InfiniBand set UCX_TLS themselves.
+STALL_TIMEOUT_MS = 10_000
+
+# Set before the library loads, unless the user did.
 _SETTINGS = {
-    # posix: segments that a peer maps.  tcp: everything else, and the news of a peer's death.  Not cma, whose survivors
-    # abort when a peer dies.
-    "UCX_TLS": "posix,tcp,self",
+    # Whatever this UCX has (tcp, and RDMA or CUDA where they are), save what reaches another process's memory by its
+    # number: survivors of cma abort when a peer dies, and on one host kvferry maps the memory itself.
+    "UCX_TLS": "^sysv,cma,xpmem,knem",
     # Rendezvous serves no one-sided operation, but while it is on, endpoints that report failures get emulated puts over
     # tcp: 8 KiB a message, each answered, and an owner whose answer meets a dead writer's socket aborts inside UCX.
     "UCX_RNDV_THRESH": "inf",
@@ -46,8 +49,6 @@ _SETTINGS = {
     # Other UCX versions know other variables.
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
-# With posix: a pool that does not fit into shared memory fails, instead of silently going at the speed of tcp.
-_SHARED_MEMORY_ONLY = b"md:posix"
 
 _OK = 0
 _PACKED_KEY_BYTES = 4096
@@ -67,6 +68,15 @@ class _Connection:
     num_remotes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """What stands behind a RemoteRegion: a mapping, or a connection."""
+
+    handle: c_void_p
+    segment: Segment | None = None
+    connection: _Connection | None = None
+
+
 class UcpTransport:
     """See ``transport.base.Transport``.  One thread, in C, owns the UCP worker."""
 
@@ -76,16 +86,16 @@ class UcpTransport:
         """Raises BackendUnavailable with what to do."""
         self._lib = _load()
         self.incarnation = int.from_bytes(os.urandom(8), "little")
-        self._control = threading.RLock()  # one call into the library's control side at a time
+        self._control = threading.Condition(threading.RLock())  # one call into the library's control side at a time
+        self._num_connecting = 0  # threads that wait for a peer's answer, without the lock
         self._connections: dict[int, _Connection] = {}  # by the peer's incarnation
-        self._owners: dict[RemoteRegion, tuple[c_void_p, _Connection]] = {}
-        self._regions: dict[Region, c_void_p] = {}
+        self._opened: dict[RemoteRegion, _Opened] = {}
+        self._regions: dict[Region, tuple[c_void_p, Segment]] = {}
         self._closed = False
         self._drained = (_CompletionStruct * 256)()
         self._completions = Completions(self._drain, self._cancel)
         self._ferry = c_void_p()
-        alloc_prio = _SHARED_MEMORY_ONLY if _uses_shared_memory() and "UCX_ALLOC_PRIO" not in os.environ else None
-        status = self._lib.kvf_open(self._completions.event_fd, alloc_prio, byref(self._ferry))
+        status = self._lib.kvf_open(self._completions.event_fd, STALL_TIMEOUT_MS, byref(self._ferry))
         if status != _OK:
             self._completions.close()
             raise BackendUnavailable(
@@ -100,49 +110,98 @@ class UcpTransport:
     def allocate(self, nbytes: int) -> Region:
         if nbytes <= 0:
             raise ValueError(f"a region has at least one byte, not {nbytes}")
-        handle, base, key_length = c_void_p(), c_uint64(), c_uint64(_PACKED_KEY_BYTES)
+        self._check_open()
+        segment = make_segment(nbytes, self.incarnation)
+        try:
+            return self._register(segment)
+        except BaseException:
+            segment.unmap()
+            raise
+
+    def _register(self, segment: Segment) -> Region:
+        handle, key_length = c_void_p(), c_uint64(_PACKED_KEY_BYTES)
         key = ctypes.create_string_buffer(_PACKED_KEY_BYTES)
         with self._control:
             self._check_open()
-            _check_shared_memory(nbytes)
-            status = self._lib.kvf_allocate(self._ferry, nbytes, byref(handle), byref(base))
+            status = self._lib.kvf_register(self._ferry, segment.address, segment.mapped_nbytes, byref(handle))
             if status != _OK:
-                raise OutOfMemory(f"UCX could not allocate {nbytes} bytes: {self._text(status)}; {_ROOM_HINT}")
+                raise OutOfMemory(
+                    f"UCX could not register {segment.nbytes} bytes: {self._text(status)}; raise the limit of locked "
+                    "memory (ulimit -l unlimited, docker run --ulimit memlock=-1) or make the region smaller"
+                )
             status = self._lib.kvf_pack(self._ferry, handle, key, byref(key_length))
             if status != _OK:
                 self._lib.kvf_release(self._ferry, handle)
                 raise TransportError(f"UCX could not pack the region's key: {self._text(status)}")
             descriptor = Descriptor(
-                self.name, self.incarnation, base.value, nbytes, self._address, key.raw[: key_length.value]
+                self.name,
+                self.incarnation,
+                segment.address,
+                segment.nbytes,
+                segment.name if _may_map() else None,
+                self._address,
+                key.raw[: key_length.value],
             )
-            region = Region(base.value, nbytes, descriptor.pack(), self._release)
-            self._regions[region] = handle
+            region = Region(segment.address, segment.nbytes, descriptor.pack(), self._release)
+            self._regions[region] = (handle, segment)
             return region
 
     def open(self, descriptor: bytes) -> RemoteRegion:
         d = Descriptor.unpack(descriptor, backend=self.name)
+        self._check_open()
+        try:
+            return self._map(d)
+        except CannotMap as e:
+            return self._connect_to(d, str(e))
+
+    def _map(self, d: Descriptor) -> RemoteRegion:
+        if d.segment is None or not _may_map():
+            side = "the owner's" if d.segment is None else "this process's"
+            raise CannotMap(f"{side} UCX_TLS allows no shared memory")
+        segment = open_segment(d.segment, d.nbytes, d.incarnation)
+        handle = c_void_p()
+        status = self._lib.kvf_map(
+            segment.address, d.nbytes, segment.mark_address, d.incarnation, segment.process, byref(handle)
+        )
+        if status != _OK:
+            segment.unmap()
+            raise TransportError(f"UCX: {self._text(status)}")
+        remote = RemoteRegion(d.incarnation, d.nbytes, Path.MAPPED, self._close_remote)
+        with self._control:
+            if self._closed:
+                self._lib.kvf_drop(self._ferry, handle)
+                segment.unmap()
+                self._check_open()
+            self._opened[remote] = _Opened(handle, segment=segment)
+        return remote
+
+    def _connect_to(self, d: Descriptor, why_not_mapped: str) -> RemoteRegion:
+        handle = c_void_p()
         with self._control:
             self._check_open()
             connection = self._connect(d)
-            handle, mapped = c_void_p(), c_int()
             status = self._lib.kvf_import(
-                self._ferry,
-                connection.handle,
-                d.key,
-                d.base,
-                d.nbytes,
-                CONNECT_TIMEOUT_MS,
-                byref(handle),
-                byref(mapped),
+                self._ferry, connection.handle, d.key, d.base, d.nbytes, mark_offset(d.nbytes), byref(handle)
             )
-            if status != _OK:
-                raise PeerLost(f"the region's owner cannot be reached: {self._text(status)}")
+            self._check_reached(status)
             connection.num_remotes += 1
-            remote = RemoteRegion(
-                d.incarnation, d.nbytes, Path.MAPPED if mapped.value else Path.RMA, self._close_remote
-            )
-            self._owners[remote] = (handle, connection)
+            self._num_connecting += 1
+        status = self._lib.kvf_wait_peer(self._ferry, connection.handle, CONNECT_TIMEOUT_MS)
+        with self._control:
+            self._num_connecting -= 1
+            self._control.notify_all()
+            if status != _OK or self._closed:
+                connection.num_remotes -= 1
+                self._lib.kvf_abandon(self._ferry, handle)
+                self._check_open()
+            self._check_reached(status)
+            remote = RemoteRegion(d.incarnation, d.nbytes, Path.RMA, self._close_remote, why_not_mapped)
+            self._opened[remote] = _Opened(handle, connection=connection)
             return remote
+
+    def _check_reached(self, status: int) -> None:
+        if status != _OK:
+            raise PeerLost(f"the region's owner cannot be reached: {self._text(status)}")
 
     def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
              sizes: Offsets | int) -> Transfer:  # fmt: skip
@@ -151,7 +210,7 @@ class UcpTransport:
         )
 
         def submit(cookie: int) -> None:
-            region, (target, _) = self._regions[local], self._owners[remote]
+            (region, _), target = self._regions[local], self._opened[remote].handle
             arrays = (_pointer(here), _pointer(there), _pointer(size))
             status = self._lib.kvf_post(self._ferry, op.value, region, target, len(here), *arrays, cookie)
             if status != _OK:
@@ -169,6 +228,10 @@ class UcpTransport:
     def poll(self, timeout_s: float) -> int:
         return self._completions.poll(timeout_s)
 
+    def fence(self, timeout_s: float) -> bool:
+        self._check_open()
+        return bool(self._lib.kvf_fence(self._ferry, int(timeout_s * 1000)) == _OK)
+
     def counters(self) -> Counters:
         return self._completions.counters()
 
@@ -177,13 +240,23 @@ class UcpTransport:
             return
         with self._control:
             self._closed = True
+            while self._num_connecting:
+                self._control.wait()
             self._lib.kvf_stop(self._ferry)
             self._completions.close()
+            for opened in self._opened.values():
+                if opened.segment is not None:
+                    self._lib.kvf_drop(self._ferry, opened.handle)
+                    opened.segment.unmap()
+            for _, segment in self._regions.values():
+                segment.give_up()
             for region in self._completions.give_up_all(self._regions):
-                self._lib.kvf_release(self._ferry, self._regions.pop(region))
+                handle, segment = self._regions.pop(region)
+                self._lib.kvf_release(self._ferry, handle)
+                segment.unmap()
             self._lib.kvf_free(self._ferry)
             self._connections.clear()
-            self._owners.clear()
+            self._opened.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -202,9 +275,7 @@ class UcpTransport:
         if known is not None:
             return known
         handle = c_void_p()
-        status = self._lib.kvf_connect(self._ferry, d.address, byref(handle))
-        if status != _OK:
-            raise PeerLost(f"the region's owner cannot be reached: {self._text(status)}")
+        self._check_reached(self._lib.kvf_connect(self._ferry, d.address, d.incarnation, byref(handle)))
         self._connections[d.incarnation] = connection = _Connection(handle)
         return connection
 
@@ -214,19 +285,25 @@ class UcpTransport:
 
     def _close_remote(self, remote: RemoteRegion) -> None:
         with self._control:
-            if self._completions.give_up(remote) and not self._closed:
-                handle, connection = self._owners.pop(remote)
-                self._lib.kvf_drop(self._ferry, handle)
-                connection.num_remotes -= 1
-                if self._connections.get(remote.incarnation) is not connection:
-                    self._disconnect_unused(connection)
+            if not self._completions.give_up(remote) or self._closed:
+                return
+            opened = self._opened.pop(remote)
+            self._lib.kvf_drop(self._ferry, opened.handle)
+            if opened.segment is not None:
+                opened.segment.unmap()
+            if opened.connection is not None:
+                opened.connection.num_remotes -= 1
+                if self._connections.get(remote.incarnation) is not opened.connection:
+                    self._disconnect_unused(opened.connection)
 
     def _release(self, region: Region) -> None:
         with self._control:
-            if self._closed:
+            if self._closed or not self._completions.give_up(region):
                 return
-            if self._completions.give_up(region):
-                self._lib.kvf_release(self._ferry, self._regions.pop(region))
+            handle, segment = self._regions.pop(region)
+            segment.give_up()
+            self._lib.kvf_release(self._ferry, handle)
+            segment.unmap()
 
     def _drain(self) -> list[Completion]:
         if not self._ferry:
@@ -264,38 +341,10 @@ class UcpTransport:
             raise TransportClosed("the transport was closed")
 
 
-_ROOM_HINT = (
-    "make the region smaller or shared memory larger (docker run --shm-size=..., or mount -o remount,size=... /dev/shm)"
-)
-
-
-def _check_shared_memory(nbytes: int) -> None:
-    """UCX fills a segment with zeros to see whether it fits; this spares a full /dev/shm to everybody else."""
-    if not _uses_shared_memory():
-        return
-    where = os.environ.get("UCX_POSIX_DIR", "/dev/shm")
-    try:
-        stat = os.statvfs(where)
-    except OSError as e:
-        raise OutOfMemory(f"{where} cannot be used for shared memory: {e.strerror}; mount a tmpfs there") from e
-    free = stat.f_bavail * stat.f_frsize
-    if nbytes > free:
-        raise OutOfMemory(f"a region of {nbytes} bytes does not fit: {where} has {free} bytes left; {_ROOM_HINT}")
-    available = _available_memory()
-    if nbytes > available:  # a tmpfs may be larger than the memory behind it
-        raise OutOfMemory(
-            f"a region of {nbytes} bytes does not fit: {available} bytes are free; make the region smaller"
-        )
-
-
-def _available_memory() -> int:
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-
-
-def _uses_shared_memory() -> bool:
-    names = os.environ["UCX_TLS"].split(",")
-    return names[0].startswith("^") or not {"posix", "shm", "sm", "all"}.isdisjoint(names)
+def _may_map() -> bool:
+    """UCX_TLS names what may carry bytes; mapped segments count as shared memory."""
+    names = os.environ["UCX_TLS"].lstrip("^").split(",")
+    return os.environ["UCX_TLS"].startswith("^") != bool({"posix", "shm", "sm", "all"}.intersection(names))
 
 
 def _pointer(array: U64) -> c_void_p:
@@ -316,17 +365,21 @@ def _load() -> ctypes.CDLL:
         raise BackendUnavailable(f"the UCX binding does not load ({e}); run `make clean setup`") from e
     size, h, p = c_uint64, c_void_p, POINTER(c_void_p)
     for name, result, arguments in (
-        ("open", c_int, [c_int, c_char_p, p]),
+        ("open", c_int, [c_int, size, p]),
         ("stop", None, [h]),
         ("free", None, [h]),
         ("address", size, [h, c_void_p, size]),
-        ("allocate", c_int, [h, size, p, POINTER(size)]),
+        ("register", c_int, [h, h, size, p]),
         ("release", c_int, [h, h]),
         ("pack", c_int, [h, h, c_void_p, POINTER(size)]),
-        ("connect", c_int, [h, c_char_p, p]),
+        ("connect", c_int, [h, c_char_p, size, p]),
         ("peer_status", c_int, [h]),
         ("disconnect", c_int, [h, h]),
-        ("import", c_int, [h, h, c_char_p, size, size, size, p, POINTER(c_int)]),
+        ("import", c_int, [h, h, c_char_p, size, size, size, p]),
+        ("wait_peer", c_int, [h, h, size]),
+        ("abandon", c_int, [h, h]),
+        ("map", c_int, [h, size, h, size, c_int, p]),
+        ("fence", c_int, [h, size]),
         ("drop", c_int, [h, h]),
         ("post", c_int, [h, c_int, h, h, size, c_void_p, c_void_p, c_void_p, size]),
         ("cancel", c_int, [h, size]),

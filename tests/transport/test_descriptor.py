@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import transport
 from transport import BadDescriptor, Region, Transport
 from transport.descriptor import Descriptor
+from transport.segments import SegmentName
 
 numbers = st.integers(0, 2**64 - 1)
 
@@ -19,9 +20,21 @@ def owned(request: pytest.FixtureRequest) -> Iterator[tuple[Transport, Region]]:
         yield t, region
 
 
-@given(numbers, st.integers(0, 2**63), st.integers(1, 2**63), st.binary(max_size=600), st.binary(max_size=600))
-def test_round_trip(incarnation: int, base: int, nbytes: int, address: bytes, key: bytes) -> None:
-    d = Descriptor("ucx", incarnation, base, nbytes, address, key)
+segments = st.builds(SegmentName, st.binary(min_size=16, max_size=16), st.integers(1, 2**32 - 1), st.integers(0, 2**20))
+
+
+@given(
+    numbers,
+    st.integers(0, 2**63),
+    st.integers(1, 2**63),
+    st.none() | segments,
+    st.binary(max_size=600),
+    st.binary(max_size=600),
+)
+def test_round_trip(
+    incarnation: int, base: int, nbytes: int, segment: SegmentName | None, address: bytes, key: bytes
+) -> None:
+    d = Descriptor("ucx", incarnation, base, nbytes, segment, address, key)
     assert Descriptor.unpack(d.pack(), backend="ucx") == d
     with pytest.raises(BadDescriptor, match="another backend"):
         Descriptor.unpack(d.pack(), backend="loopback")
