@@ -50,7 +50,7 @@ class TransferResult:
     path: Path
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Counters:
     """Totals since the start.  Bytes and pieces are those of transfers that succeeded."""
 
@@ -196,14 +196,17 @@ class Transport(Protocol):
 
     def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
              sizes: Offsets | int) -> Transfer:  # fmt: skip
-        """Starts one batch, in bytes, and returns; pieces move in any order.  ``sizes`` may be one number for all.
+        """Starts one batch, in bytes, and returns, with it done already where it is small (up to 1 MiB of mapped memory);
+        pieces move in any order.
+        ``sizes`` may be one number for all.
         Several batches share the way in turns.  Neither region can be given up before the outcome was delivered.
         Raises OutOfBounds, TransportClosed, ValueError or TypeError, and nothing has moved then; all else fails the
         transfer."""
         ...
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """From now on outcomes are delivered in ``loop``, called in its thread.  One loop at a time."""
+        """From now on outcomes are delivered in ``loop``, called in its thread, save of what is done when ``post``
+        returns.  One loop at a time."""
         ...
 
     def detach(self) -> None:

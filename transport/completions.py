@@ -56,21 +56,26 @@ class Completions:
         self._closed = False
 
     def start(
-        self, op: Op, local: Region, remote: RemoteRegion, num_blocks: int, submit: Callable[[int], None]
+        self, op: Op, local: Region, remote: RemoteRegion, num_blocks: int, submit: Callable[[int], Completion | None]
     ) -> Transfer:
-        """Enters a transfer and hands it to the backend by ``submit(cookie)``, which may not block."""
+        """Enters a transfer and hands it to the backend by ``submit(cookie)``, which may not block; it returns the
+        completion of what was done at once."""
         with self._lock:
             if self._stopping or local.released or remote.closed:
                 what = "transport" if self._stopping else "region" if local.released else "remote region"
                 raise TransportClosed(f"the {what} was closed before the transfer was posted")
             cookie = self._next_cookie
-            submit(cookie)  # the outcome cannot be delivered before the lock is let go
+            done = submit(cookie)  # the outcome cannot be delivered before the lock is let go
             self._next_cookie += 1
             transfer = Transfer(num_blocks, lambda: self._cancel_one(cookie), self._wait)
+            self._counters.num_posted += 1
+            if done is not None:
+                self._count(op, done)
+                _resolve(transfer, done)
+                return transfer
             self._pending[cookie] = _Pending(transfer, op, local, remote)
             local.num_in_flight += 1
             remote.num_in_flight += 1
-            self._counters = dataclasses.replace(self._counters, num_posted=self._counters.num_posted + 1)
             return transfer
 
     def give_up(self, thing: Region | RemoteRegion) -> bool:
@@ -135,13 +140,8 @@ class Completions:
                 pending.remote.num_in_flight -= 1
                 self._count(pending.op, completion)
                 resolved.append((pending, completion))
-        for pending, c in resolved:
-            if c.error is None:
-                num_blocks = pending.transfer.num_blocks
-                result = TransferResult(c.nbytes, num_blocks, c.num_pieces, c.queued_s, c.busy_s, c.path)
-                pending.transfer.future.set_result(result)
-            else:
-                pending.transfer.future.set_exception(c.error)
+        for pending, completion in resolved:
+            _resolve(pending.transfer, completion)
         return len(resolved)
 
     def poll(self, timeout_s: float) -> int:
@@ -214,21 +214,26 @@ class Completions:
         return num_delivered
 
     def _count(self, op: Op, c: Completion) -> None:
-        old = self._counters
+        counters = self._counters
         if c.error is None:
-            by_path = {**old.bytes_by_path, c.path: old.bytes_by_path.get(c.path, 0) + c.nbytes}
-            self._counters = dataclasses.replace(
-                old,
-                num_succeeded=old.num_succeeded + 1,
-                num_pieces=old.num_pieces + c.num_pieces,
-                bytes_written=old.bytes_written + (c.nbytes if op is Op.WRITE else 0),
-                bytes_read=old.bytes_read + (c.nbytes if op is Op.READ else 0),
-                bytes_by_path=by_path,
-            )
+            counters.num_succeeded += 1
+            counters.num_pieces += c.num_pieces
+            counters.bytes_written += c.nbytes if op is Op.WRITE else 0
+            counters.bytes_read += c.nbytes if op is Op.READ else 0
+            counters.bytes_by_path[c.path] = counters.bytes_by_path.get(c.path, 0) + c.nbytes
         elif isinstance(c.error, TransferCancelled):
-            self._counters = dataclasses.replace(old, num_cancelled=old.num_cancelled + 1)
+            counters.num_cancelled += 1
         else:
-            self._counters = dataclasses.replace(old, num_failed=old.num_failed + 1)
+            counters.num_failed += 1
+
+
+def _resolve(transfer: Transfer, c: Completion) -> None:
+    if c.error is None:
+        transfer.future.set_result(
+            TransferResult(c.nbytes, transfer.num_blocks, c.num_pieces, c.queued_s, c.busy_s, c.path)
+        )
+    else:
+        transfer.future.set_exception(c.error)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

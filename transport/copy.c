@@ -47,7 +47,7 @@ static stream_t *choose(void)
 
 void copy_streaming(void *to, const void *from, size_t n)
 {
-    static stream_t *stream; /* one thread copies */
+    static stream_t *stream; /* whichever thread comes first: all would choose the same */
     if (!stream) stream = choose();
     size_t head = -(uintptr_t)to % LINE;
     if (n < head + LINE) {

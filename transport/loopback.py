@@ -18,7 +18,7 @@ from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer
 from transport.completions import Completion, Completions
 from transport.descriptor import Descriptor
 from transport.errors import OutOfMemory, PeerLost, TransferCancelled, TransportClosed, TransportError
-from transport.pieces import Offsets, check_pieces, merge
+from transport.pieces import Offsets, Pieces
 
 PIECE_BYTES = 1 << 20  # a cancel, or a peer's death, takes effect between two
 
@@ -86,16 +86,16 @@ class LoopbackTransport:
 
     def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
              sizes: Offsets | int) -> Transfer:  # fmt: skip
-        here, there, size = check_pieces(
-            local_offsets, remote_offsets, sizes, local_nbytes=local.nbytes, remote_nbytes=remote.nbytes
-        )
+        pieces = Pieces.of(local_offsets, remote_offsets, sizes)
+        if error := pieces.out_of_bounds(local.nbytes, remote.nbytes):
+            raise error
 
         def submit(cookie: int) -> None:
-            job = _Job(cookie, op, local, remote, *self._owners[remote], merge(here, there, size))
+            job = _Job(cookie, op, local, remote, *self._owners[remote], list(pieces.merged()))
             self._jobs[cookie] = job
             self._enqueue(job)
 
-        return self._completions.start(op, local, remote, len(here), submit)
+        return self._completions.start(op, local, remote, pieces.num_blocks, submit)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self._check_open()

@@ -24,7 +24,7 @@ from transport.errors import (
     TransportClosed,
     TransportError,
 )
-from transport.pieces import U64, Offsets, check_pieces
+from transport.pieces import Offsets, Pieces
 from transport.segments import CannotMap, Segment, make_segment, mark_offset, open_segment
 
 OLDEST_UCX = (1, 12)
@@ -50,7 +50,7 @@ _SETTINGS = {
     "UCX_WARN_UNUSED_ENV_VARS": "n",
 }
 
-_OK = 0
+_OK, _INVALID_PARAM = 0, -5
 _PACKED_KEY_BYTES = 4096
 _PATHS = {1: Path.MAPPED, 2: Path.RMA}
 
@@ -123,7 +123,9 @@ class UcpTransport:
         key = ctypes.create_string_buffer(_PACKED_KEY_BYTES)
         with self._control:
             self._check_open()
-            status = self._lib.kvf_register(self._ferry, segment.address, segment.mapped_nbytes, byref(handle))
+            status = self._lib.kvf_register(
+                self._ferry, segment.address, segment.nbytes, segment.mapped_nbytes, byref(handle)
+            )
             if status != _OK:
                 raise OutOfMemory(
                     f"UCX could not register {segment.nbytes} bytes: {self._text(status)}; raise the limit of locked "
@@ -205,18 +207,24 @@ class UcpTransport:
 
     def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
              sizes: Offsets | int) -> Transfer:  # fmt: skip
-        here, there, size = check_pieces(
-            local_offsets, remote_offsets, sizes, local_nbytes=local.nbytes, remote_nbytes=remote.nbytes
-        )
+        pieces = Pieces.of(local_offsets, remote_offsets, sizes)
 
-        def submit(cookie: int) -> None:
+        def submit(cookie: int) -> Completion | None:
             (region, _), target = self._regions[local], self._opened[remote].handle
-            arrays = (_pointer(here), _pointer(there), _pointer(size))
-            status = self._lib.kvf_post(self._ferry, op.value, region, target, len(here), *arrays, cookie)
+            done = _CompletionStruct()
+            status = self._lib.kvf_post(
+                self._ferry, op.value, region, target, pieces.num_blocks, pieces.local.address, pieces.remote.address,
+                pieces.sizes.address, pieces.sizes.length, cookie, byref(done),
+            )  # fmt: skip
+            if status == _INVALID_PARAM:
+                error = pieces.out_of_bounds(local.nbytes, remote.nbytes)
+                assert error is not None, "ucp.c and pieces.py disagree"
+                raise error
             if status != _OK:
                 raise TransportError(f"UCX did not take the batch: {self._text(status)}")
+            return self._completion(done) if done.cookie else None
 
-        return self._completions.start(op, local, remote, len(here), submit)
+        return self._completions.start(op, local, remote, pieces.num_blocks, submit)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self._check_open()
@@ -309,12 +317,12 @@ class UcpTransport:
         if not self._ferry:
             return []  # it never started
         n = self._lib.kvf_drain(self._ferry, self._drained, len(self._drained))
-        return [
-            Completion(
-                c.cookie, c.nbytes, c.num_pieces, c.queued_ns / 1e9, c.busy_ns / 1e9, _PATHS[c.path], self._error(c)
-            )
-            for c in self._drained[:n]
-        ]
+        return [self._completion(c) for c in self._drained[:n]]
+
+    def _completion(self, c: _CompletionStruct) -> Completion:
+        return Completion(
+            c.cookie, c.nbytes, c.num_pieces, c.queued_ns / 1e9, c.busy_ns / 1e9, _PATHS[c.path], self._error(c)
+        )
 
     def _cancel(self, cookie: int) -> None:
         self._lib.kvf_cancel(self._ferry, cookie)
@@ -347,10 +355,6 @@ def _may_map() -> bool:
     return os.environ["UCX_TLS"].startswith("^") != bool({"posix", "shm", "sm", "all"}.intersection(names))
 
 
-def _pointer(array: U64) -> c_void_p:
-    return c_void_p(array.ctypes.data)
-
-
 @functools.cache
 def _load() -> ctypes.CDLL:
     """Compiles the binding if need be and loads it, with the UCX it is linked with, once per process."""
@@ -369,7 +373,7 @@ def _load() -> ctypes.CDLL:
         ("stop", None, [h]),
         ("free", None, [h]),
         ("address", size, [h, c_void_p, size]),
-        ("register", c_int, [h, h, size, p]),
+        ("register", c_int, [h, h, size, size, p]),
         ("release", c_int, [h, h]),
         ("pack", c_int, [h, h, c_void_p, POINTER(size)]),
         ("connect", c_int, [h, c_char_p, size, p]),
@@ -381,7 +385,7 @@ def _load() -> ctypes.CDLL:
         ("map", c_int, [h, size, h, size, c_int, p]),
         ("fence", c_int, [h, size]),
         ("drop", c_int, [h, h]),
-        ("post", c_int, [h, c_int, h, h, size, c_void_p, c_void_p, c_void_p, size]),
+        ("post", c_int, [h, c_int, h, h, size, h, h, h, size, size, h]),
         ("cancel", c_int, [h, size]),
         ("drain", size, [h, c_void_p, size]),
         ("completion_size", size, []),
