@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import structlog
 
 from kvferry.errors import UnavailableError
-from transport import RegionBusy, RemoteRegion, Transport, TransportError
+from transport import Path, RegionBusy, RemoteRegion, Transport, TransportError
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+MAX_OPENING = 64  # peers that do not answer, at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +36,11 @@ class _Opened:
 
 @dataclass(slots=True, eq=False)
 class Remotes:
-    """Opening and closing may block while a peer does not answer, so both run on threads: nobody else waits for it.
-    Owned by the event loop."""
+    """Opening and closing may block while a peer does not answer, so both run on threads, and on others than the loop's
+    own few: nobody else waits for it.  Owned by the event loop."""
 
     transport: Transport
+    _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(MAX_OPENING, "open-pool"))
     _opened: dict[Owner, _Opened] = field(default_factory=dict)
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
@@ -52,13 +60,17 @@ class Remotes:
             raise
 
     def _open(self, owner: Owner, descriptor: bytes) -> _Opened:
-        opening = asyncio.create_task(asyncio.to_thread(self.transport.open, descriptor))
+        opening = asyncio.create_task(self._on_thread(self.transport.open, descriptor))
         entry = self._opened[owner] = _Opened(opening)
 
         def opened(task: asyncio.Task[RemoteRegion]) -> None:
             if task.cancelled() or task.exception() is not None:  # nobody may come upon it later
                 entry.stale = True
                 self._close_if_unused(owner, entry)
+            elif task.result().path is Path.RMA:
+                log.warning("pool_not_mapped", owner=owner.worker_id, why=task.result().why_not_mapped)
+            else:
+                log.info("pool_opened", owner=owner.worker_id, path=task.result().path.name.lower())
 
         opening.add_done_callback(opened)
         return entry
@@ -82,6 +94,10 @@ class Remotes:
             self.forget(owner)
         while self._closing:
             await asyncio.wait(self._closing)
+        self._threads.shutdown(wait=False)
+
+    async def _on_thread(self, call: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call, *arguments)
 
     def _leave(self, owner: Owner, entry: _Opened) -> None:
         entry.num_users -= 1
@@ -99,7 +115,7 @@ class Remotes:
 
     async def _close(self, entry: _Opened) -> None:
         try:
-            await asyncio.to_thread((await entry.opening).close)
+            await self._on_thread((await entry.opening).close)
         except RegionBusy:
             log.error("region_busy")  # a user let go before its last write had ended: our bug
         except Exception:
