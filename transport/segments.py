@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import functools
 import hashlib
 import os
@@ -31,6 +32,8 @@ _MARK = struct.Struct("<QQQ")  # incarnation (0: given up), the owner's bytes, w
 _PROT_NONE, _PROT_READ_WRITE = 0, 3
 _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x1, 0x2, 0x10, 0x20, 0x4000
 _MADV_POPULATE_WRITE, _MADV_COLLAPSE = 23, 25  # Linux 5.14 and 6.1
+# Its size is fixed for good: a store behind the end of a file that shrank would end the process that made it.
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
 class CannotMap(Exception):
@@ -105,11 +108,12 @@ def make_segment(nbytes: int, incarnation: int) -> Segment:
         )
     file_nbytes = _file_nbytes(nbytes)
     try:
-        fd = os.memfd_create("kvferry", os.MFD_CLOEXEC)
+        fd = os.memfd_create("kvferry", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError as e:
         raise OutOfMemory(f"no shared memory can be had: {e.strerror}") from e
     try:
         os.ftruncate(fd, file_nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         address = _map(fd, file_nbytes)
     except OSError as e:
         os.close(fd)
@@ -152,7 +156,7 @@ def _open_segment(name: SegmentName, nbytes: int, incarnation: int, process: int
             f"{name.path} cannot be opened: {e.strerror}; both processes must belong to the same user"
         ) from e
     try:
-        if os.fstat(fd).st_size != _file_nbytes(nbytes):
+        if os.fstat(fd).st_size != _file_nbytes(nbytes) or not _is_sealed(fd):
             raise lost  # the number belongs to something else by now
         mark = os.pread(fd, MARK_NBYTES, mark_offset(nbytes))
         if len(mark) != MARK_NBYTES or _MARK.unpack(mark)[:2] != (incarnation, nbytes):
@@ -187,6 +191,13 @@ def this_host() -> bytes:
     """Equal in two processes if each can find the other by its number."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_bytes()
     return hashlib.blake2b(boot + str(os.stat("/proc/self/ns/pid").st_ino).encode(), digest_size=16).digest()
+
+
+def _is_sealed(fd: int) -> bool:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:
+        return False
 
 
 def _file_nbytes(nbytes: int) -> int:

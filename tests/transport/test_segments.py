@@ -81,6 +81,18 @@ def test_only_the_segment_that_was_meant_is_mapped(owned: Segment) -> None:
     os.close(other)
 
 
+def test_a_segment_keeps_its_size_and_one_that_may_shrink_is_not_mapped(owned: Segment) -> None:
+    """A store behind the end of a file that its owner made smaller would kill the writer."""
+    with pytest.raises(PermissionError):
+        os.truncate(owned.name.path, 4096)
+    loose = os.memfd_create("loose", os.MFD_ALLOW_SEALING)
+    with open(owned.name.path, "rb") as sealed:
+        os.write(loose, sealed.read())
+    with pytest.raises(PeerLost):
+        open_segment(dataclasses.replace(owned.name, fd=loose), owned.nbytes, MINE)
+    os.close(loose)
+
+
 def test_a_segment_given_up_is_seen_as_such_and_not_opened_again(owned: Segment) -> None:
     peer, name = open_segment(owned.name, owned.nbytes, MINE), owned.name
     owned.give_up()
