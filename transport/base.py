@@ -103,10 +103,19 @@ class Transfer:
 class Region:
     """Memory that peers can reach, owned by the transport that allocated it.  A context manager."""
 
-    def __init__(self, address: int, nbytes: int, descriptor: bytes, release: Callable[[Region], None]) -> None:
+    def __init__(
+        self,
+        address: int,
+        nbytes: int,
+        descriptor: bytes,
+        release: Callable[[Region], None],
+        *,
+        huge_pages: bool = False,
+    ) -> None:
         self.address = address
         self.nbytes = nbytes
         self.descriptor = descriptor
+        self.huge_pages = huge_pages  # of 2 MiB, wherever a whole one fits
         self.num_in_flight = 0  # guarded by the transport
         self.released = False  # guarded by the transport
         self._release = release

@@ -33,7 +33,7 @@ CONNECT_TIMEOUT_MS = 2000
 STALL_TIMEOUT_MS = 10_000
 
 # Set before the library loads, unless the user did.
-_SETTINGS = {
+SETTINGS = {
     # Whatever this UCX has (tcp, and RDMA or CUDA where they are), save what reaches another process's memory by its
     # number: survivors of cma abort when a peer dies, and on one host kvferry maps the memory itself.
     "UCX_TLS": "^sysv,cma,xpmem,knem",
@@ -143,11 +143,11 @@ class UcpTransport:
                 self.incarnation,
                 segment.address,
                 segment.nbytes,
-                segment.name if _may_map() else None,
+                segment.name if may_map(os.environ["UCX_TLS"]) else None,
                 self._address,
                 key.raw[: key_length.value],
             )
-            region = Region(segment.address, segment.nbytes, descriptor.pack(), self._release)
+            region = Region(segment.address, segment.nbytes, descriptor.pack(), self._release, huge_pages=segment.huge)
             self._regions[region] = (handle, segment)
             return region
 
@@ -160,7 +160,7 @@ class UcpTransport:
             return self._connect_to(d, str(e))
 
     def _map(self, d: Descriptor) -> RemoteRegion:
-        if d.segment is None or not _may_map():
+        if d.segment is None or not may_map(os.environ["UCX_TLS"]):
             side = "the owner's" if d.segment is None else "this process's"
             raise CannotMap(f"{side} UCX_TLS allows no shared memory")
         segment = open_segment(d.segment, d.nbytes, d.incarnation)
@@ -352,16 +352,27 @@ class UcpTransport:
             raise TransportClosed("the transport was closed")
 
 
-def _may_map() -> bool:
+def may_map(ucx_tls: str) -> bool:
     """UCX_TLS names what may carry bytes; mapped segments count as shared memory."""
-    names = os.environ["UCX_TLS"].lstrip("^").split(",")
-    return os.environ["UCX_TLS"].startswith("^") != bool({"posix", "shm", "sm", "all"}.intersection(names))
+    names = ucx_tls.lstrip("^").split(",")
+    return ucx_tls.startswith("^") != bool({"posix", "shm", "sm", "all"}.intersection(names))
+
+
+def ucx_version() -> str:
+    """Of the UCX in use, such as 1.22.0.  Raises BackendUnavailable with what to do."""
+    return ".".join(map(str, _version(_load())))
+
+
+def _version(lib: ctypes.CDLL) -> tuple[int, int, int]:
+    major, minor, release = c_uint(), c_uint(), c_uint()
+    lib.kvf_version(byref(major), byref(minor), byref(release))
+    return major.value, minor.value, release.value
 
 
 @functools.cache
 def _load() -> ctypes.CDLL:
     """Compiles the binding if need be and loads it, with the UCX it is linked with, once per process."""
-    for name, value in _SETTINGS.items():
+    for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         path = build()
@@ -398,11 +409,10 @@ def _load() -> ctypes.CDLL:
         function = getattr(lib, f"kvf_{name}")
         function.restype, function.argtypes = result, arguments
     assert lib.kvf_completion_size() == ctypes.sizeof(_CompletionStruct), "ucp.c and ucp.py disagree"
-    major, minor, release = c_uint(), c_uint(), c_uint()
-    lib.kvf_version(byref(major), byref(minor), byref(release))
-    if (major.value, minor.value) < OLDEST_UCX:
+    version = _version(lib)
+    if version < OLDEST_UCX:
         raise BackendUnavailable(
-            f"UCX {major.value}.{minor.value}.{release.value} is too old, kvferry needs {OLDEST_UCX[0]}.{OLDEST_UCX[1]} "
+            f"UCX {'.'.join(map(str, version))} is too old, kvferry needs {OLDEST_UCX[0]}.{OLDEST_UCX[1]} "
             "or newer: pip install -U libucx-cu13, or point KVFERRY_UCX_HOME at a newer UCX"
         )
     return lib

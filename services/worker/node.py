@@ -129,7 +129,13 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             control_address=address,
             process=this_process(),
         )
-        log.info("pool", num_blocks=num_blocks, block_nbytes=layout.block_nbytes, layout=layout.fingerprint)
+        log.info(
+            "pool",
+            num_blocks=num_blocks,
+            block_nbytes=layout.block_nbytes,
+            layout=layout.fingerprint,
+            huge_pages=region.huge_pages,
+        )
         yield Worker(identity, model, layout, transport, region, engine, router)
 
 
