@@ -69,3 +69,9 @@ void copy_streaming(void *to, const void *from, size_t n) { memcpy(to, from, n);
 void copy_fence(void) {}
 
 #endif
+
+void kvf_memcpy(char *to, const char *from, const uint64_t *to_offsets, const uint64_t *from_offsets, uint64_t n,
+                uint64_t size)
+{
+    for (uint64_t i = 0; i < n; i++) memcpy(to + to_offsets[i], from + from_offsets[i], size);
+}

@@ -1,6 +1,10 @@
 #include <stddef.h>
+#include <stdint.h>
 
 /* As memcpy, but past the cache; other processors may see it late until copy_fence. */
 void copy_streaming(void *to, const void *from, size_t n);
 /* Every byte of the copies before is seen before anything stored after. */
 void copy_fence(void);
+/* n pieces of one size by memcpy: what transfers are measured against. */
+void kvf_memcpy(char *to, const char *from, const uint64_t *to_offsets, const uint64_t *from_offsets, uint64_t n,
+                uint64_t size);

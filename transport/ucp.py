@@ -363,6 +363,15 @@ def ucx_version() -> str:
     return ".".join(map(str, _version(_load())))
 
 
+def memcpy(to: Region, source: Region, to_offsets: Offsets, source_offsets: Offsets, size: int) -> None:
+    """Plain copies within this process, of ``size`` bytes each: what transfers are measured against.  Blocks.  Raises
+    as Transport.post does."""
+    pieces = Pieces.of(to_offsets, source_offsets, size)
+    if error := pieces.out_of_bounds(to.nbytes, source.nbytes):
+        raise error
+    _load().kvf_memcpy(to.address, source.address, pieces.local.address, pieces.remote.address, pieces.num_blocks, size)
+
+
 def _version(lib: ctypes.CDLL) -> tuple[int, int, int]:
     major, minor, release = c_uint(), c_uint(), c_uint()
     lib.kvf_version(byref(major), byref(minor), byref(release))
@@ -402,6 +411,7 @@ def _load() -> ctypes.CDLL:
         ("post", c_int, [h, c_int, h, h, size, h, h, h, size, size, h]),
         ("cancel", c_int, [h, size]),
         ("drain", size, [h, c_void_p, size]),
+        ("memcpy", None, [h, h, h, h, size, size]),
         ("completion_size", size, []),
         ("status_string", c_char_p, [c_int]),
         ("version", None, [POINTER(c_uint)] * 3),
