@@ -10,6 +10,7 @@ import typer
 from kvferry._version import __version__
 from kvferry.cli.chat import chat
 from kvferry.cli.demo import demo
+from kvferry.cli.doctor import doctor
 from kvferry.cli.generate import generate
 from kvferry.cli.serve import serve
 from kvferry.cli.status import status
@@ -34,6 +35,7 @@ def _root(
       kvferry serve              a cluster that stays
       kvferry chat               talk to it, from another terminal
       kvferry status --watch     see what it does
+      kvferry doctor             what this host gives, and what to change
 
     The gateway to talk to is --address, or KVFERRY_ADDRESS, or 127.0.0.1:8470. Exit codes: 0 fine, 1 failed, 2 wrong
     usage, 130 interrupted.
@@ -51,7 +53,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status):
+    for command in (demo, serve, generate, chat, status, doctor):
         app.command()(command)
     return app
 

@@ -72,13 +72,14 @@ class Plan:
     http_url: str
 
 
-def clone_root() -> Path:
-    """The clone that this package was imported from; ClusterError when it is installed alone."""
+def clone_root(what: str = "a cluster", command: str = "make serve") -> Path:
+    """The clone that this package was imported from; ClusterError when it is installed alone, which says what needs the
+    clone, and how to have it there."""
     root = Path(kvferry.__file__).resolve().parent.parent
     if not all((root / package / "__init__.py").is_file() for package in ("services", "gateway", "transport")):
         raise ClusterError(
-            "this installation of kvferry has the client alone, and a cluster needs the services too: "
-            "clone the repository and run `make serve` there"
+            f"this installation of kvferry has the client alone, and {what} needs the services too: "
+            f"clone the repository and run `{command}` there"
         )
     return root
 
