@@ -77,11 +77,13 @@ def _examine(root: Path, measure: bool) -> str:
         timer.start()
         try:
             document = process.stdout.read()
-            status = process.wait()
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         finally:
+            _kill(process)  # not reaped yet, so the number is still its own
             timer.cancel()
-            _kill(process)
+            timer.join()
             listener.join()
+        status = process.wait()
     if not document:
         raise ClusterError(
             f"the examination {describe_status(status)}; mend the installation with `make setup`", tuple(said)

@@ -16,7 +16,7 @@ import pytest
 
 import transport
 from tests.transport.peer import InProcessPeer, ProcessPeer
-from transport import BackendUnavailable, Op, TransferCancelled, Transport, TransportClosed, ucp
+from transport import BackendUnavailable, Op, OutOfBounds, TransferCancelled, Transport, TransportClosed, ucp
 
 ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
@@ -61,6 +61,16 @@ def test_a_mapped_pool_is_written_while_its_owner_hangs(ours: Transport) -> None
             ours.post(Op.WRITE, local, remote, [0], [0], MIB).wait(5)
         peer.process.send_signal(signal.SIGCONT)
         assert peer.read(MIB - 2, 2) == b"\x07\x07"
+
+
+def test_memcpy_moves_what_it_is_told_to(ours: Transport) -> None:
+    with ours.allocate(64) as source, ours.allocate(32) as to:
+        source.view[:] = bytes(range(64))
+        ucp.memcpy(to, source, [8, 0], [48, 16], 8)
+        assert bytes(to.view) == bytes(range(16, 24)) + bytes(range(48, 56)) + bytes(16)
+        for offsets in ([32], [0]), ([0], [60]):
+            with pytest.raises(OutOfBounds):
+                ucp.memcpy(to, source, *offsets, 8)
 
 
 def test_opening_over_tcp_to_a_peer_that_hangs_ends_and_holds_up_nobody() -> None:
