@@ -46,7 +46,7 @@ def doctor(
       kvferry doctor --json | jq '.findings[] | select(.level != "ok")'
     """
     with output.failures(), Interrupts() as interrupts:
-        document = _examine(clone_root("the doctor", ".venv/bin/kvferry doctor"), measure)
+        document = _examine(clone_root("the doctor", "make setup && .venv/bin/kvferry doctor"), measure)
         interrupts.check()
         report = json.loads(document)
         if as_json:

@@ -28,6 +28,17 @@ WARNING = {"section": "UCX", "level": "warning", "text": "UCX_TLS=tcp", "change"
 BROKEN = {"section": "Speed", "level": "broken", "text": "the data differs", "change": "Do not use this host."}
 
 
+def processes_with(variable: str) -> list[str]:
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                found.append(pid)
+        except OSError:
+            continue  # it has ended, or is another user's
+    return found
+
+
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """One whose examination is the file to write at the path returned."""
@@ -72,6 +83,8 @@ def test_this_host_on_a_terminal_of_80_columns(terminal: Terminal) -> None:
     terminal.read_until("What to change")
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.seen)
     assert max(map(len, re.split(r"[\r\n]+", shown))) <= 80
+    whom = f"as the same user (this is user {os.geteuid()}) in the same PID namespace"
+    assert whom in " ".join(shown.split()), "what does not fit goes on in the next line"
     assert "\x1b[1m" in terminal.seen
     assert terminal.process.wait(20) == 0
 
@@ -118,12 +131,14 @@ def test_an_examination_that_does_not_end_well_is_one_sentence(clone: Path, code
     assert "no_such_module" not in code or "  | ModuleNotFoundError: No module named 'no_such_module'" in done.stderr
 
 
-def test_an_examination_that_hangs_is_ended(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clone.write_text("import signal; signal.pause()")
+def test_an_examination_that_hangs_is_ended_with_all_it_started(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clone.write_text("import signal, subprocess; subprocess.Popen(['sleep', '100']); signal.pause()")
+    monkeypatch.setenv("KVFERRY_TEST_MARK", f"{os.getpid()}.hangs")
     monkeypatch.setattr(MODULE, "TIMEOUT_S", 0.5)
     done = CliRunner().invoke(APP, ["doctor"])
     assert done.exit_code == 1
     assert "kvferry: the examination was killed by SIGKILL" in done.stderr
+    assert processes_with(f"KVFERRY_TEST_MARK={os.getpid()}.hangs") == []
 
 
 def test_without_a_clone_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,18 +146,7 @@ def test_without_a_clone_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.
     done = CliRunner().invoke(APP, ["doctor"])
     assert done.exit_code == 1
     assert done.stderr.count("\n") == 1
-    assert "clone the repository and run `.venv/bin/kvferry doctor` there" in done.stderr
-
-
-def processes_with(variable: str) -> list[str]:
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            if variable.encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                found.append(pid)
-        except OSError:
-            continue  # it has ended, or is another user's
-    return found
+    assert "clone the repository and run `make setup && .venv/bin/kvferry doctor` there" in done.stderr
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])

@@ -236,7 +236,9 @@ def _parent(process: File) -> int:
         return 0
 
 
-@pytest.mark.parametrize(("settings", "path"), [({}, Path.MAPPED), ({"UCX_TLS": "tcp,self"}, Path.RMA)])
+@pytest.mark.parametrize(
+    ("settings", "path"), [({"UCX_LOG_LEVEL": "info"}, Path.MAPPED), ({"UCX_TLS": "tcp,self"}, Path.RMA)]
+)
 def test_two_processes_move_blocks_and_are_gone(settings: dict[str, str], path: Path) -> None:
     told: list[str] = []
     done = try_out("here", settings, TINY, told.append)
@@ -310,7 +312,16 @@ def test_without_ucx_it_says_so_and_ends_with_1() -> None:
     assert done.stdout.endswith("point KVFERRY_UCX_HOME at a UCX installation's prefix.\n")
 
 
-def test_the_wheel_offers_tcp() -> None:
+def test_a_ucx_without_ucx_info_is_told_apart_from_none(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lib" / "ucx").mkdir(parents=True)
+    for name in ("libucp.so.0", "ucx/libuct_ib.so.0", "ucx/libuct_ib.so.0.0.0", "ucx/libuct_rdmacm.so"):
+        (tmp_path / "lib" / name).touch()
+    monkeypatch.setenv("KVFERRY_UCX_HOME", str(tmp_path))
+    why = f"there is no {tmp_path}/bin/ucx_info"
+    assert look_at_ucx() == Ucx(str(tmp_path), False, ("ib", "rdmacm"), None, why)
+
+
+def test_this_ucx_offers_tcp() -> None:
     ucx = look_at_ucx()
     assert ucx.offers is not None
     assert "tcp" in {offer.transport for offer in ucx.offers}

@@ -67,7 +67,7 @@ def _ucx(facts: Facts) -> Iterator[Finding]:
             "UCX", Level.BROKEN, f"UCX from {source} does not start", f"Make UCX start: {_clause(first.failure)}."
         )
     if ucx.offers is None:
-        change = f"Install the ucx_info that belongs to this UCX as {ucx.home}/bin/ucx_info."
+        change = f"Install the ucx_info of this UCX (apt-get install ucx-utils) as {ucx.home}/bin/ucx_info."
         yield Finding("UCX", Level.WARNING, f"what it offers here cannot be told: {ucx.no_offers}", change)
         return
     devices: dict[str, list[str]] = {}

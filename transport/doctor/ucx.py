@@ -18,9 +18,12 @@ _MEMORY = re.compile(r"(\w+)(?: \([^)]*\))?")
 def look_at_ucx() -> Ucx:
     """Blocks, at most TIMEOUT_S.  Raises FileNotFoundError with what to do."""
     home, libraries = ucx_home(), ucx_libraries()
+    ucx_info = home / "bin" / "ucx_info"
     offers, why = None, ""
     try:
-        offers = parse_offers(_ask(home / "bin" / "ucx_info", libraries))
+        offers = parse_offers(_ask(ucx_info, libraries))
+    except FileNotFoundError:
+        why = f"there is no {ucx_info}"
     except (OSError, subprocess.SubprocessError) as e:
         why = str(e)
     names = {path.name.partition(".")[0].removeprefix("libuct_") for path in (libraries / "ucx").glob("libuct_*.so*")}
