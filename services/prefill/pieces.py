@@ -53,17 +53,18 @@ def stretches(source: Placement, target: Placement, begin: int, end: int) -> tup
 def pieces(source: Placement, target: Placement, begin: int, end: int) -> Pieces:
     """What carries the KV of tokens [begin, end) between pools of one type.
 
-    Where the blocks are the same on both sides, whole blocks, of the last one also what lies behind ``end``; ``begin``
-    must then be a block's first token.  Otherwise one piece for each stretch in each layer, of its keys and of its
-    values, and no byte besides."""
+    Equal layouts: whole blocks, of the last one also what lies behind ``end``; blocks begin at the same tokens on both
+    sides then, and ``begin`` is one of these.  Otherwise one piece for each stretch in each layer, of its keys and of
+    its values, and no byte besides."""
     ours, theirs = source.layout, target.layout
     assert (ours.content_fingerprint, ours.dtype) == (theirs.content_fingerprint, theirs.dtype)
     firsts, counts = stretches(source, target, begin, end)
     (source_blocks, source_tokens), (target_blocks, target_tokens) = source.locate(firsts), target.locate(firsts)
     source_starts = source.base + source_blocks * ours.block_nbytes
     target_starts = target.base + target_blocks * theirs.block_nbytes
-    if ours == theirs and (source_tokens == target_tokens).all():
-        assert not source_tokens.any(), "the range begins inside a block"
+    if ours == theirs:
+        assert not source_tokens.any(), "a piece begins inside a block of the source"
+        assert not target_tokens.any(), "a piece begins inside a block of the target"
         return Pieces(source_starts, target_starts, np.full(len(firsts), ours.block_nbytes, np.int64))
     row, planes = ours.row_nbytes, np.arange(2 * ours.num_layers)[None, :]
     sizes = np.broadcast_to((counts * row)[:, None], (len(firsts), planes.size))

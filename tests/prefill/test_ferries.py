@@ -15,6 +15,7 @@ from kvferry.errors import AbortedError, ConflictError
 from services.engine.weights import DTYPES
 from services.prefill import conversion
 from tests.prefill.two_workers import SALT, TwoWorkers, layout, sampling, token_kv, two_workers
+from transport.loopback import LoopbackTransport
 
 
 def expected_kv(prompt: list[int], dtypes: tuple[str, str]) -> torch.Tensor:
@@ -154,6 +155,31 @@ async def test_a_write_that_waits_for_room_is_stopped_at_once(monkeypatch: pytes
         gate.open.set()
         await asyncio.wait_for(first, 10)
         two.assert_quiet()
+
+
+async def test_scratch_memory_is_held_until_its_write_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = list(range(10))
+    async with two_workers(layout("float32", 4), layout("bfloat16", 4)) as two, two.ticket(prompt) as (ticket, _):
+        writing, may_write = threading.Event(), threading.Event()
+        copy = LoopbackTransport._copy
+
+        def held(self: LoopbackTransport, job: Any) -> Any:
+            writing.set()
+            assert may_write.wait(30)
+            return copy(self, job)
+
+        monkeypatch.setattr(LoopbackTransport, "_copy", held)
+        steps = two.ferries.run(prompt, sampling(), ticket, SALT)
+        await anext(steps)
+        assert await asyncio.to_thread(writing.wait, 30)
+        stopping = asyncio.create_task(two.ferries.stop_transfer(ticket.transfer_id))
+        await asyncio.sleep(0.05)  # it would have said so by now
+        assert not stopping.done()
+        assert not two.ferries.converter.is_unused, "given back while a write reads it"
+        may_write.set()
+        await asyncio.wait_for(stopping, 10)
+        await steps.aclose()
+        two.writer.assert_quiet()
 
 
 async def test_a_conversion_that_fails_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
