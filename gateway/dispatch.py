@@ -169,7 +169,7 @@ class Dispatcher:
                     key=key,
                     role=_ROLES[info.role],
                     address=info.control_address,
-                    layout_fingerprint=info.layout.fingerprint,
+                    content_fingerprint=info.layout.content_fingerprint,
                     block_size=block_size,
                     num_requests=max(pending.num_requests, load.num_running + load.num_waiting),
                     num_queued_prefill_tokens=max(pending.prefill_tokens, load.num_queued_prefill_tokens),

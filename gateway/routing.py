@@ -27,7 +27,7 @@ class Candidate:
     key: WorkerKey
     role: Role
     address: str
-    layout_fingerprint: str
+    content_fingerprint: str  # of its KV layout: workers of equal content can be paired
     block_size: int
     num_requests: int
     num_queued_prefill_tokens: int
@@ -71,7 +71,7 @@ def choose_route(
     missing = num_prompt_tokens - decode.num_prefix_blocks * decode.block_size
     if missing < min_ship_tokens:
         return Route(decode, None, f"{decode.key.worker_id} lacks {missing} of {num_prompt_tokens} prompt tokens only")
-    prefillers = [c for c in usable if c.role is Role.PREFILL and c.layout_fingerprint == decode.layout_fingerprint]
+    prefillers = [c for c in usable if c.role is Role.PREFILL and c.content_fingerprint == decode.content_fingerprint]
     if not prefillers:
         return Route(decode, None, f"no prefill worker matches {decode.key.worker_id}; it computes the prompt itself")
     rates = [c.prefill_tokens_per_s for c in prefillers if c.prefill_tokens_per_s > 0]

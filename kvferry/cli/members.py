@@ -48,11 +48,16 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What to start.  Ports 0 are picked free; ``threads`` per worker, None shares the machine's cores out; what else
-    is None is left to the services' own defaults.  Only the gateway listens on ``host``, all else on the loopback."""
+    """What to start.  Ports 0 are picked free; ``threads`` per worker, None shares the machine's cores out; a role's
+    dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only the gateway
+    listens on ``host``, all else on the loopback."""
 
     model: str = DEFAULT_MODEL
     dtype: str | None = None
+    prefill_dtype: str | None = None
+    decode_dtype: str | None = None
+    prefill_block_size: int | None = None
+    decode_block_size: int | None = None
     num_prefill: int = 1
     num_decode: int = 1
     host: str = ports.LOOPBACK
@@ -112,7 +117,11 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         member(Role.DIRECTORY, "directory", "services.directory", directory, directory_flags, metrics(metrics_port))
     ]
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // num_workers)
-    for role, count in ((Role.PREFILL, config.num_prefill), (Role.DECODE, config.num_decode)):
+    roles = (
+        (Role.PREFILL, config.num_prefill, config.prefill_dtype or config.dtype, config.prefill_block_size),
+        (Role.DECODE, config.num_decode, config.decode_dtype or config.dtype, config.decode_block_size),
+    )
+    for role, count, dtype, block_size in roles:
         for index in range(count):
             address, metrics_port, name = ports.join(ports.LOOPBACK, next(free)), next(free), f"{role.value}-{index}"
             flags = {
@@ -124,8 +133,10 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
                 "--metrics-port": str(metrics_port),
                 "--log-level": config.log_level,
             }
-            if config.dtype is not None:
-                flags["--dtype"] = config.dtype
+            if dtype is not None:
+                flags["--dtype"] = dtype
+            if block_size is not None:
+                flags["--block-size"] = str(block_size)
             if config.kv_memory is not None:
                 flags["--kv-memory"] = config.kv_memory
             members.append(member(role, name, f"services.{role.value}", address, flags, metrics(metrics_port)))

@@ -60,7 +60,16 @@ ServedModel = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Type of weights and KV, such as float32 or bfloat16.", show_default=False, rich_help_panel=_RUN),
+    typer.Option(
+        help="Type of weights and KV: float32, bfloat16 or float16.", show_default=False, rich_help_panel=_RUN
+    ),
+]
+RoleDtype = Annotated[
+    str | None, typer.Option(help="Type for this role alone.", show_default=False, rich_help_panel=_RUN)
+]
+RoleBlockSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens in a KV block, for this role alone.", show_default=False, rich_help_panel=_RUN),
 ]
 NumPrefill = Annotated[int, typer.Option("--prefill", min=0, help="Prefill workers.", rich_help_panel=_RUN)]
 NumDecode = Annotated[int, typer.Option("--decode", min=1, help="Decode workers.", rich_help_panel=_RUN)]

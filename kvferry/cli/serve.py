@@ -18,6 +18,10 @@ from kvferry.client import DEFAULT_ADDRESS, Client
 def serve(
     model: options.ServedModel = DEFAULT_MODEL,
     dtype: options.Dtype = None,
+    prefill_dtype: options.RoleDtype = None,
+    decode_dtype: options.RoleDtype = None,
+    prefill_block_size: options.RoleBlockSize = None,
+    decode_block_size: options.RoleBlockSize = None,
     prefill: options.NumPrefill = 1,
     decode: options.NumDecode = 1,
     host: Annotated[str, typer.Option(help="Where the gateway listens.", rich_help_panel="Cluster")] = LOOPBACK,
@@ -42,12 +46,17 @@ def serve(
       kvferry serve
       kvferry serve --prefill 2 --decode 2 --kv-memory 1GiB
       kvferry serve --model ./model.gguf --dtype bfloat16 --http-port 8000
+      kvferry serve --prefill-dtype float32 --decode-dtype bfloat16 --decode-block-size 32
     """
     if grpc_port == http_port != 0:
         raise typer.BadParameter(f"gRPC and HTTP cannot both have port {grpc_port}", param_hint="--http-port")
     config = ClusterConfig(
         model=model,
         dtype=dtype,
+        prefill_dtype=prefill_dtype,
+        decode_dtype=decode_dtype,
+        prefill_block_size=prefill_block_size,
+        decode_block_size=decode_block_size,
         num_prefill=prefill,
         num_decode=decode,
         host=host,

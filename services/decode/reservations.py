@@ -17,7 +17,7 @@ import structlog
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import AbortedError, ConflictError, InternalError
-from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, TicketState, WriterId
+from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, TicketState, WriterId, Written
 from services.engine.engine import StepTime
 from services.engine.sequence import Event, FinishReason, Sequence, StepFailed, TokenDrawn
 from services.runtime.channels import Channels
@@ -84,7 +84,7 @@ class Reservations:
 
     def __init__(self, worker: Worker, channels: Channels, ticket_lifetime_s: float) -> None:
         with worker.engine.exclusive(wake=False) as scheduler:
-            self._book = TicketBook(scheduler.pool, worker.layout.block_nbytes)
+            self._book = TicketBook(scheduler.pool, worker.layout)
         self._worker = worker
         self._channels = channels
         self._ticket_lifetime_s = ticket_lifetime_s
@@ -123,13 +123,11 @@ class Reservations:
             self._worker.router.unsubscribe(sequence.id)
             self._abandon(stream)
 
-    def commit(
-        self, transfer_id: str, epoch: int, writer: WriterId, num_blocks: int, num_bytes: int, first: common_pb2.Token
-    ) -> None:
+    def commit(self, transfer_id: str, epoch: int, writer: WriterId, written: Written, first: common_pb2.Token) -> None:
         """The writer says that every byte is in place.  Raises ConflictError."""
         try:
             with self._worker.engine.exclusive() as scheduler:
-                ticket = self._book.commit(transfer_id, epoch, writer, num_blocks, num_bytes, now_s=time.monotonic())
+                ticket = self._book.commit(transfer_id, epoch, writer, written, now_s=time.monotonic())
                 if ticket is None:
                     return
                 events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
@@ -138,8 +136,8 @@ class Reservations:
                 self._fail(transfer_id, str(e))
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
         self._streams.pop(transfer_id).kv_ready_s = time.monotonic()
-        self._worker.traffic.blocks_received += num_blocks
-        self._worker.traffic.bytes_received += num_bytes
+        self._worker.traffic.blocks_received += written.num_blocks
+        self._worker.traffic.bytes_received += written.num_bytes
         self._worker.router.deliver(events)
 
     def abort_by_writer(self, transfer_id: str, epoch: int, writer: WriterId, reason: str) -> None:
@@ -158,7 +156,7 @@ class Reservations:
         with refusals_as_errors(), self._worker.engine.exclusive(wake=False) as scheduler:
             first_block_index, lent = scheduler.reserve(sequence)
             return self._book.open(
-                uuid4().hex, sequence.id, writer.id, first_block_index, lent,
+                uuid4().hex, sequence.id, writer.id, first_block_index, lent, sequence.num_prompt - sequence.num_cached,
                 now_s=time.monotonic(), lifetime_s=self._ticket_lifetime_s,
             )  # fmt: skip
 

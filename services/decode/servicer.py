@@ -12,7 +12,7 @@ import structlog
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.decode.reservations import DecodeStream, Finished, Reservations, Writer
-from services.decode.tickets import Ticket, WriterId
+from services.decode.tickets import Ticket, WriterId, Written
 from services.engine.sequence import TokenDrawn
 from services.runtime.process import ProcessIdentity
 from services.worker.convert import to_finish_reason, to_token, to_us
@@ -57,8 +57,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             request.transfer_id,
             request.epoch,
             WriterId(request.writer_id, request.writer_incarnation),
-            request.num_blocks,
-            request.num_bytes,
+            Written(request.num_blocks, request.num_tokens, request.num_bytes),
             request.first_token,
         )
         return worker_pb2.CommitTransferResponse()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from services.engine.blocks import BlockPool
+from services.engine.layout import KvLayout
 from services.engine.sequence import SequenceId
 
 # Ended tickets are remembered this long so that a repeated commit or abort is answered as the first one was.
@@ -39,6 +40,15 @@ class WriterId:
     incarnation: int
 
 
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a writer says that it wrote, in the owner's blocks and bytes."""
+
+    num_blocks: int
+    num_tokens: int
+    num_bytes: int
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     transfer_id: str
@@ -47,6 +57,7 @@ class Ticket:
     writer: WriterId
     first_block_index: int
     blocks: tuple[int, ...]
+    num_tokens: int
     expires_s: float
     state: TicketState = field(default=TicketState.LENT)
 
@@ -54,9 +65,9 @@ class Ticket:
 class TicketBook:
     """The tickets of one pool.  Calls come from one place at a time (the engine's exclusive section)."""
 
-    def __init__(self, pool: BlockPool, block_nbytes: int) -> None:
+    def __init__(self, pool: BlockPool, layout: KvLayout) -> None:
         self._pool = pool
-        self._block_nbytes = block_nbytes
+        self._layout = layout
         self._tickets: dict[str, Ticket] = {}
         self._ended: dict[str, Ticket] = {}
         self._epoch = 0
@@ -68,21 +79,29 @@ class TicketBook:
         writer: WriterId,
         first_block_index: int,
         blocks: list[int],
+        num_tokens: int,
         *,
         now_s: float,
         lifetime_s: float,
     ) -> Ticket:
-        """A ticket for ``blocks``, which are LENT in the pool."""
+        """A ticket for the KV of ``num_tokens`` tokens in ``blocks``, which are LENT in the pool."""
         assert transfer_id not in self._tickets
         self._epoch += 1
         ticket = Ticket(
-            transfer_id, self._epoch, sequence_id, writer, first_block_index, tuple(blocks), now_s + lifetime_s
+            transfer_id,
+            self._epoch,
+            sequence_id,
+            writer,
+            first_block_index,
+            tuple(blocks),
+            num_tokens,
+            now_s + lifetime_s,
         )
         self._tickets[transfer_id] = ticket
         return ticket
 
     def commit(
-        self, transfer_id: str, epoch: int, writer: WriterId, num_blocks: int, num_bytes: int, *, now_s: float
+        self, transfer_id: str, epoch: int, writer: WriterId, written: Written, *, now_s: float
     ) -> Ticket | None:
         """The ticket, now COMMITTED: its blocks may be settled.  None when this very commit was accepted before.  Raises
         TicketRefusedError when the ticket is unknown, another's, expired, given up, or not wholly written."""
@@ -93,11 +112,12 @@ class TicketBook:
             self.prove_stopped(transfer_id)
         if ticket.state is not TicketState.LENT:
             raise TicketRefusedError(f"transfer {transfer_id} was given up before it was committed")
-        if (num_blocks, num_bytes) != (len(ticket.blocks), len(ticket.blocks) * self._block_nbytes):
+        if not self._is_whole(ticket, written):
             self._close_lent(ticket)
             raise TicketRefusedError(
-                f"transfer {transfer_id} asked for {len(ticket.blocks)} blocks of {self._block_nbytes} bytes, its writer "
-                f"says that it wrote {num_blocks} blocks and {num_bytes} bytes"
+                f"transfer {transfer_id} asked for {ticket.num_tokens} tokens of {self._layout.token_nbytes} bytes in "
+                f"{len(ticket.blocks)} blocks, its writer says that it wrote {written.num_tokens} tokens in "
+                f"{written.num_blocks} blocks and {written.num_bytes} bytes"
             )
         if now_s > ticket.expires_s:
             self._close_lent(ticket)
@@ -165,6 +185,12 @@ class TicketBook:
                 f"not to {writer.worker_id}/{writer.incarnation}"
             )
         return ticket
+
+    def _is_whole(self, ticket: Ticket, written: Written) -> bool:
+        """Of a last block that the prompt fills in part, writers send all bytes or those of the tokens only."""
+        nbytes = (ticket.num_tokens * self._layout.token_nbytes, len(ticket.blocks) * self._layout.block_nbytes)
+        asked = (len(ticket.blocks), ticket.num_tokens)
+        return (written.num_blocks, written.num_tokens) == asked and written.num_bytes in nbytes
 
     def _close_lent(self, ticket: Ticket) -> None:
         """Its writer spoke for the last time: no proof is needed beyond that."""

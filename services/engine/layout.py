@@ -7,14 +7,15 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 
-_ITEM_NBYTES = {"float32": 4, "bfloat16": 2}
+_ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class KvLayout:
     """A pool is ``[block][layer][2: key, value][token][kv_head][head_dim]``, row-major and without padding: one block is
     one contiguous run over all layers, and one layer's view of the pool is FlashInfer's NHD with a wider block stride.
-    Bytes may move between two pools only if their fingerprints are equal."""
+    Blocks move as they are between pools of equal ``fingerprint``; where only ``content_fingerprint`` is equal, the pools
+    hold the same numbers in blocks of another size or type, and a writer can convert."""
 
     model_revision: str
     dtype: str
@@ -34,20 +35,38 @@ class KvLayout:
         return (self.num_layers, 2, self.block_size, self.num_kv_heads, self.head_dim)
 
     @property
+    def row_nbytes(self) -> int:
+        """One token's keys, or values, in one layer."""
+        return self.num_kv_heads * self.head_dim * _ITEM_NBYTES[self.dtype]
+
+    @property
+    def token_nbytes(self) -> int:
+        return self.num_layers * 2 * self.row_nbytes
+
+    @property
     def block_nbytes(self) -> int:
-        num_items = self.num_layers * 2 * self.block_size * self.num_kv_heads * self.head_dim
-        return num_items * _ITEM_NBYTES[self.dtype]
+        return self.block_size * self.token_nbytes
 
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits, the same in every process for the same layout."""
-        described = {
+        return _digest({**self._content, "dtype": self.dtype, "block_size": self.block_size})
+
+    @cached_property
+    def content_fingerprint(self) -> str:
+        """As ``fingerprint``, of everything but block size and dtype."""
+        return _digest(self._content)
+
+    @property
+    def _content(self) -> dict[str, str | int]:
+        return {
             "order": "block,layer,kv,token,head,dim",
             "model_revision": self.model_revision,
-            "dtype": self.dtype,
-            "block_size": self.block_size,
             "num_layers": self.num_layers,
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
         }
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _digest(described: dict[str, str | int]) -> str:
+    return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:32]

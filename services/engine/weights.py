@@ -16,7 +16,7 @@ from services.engine.gguf_weights import GgufTensors
 from services.engine.model_config import ModelConfig, ModelError
 from services.engine.safetensors_weights import SafetensorsTensors
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TensorSource(Protocol):
@@ -51,8 +51,8 @@ class Weights:
 def load_weights(
     config: ModelConfig, path: Path, dtype: str, progress: Callable[[float], None] | None = None
 ) -> Weights:
-    """Reads the weights at ``path`` (a ``.gguf`` file or a Hugging Face directory) into memory as ``dtype``, "float32" or
-    "bfloat16".  Blocks; ``progress`` is called on this thread with the share that is done, 0 to 1.  Raises ModelError."""
+    """Reads the weights at ``path`` (a ``.gguf`` file or a Hugging Face directory) into memory as ``dtype``, one of
+    ``DTYPES``.  Blocks; ``progress`` is called on this thread with the share that is done, 0 to 1.  Raises ModelError."""
     if dtype not in DTYPES:
         raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     source: TensorSource = GgufTensors(path, config) if path.is_file() else SafetensorsTensors(path)

@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +25,24 @@ from kvferry.errors import (
 )
 from services.engine.engine import StepTime
 from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
+from services.prefill.conversion import Converter
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
+from services.prefill.pieces import Pieces, Placement, pieces
 from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
-from services.worker.convert import to_token, to_us
+from services.worker.convert import to_peer_layout, to_token, to_us
 from services.worker.worker import Worker
-from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferCancelled, TransferResult, TransportClosed
+from transport import (
+    Op,
+    Path,
+    PeerLost,
+    Region,
+    RemoteRegion,
+    Transfer,
+    TransferCancelled,
+    TransportClosed,
+    TransportError,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -48,12 +59,14 @@ class Passage:
     ticket: worker_pb2.Ticket
     sequence: Sequence
     ferry: Ferry
+    target: Placement
     remote: RemoteRegion
     owner: Owner
     added_s: float
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     transfers: set[Transfer] = field(default_factory=set)
+    source: Placement | None = None  # once compute has begun
     first_token: common_pb2.Token | None = None
     started_s: float | None = None
     computed_s: float = 0.0
@@ -81,7 +94,8 @@ class Passage:
     def on_event(self, event: Event) -> None:
         match event:
             case Started(block_table=table, num_cached=num_cached):
-                self._do(self.ferry.started(table, num_cached))
+                self.source = Placement(self.ferries.worker.layout, table)
+                self._do(self.ferry.computed(num_cached))
             case ChunkComputed(num_computed=num_computed):
                 self._do(self.ferry.computed(num_computed))
             case TokenDrawn(drawn=drawn):
@@ -105,63 +119,72 @@ class Passage:
         for action in actions:
             match action:
                 case Write():
-                    self._write(action)
-                case Commit(num_blocks=num_blocks):
-                    self.ferries.spawn(self._commit(num_blocks))
+                    self.ferries.spawn(self._write(action))
+                case Commit():
+                    self.ferries.spawn(self._commit(action))
                 case CancelWrites():
+                    self.ferries.converter.withdraw(self)
                     for transfer in self.transfers:
                         transfer.cancel()
                 case Stopped(reason=reason):
                     self._release()
                     self.ferries.spawn(self._tell_owner(reason))
 
-    def _write(self, write: Write) -> None:
-        worker = self.ferries.worker
-        nbytes = worker.layout.block_nbytes
+    async def _write(self, write: Write) -> None:
+        """Tells the ferry when nothing is read or written for it any more."""
+        worker, converter, target = self.ferries.worker, self.ferries.converter, self.target
+        source = self.source
+        assert source is not None, "compute begins before there is anything to write"
         try:
-            transfer = worker.transport.post(
-                Op.WRITE,
-                worker.region,
-                self.remote,
-                [block * nbytes for block in write.source],
-                [block * nbytes for block in write.target],
-                [nbytes] * len(write.source),
-            )
-        except Exception as e:  # counted as under way already: whatever refuses it, it has ended
-            self.log.exception("write_refused")
-            self.ferries.loop.call_soon(self._write_ended, None, write, e)
+            if source.layout.dtype == target.layout.dtype:
+                await self._transfer(worker.region, pieces(source, target, write.first_token, write.end_token))
+            else:
+                for begin, end in converter.goes(target.layout, write.first_token, write.end_token):
+                    self._require_going()
+                    async with converter.converted(source, target.layout, begin, end, self) as scratch:
+                        await self._transfer(converter.region, pieces(scratch, target, begin, end))
+        except Exception as e:
+            self._write_failed(e)
             return
-        self.transfers.add(transfer)
-        transfer.future.add_done_callback(lambda future: self._on_written(transfer, write, future))
-
-    def _on_written(self, transfer: Transfer, write: Write, future: Future[TransferResult]) -> None:
-        """On whichever thread completes the future."""
-        outcome: TransferResult | BaseException = future.exception() or future.result()
-        self.ferries.loop.call_soon_threadsafe(self._write_ended, transfer, write, outcome)
-
-    def _write_ended(self, transfer: Transfer | None, write: Write, outcome: TransferResult | BaseException) -> None:
-        if transfer is not None:
-            self.transfers.discard(transfer)
-        if isinstance(outcome, BaseException):
-            if isinstance(outcome, PeerLost | TransportClosed):
-                self.owner_lost = True
-                self.ferries.remotes.forget(self.owner)
-            # Of a connection that broke, only the writer's end can prove that nothing comes any more.
-            if self.remote.path is Path.RMA and not isinstance(outcome, TransferCancelled):
-                self.may_still_arrive = True
-            if self.ferry.state is FerryState.WRITING:
-                self.outbox.put_nowait(_to_error(outcome))
-            self._do(self.ferry.write_failed(f"writing failed: {outcome}"))
-            return
-        self.busy_s += outcome.busy_s
-        self.num_bytes += outcome.nbytes
-        self.path = outcome.path.name.lower()
-        traffic = self.ferries.worker.traffic
-        traffic.blocks_written += len(write.source)
-        traffic.bytes_written += outcome.nbytes
+        worker.traffic.blocks_written += write.num_blocks
         self._do(self.ferry.written())
 
-    async def _commit(self, num_blocks: int) -> None:
+    async def _transfer(self, local: Region, batch: Pieces) -> None:
+        """Returns or raises when the transport has let go of both sides."""
+        self._require_going()
+        transport = self.ferries.worker.transport
+        offsets = (batch.source_offsets, batch.target_offsets, batch.sizes)
+        transfer = transport.post(Op.WRITE, local, self.remote, *offsets)
+        self.transfers.add(transfer)
+        try:
+            result = await transfer
+        except TransportError as e:
+            # Of a connection that broke, only the writer's end can prove that nothing comes any more.
+            if self.remote.path is Path.RMA and not isinstance(e, TransferCancelled):
+                self.may_still_arrive = True
+            raise
+        finally:
+            self.transfers.discard(transfer)
+        self.busy_s += result.busy_s
+        self.num_bytes += result.nbytes
+        self.path = result.path.name.lower()
+        self.ferries.worker.traffic.bytes_written += result.nbytes
+
+    def _require_going(self) -> None:
+        if self.ferry.state is not FerryState.WRITING:
+            raise TransferCancelled("stopped before it was sent")
+
+    def _write_failed(self, failure: Exception) -> None:
+        if isinstance(failure, PeerLost | TransportClosed):
+            self.owner_lost = True
+            self.ferries.remotes.forget(self.owner)
+        elif not isinstance(failure, TransferCancelled):
+            self.log.error("write_failed", exc_info=failure)
+        if self.ferry.state is FerryState.WRITING:
+            self.outbox.put_nowait(_to_error(failure))
+        self._do(self.ferry.write_failed(f"writing failed: {failure}"))
+
+    async def _commit(self, written: Commit) -> None:
         ticket, identity = self.ticket, self.ferries.worker.identity
         assert self.first_token is not None
         try:
@@ -172,7 +195,8 @@ class Passage:
                     owner_incarnation=ticket.owner_incarnation,
                     writer_id=identity.worker_id,
                     writer_incarnation=identity.incarnation,
-                    num_blocks=num_blocks,
+                    num_blocks=written.num_blocks,
+                    num_tokens=written.num_tokens,
                     num_bytes=self.num_bytes,
                     first_token=self.first_token,
                 ),
@@ -192,7 +216,7 @@ class Passage:
         if self.ferry.state is not FerryState.COMMITTING:
             return  # stopped meanwhile, and the owner told so
         self.ferry.committed()
-        self.outbox.put_nowait(self._committed(num_blocks))
+        self.outbox.put_nowait(self._committed(written.num_blocks))
         self._release()
 
     async def _tell_owner(self, reason: str) -> None:
@@ -250,14 +274,16 @@ class Passage:
 class Ferries:
     """Use as an async context manager.  Owned by the event loop."""
 
-    def __init__(self, worker: Worker, channels: Channels) -> None:
+    def __init__(self, worker: Worker, channels: Channels, converter: Converter) -> None:
         self.worker = worker
         self.channels = channels
+        self.converter = converter
         self.remotes = Remotes(worker.transport)
         self.loop = asyncio.get_running_loop()
         self._passages: dict[str, Passage] = {}  # by transfer id
         self._used: OrderedDict[str, Passage | None] = OrderedDict()  # never to be used again
         self._tasks: set[asyncio.Task[None]] = set()
+        worker.check_role = self._check_integrity
 
     async def __aenter__(self) -> Ferries:
         return self
@@ -283,7 +309,8 @@ class Ferries:
         self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
     ) -> AsyncGenerator[common_pb2.Token | worker_pb2.Committed, None]:
         """The first token, then the commit's figures.  Leaving early stops compute and writing.  Raises ConflictError,
-        having written nothing, when the ticket is not for this worker or its layout, or was stopped before it came."""
+        having written nothing, when the ticket is not for this worker, is for blocks of other content, or was stopped
+        before it came."""
         passage = await self._begin(prompt, params, ticket, salt)
         expiry = self.loop.call_later(ticket.expires_in_ms / 1000, passage.stop, "the ticket expired")
         try:
@@ -320,6 +347,10 @@ class Ferries:
         # Kept whole only where its end proves nothing.
         self._use_up(passage.ticket.transfer_id, passage if passage.may_still_arrive else None)
 
+    def _check_integrity(self) -> None:
+        self.converter.check_integrity()
+        assert self._passages or self.converter.is_unused, "room to convert in is held by nobody"
+
     def _use_up(self, transfer_id: str, passage: Passage | None) -> None:
         self._used[transfer_id] = passage
         if len(self._used) > REMEMBER_USED:
@@ -340,11 +371,7 @@ class Ferries:
                 f"this is {identity.worker_id}/{identity.incarnation}",
                 reason="TICKET_REFUSED",
             )
-        if ticket.layout.fingerprint != worker.layout.fingerprint:
-            raise ConflictError(
-                f"the pools differ: ours is {worker.layout_proto()}, the owner's {ticket.layout}".replace("\n", " "),
-                reason="LAYOUTS_DIFFER",
-            )
+        layout = to_peer_layout(ticket.layout, worker.layout)
         if ticket.num_prompt_tokens != len(prompt):
             raise ConflictError(
                 f"ticket {ticket.transfer_id} is for {ticket.num_prompt_tokens} tokens, the prompt has {len(prompt)}",
@@ -353,9 +380,10 @@ class Ferries:
         self._require_unused(ticket.transfer_id)
         sequence = worker.make_sequence(ticket.request_id, prompt, params, salt, prefill_only=True)
         try:
-            ferry = Ferry(tuple(ticket.blocks), ticket.first_block_index, len(prompt), worker.layout.block_size)
+            ferry = Ferry(len(ticket.blocks), ticket.first_block_index, len(prompt), layout.block_size)
         except ValueError as e:
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
+        target = Placement(layout, tuple(ticket.blocks), ticket.first_block_index * layout.block_size)
         owner = Owner(ticket.owner_id, ticket.owner_incarnation)
         # Connects while the prompt is computed: the commit must not wait for it.
         self.channels.get(ticket.owner_control_address).get_state(try_to_connect=True)
@@ -367,7 +395,7 @@ class Ferries:
             worker.router.changed.set()
         try:
             self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
-            passage = Passage(self, ticket, sequence, ferry, remote, owner, added_s=time.monotonic())
+            passage = Passage(self, ticket, sequence, ferry, target, remote, owner, added_s=time.monotonic())
             worker.router.subscribe(sequence.id, passage)
             worker.add(sequence)
         except Error:

@@ -1,11 +1,12 @@
-"""One ticket on the writer's side: which blocks to write when, when to commit, when it has stopped.  Pure.
+"""One ticket on the writer's side: which tokens' KV to write when, when to commit, when it has stopped.  Pure.
 
     WRITING ──all written and the first token drawn──▶ COMMITTING ──accepted──▶ DONE
        │                                                   │
        └────stop, cancel or failure──▶ STOPPING ◀──refused─┘
                                           └──last write has ended──▶ STOPPED
 
-The source blocks may be released in DONE and STOPPED only: before that a write may be reading them.
+The source blocks may be released in DONE and STOPPED only: before that a write may be reading them.  A write lasts from
+the action to ``written`` or ``write_failed``, whatever conversion it takes on the way.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ class FerryState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Copy these source blocks (ours) onto these target blocks (the owner's), pairwise."""
+    """The KV of the prompt's tokens [first_token, end_token), which fill ``num_blocks`` of the owner's blocks but for the
+    prompt's last."""
 
-    source: tuple[int, ...]
-    target: tuple[int, ...]
+    first_token: int
+    end_token: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
 class Commit:
     num_blocks: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,45 +55,37 @@ Action = Write | Commit | CancelWrites | Stopped
 
 
 class Ferry:
-    def __init__(
-        self, targets: tuple[int, ...], first_block_index: int, num_prompt_tokens: int, block_size: int
-    ) -> None:
-        """``targets[i]`` receives block ``first_block_index + i`` of the prompt.  ValueError when the ticket does not name
-        exactly the blocks from there to the prompt's end."""
-        num_blocks = -(-num_prompt_tokens // block_size)
-        if first_block_index + len(targets) != num_blocks:
+    def __init__(self, num_blocks: int, first_block_index: int, num_prompt_tokens: int, block_size: int) -> None:
+        """The owner lends ``num_blocks`` blocks of ``block_size`` tokens, for the prompt from block ``first_block_index``
+        on.  ValueError when these are not exactly the blocks from there to the prompt's end."""
+        end = -(-num_prompt_tokens // block_size)
+        if first_block_index + num_blocks != end:
             raise ValueError(
-                f"the ticket names blocks {first_block_index} to {first_block_index + len(targets)}, a prompt of "
-                f"{num_prompt_tokens} tokens ends at block {num_blocks}"
+                f"the ticket names blocks {first_block_index} to {first_block_index + num_blocks} of {block_size} tokens, "
+                f"a prompt of {num_prompt_tokens} tokens ends at block {end}"
             )
         self.state = FerryState.WRITING
         self.reason = ""
-        self._targets = targets
         self._first = first_block_index
+        self._end = end
         self._num_prompt_tokens = num_prompt_tokens
         self._block_size = block_size
-        self._source: tuple[int, ...] = ()
-        self._num_posted = 0  # of targets
+        self._posted = first_block_index  # the first block not written yet
         self._in_flight = 0
         self._drawn = False
 
-    def started(self, block_table: tuple[int, ...], num_computed: int) -> list[Action]:
-        """Compute began with these source blocks; the first ``num_computed`` tokens' KV is there already."""
-        self._source = block_table
-        return self.computed(num_computed)
-
     def computed(self, num_tokens: int) -> list[Action]:
-        """KV of the first ``num_tokens`` tokens of the prompt is in the source blocks; only its last may be partial."""
+        """KV of the first ``num_tokens`` tokens of the prompt is there to be written.  It goes by whole blocks of the
+        owner's, so that no block is written in two goes."""
         if self.state is not FerryState.WRITING:
             return []
-        whole = num_tokens == self._num_prompt_tokens
-        ready = (len(self._targets) + self._first) if whole else num_tokens // self._block_size
-        begin, end = self._num_posted, max(self._num_posted, ready - self._first)
+        ready = self._end if num_tokens == self._num_prompt_tokens else num_tokens // self._block_size
+        begin, end = self._posted, max(self._posted, ready)
         if begin == end:
             return self._maybe_commit()
-        self._num_posted = end
+        self._posted = end
         self._in_flight += 1
-        return [Write(self._source[self._first + begin : self._first + end], self._targets[begin:end])]
+        return [Write(self._token(begin), self._token(end), end - begin)]
 
     def drawn(self) -> list[Action]:
         """The first token was drawn."""
@@ -127,8 +123,11 @@ class Ferry:
         return []
 
     def _maybe_commit(self) -> list[Action]:
-        done = self._num_posted == len(self._targets) and self._in_flight == 0 and self._drawn
+        done = self._posted == self._end and self._in_flight == 0 and self._drawn
         if self.state is FerryState.WRITING and done:
             self.state = FerryState.COMMITTING
-            return [Commit(len(self._targets))]
+            return [Commit(self._end - self._first, self._token(self._end) - self._token(self._first))]
         return []
+
+    def _token(self, block_index: int) -> int:
+        return min(block_index * self._block_size, self._num_prompt_tokens)

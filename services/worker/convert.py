@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from kvferry.api.common.v1 import common_pb2
-from kvferry.errors import InvalidRequestError
+from kvferry.errors import ConflictError, InvalidRequestError
 from services.engine.blocks import Counts
+from services.engine.layout import KvLayout
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
 
@@ -74,6 +77,31 @@ def to_drawn(token: common_pb2.Token) -> Drawn:
         token.logprob if token.HasField("logprob") else None,
         tuple((t.token_id, t.logprob) for t in token.top_logprobs),
     )
+
+
+def to_layout_proto(layout: KvLayout) -> common_pb2.Layout:
+    return common_pb2.Layout(
+        fingerprint=layout.fingerprint,
+        block_size_tokens=layout.block_size,
+        block_nbytes=layout.block_nbytes,
+        dtype=layout.dtype,
+        content_fingerprint=layout.content_fingerprint,
+    )
+
+
+def to_peer_layout(message: common_pb2.Layout, ours: KvLayout) -> KvLayout:
+    """The layout of a pool that holds what ours holds, maybe in blocks of another size or type.  Raises ConflictError,
+    which names both, when it holds anything else."""
+    try:
+        theirs = replace(ours, dtype=message.dtype, block_size=message.block_size_tokens)
+    except ValueError:  # a type that we do not know
+        theirs = None
+    if theirs is None or theirs.fingerprint != message.fingerprint:
+        raise ConflictError(
+            f"the pools differ: ours is {to_layout_proto(ours)}, the owner's {message}".replace("\n", " "),
+            reason="LAYOUTS_DIFFER",
+        )
+    return theirs
 
 
 def to_finish_reason(reason: FinishReason) -> common_pb2.FinishReason.ValueType:

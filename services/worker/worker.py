@@ -20,7 +20,7 @@ from services.engine.model_config import ModelConfig
 from services.engine.scheduler import NeverFitsError, QueueFullError
 from services.engine.sequence import Sequence, SequenceId
 from services.runtime.process import ProcessIdentity
-from services.worker.convert import to_block_counts, to_sequence
+from services.worker.convert import to_block_counts, to_layout_proto, to_sequence
 from services.worker.events import EventRouter
 from transport import Region, Transport
 
@@ -137,12 +137,7 @@ class Worker:
         )
 
     def layout_proto(self) -> common_pb2.Layout:
-        return common_pb2.Layout(
-            fingerprint=self.layout.fingerprint,
-            block_size_tokens=self.layout.block_size,
-            block_nbytes=self.layout.block_nbytes,
-            dtype=self.layout.dtype,
-        )
+        return to_layout_proto(self.layout)
 
     def integrity_ok(self) -> bool:
         """True when every block is accounted for; what differs is logged."""

@@ -307,9 +307,25 @@ def test_plan_wires_the_members_to_each_other() -> None:
     assert len({address.rpartition(":")[2] for address in listens}) == len(listens) == 10
 
 
+def test_each_role_may_have_blocks_of_its_own() -> None:
+    config = ClusterConfig(grpc_port=0, http_port=0, dtype="bfloat16", prefill_dtype="float32", decode_block_size=32)
+    flags = {m.name: dict(zip(m.command[3::2], m.command[4::2], strict=True)) for m in plan(config, ROOT).members}
+    assert flags["prefill-0"]["--dtype"] == "float32"
+    assert flags["decode-0"]["--dtype"] == "bfloat16"
+    assert "--block-size" not in flags["prefill-0"]
+    assert flags["decode-0"]["--block-size"] == "32"
+    config = ClusterConfig(grpc_port=0, http_port=0, decode_dtype="float16", prefill_block_size=8)
+    flags = {m.name: dict(zip(m.command[3::2], m.command[4::2], strict=True)) for m in plan(config, ROOT).members}
+    assert "--dtype" not in flags["prefill-0"]
+    assert flags["prefill-0"]["--block-size"] == "8"
+    assert flags["decode-0"]["--dtype"] == "float16"
+    assert "--block-size" not in flags["decode-0"]
+
+
 def test_every_planned_flag_is_one_that_the_service_knows() -> None:
     """The services' own --help is the other side of this contract."""
-    planned = plan(ClusterConfig(grpc_port=0, http_port=0, dtype="float32", kv_memory="64MiB"), ROOT)
+    config = ClusterConfig(grpc_port=0, http_port=0, dtype="float32", decode_block_size=32, kv_memory="64MiB")
+    planned = plan(config, ROOT)
     for each in planned.members:
         if each.role is Role.PREFILL:
             continue  # the same program text as decode, and slow to load

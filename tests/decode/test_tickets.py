@@ -7,25 +7,30 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, TicketState, WriterId
+from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, TicketState, WriterId, Written
 from services.engine.blocks import BlockPool
+from services.engine.layout import KvLayout
 from services.engine.sequence import SequenceId
 
 WRITER = WriterId("prefill-0", 7)
-NBYTES = 64
+LAYOUT = KvLayout("r", "float32", block_size=4, num_layers=2, num_kv_heads=1, head_dim=2)
+NBYTES, TOKEN_NBYTES = LAYOUT.block_nbytes, LAYOUT.token_nbytes
 
 
 def book(num_blocks: int = 8) -> tuple[BlockPool, TicketBook]:
     pool = BlockPool(num_blocks)
-    return pool, TicketBook(pool, NBYTES)
+    return pool, TicketBook(pool, LAYOUT)
 
 
 def open_ticket(pool: BlockPool, tickets: TicketBook, name: str, count: int, now_s: float = 0.0) -> Ticket:
-    return tickets.open(name, SequenceId(name), WRITER, 0, pool.lend(count), now_s=now_s, lifetime_s=10.0)
+    """For ``count`` blocks, of the last of which the prompt fills one token of four."""
+    num_tokens = max(0, 4 * count - 3)
+    return tickets.open(name, SequenceId(name), WRITER, 0, pool.lend(count), num_tokens, now_s=now_s, lifetime_s=10.0)
 
 
 def commit(tickets: TicketBook, t: Ticket, now_s: float = 0.0, **changes: object) -> Ticket | None:
-    arguments = {"epoch": t.epoch, "writer": WRITER, "num_blocks": len(t.blocks), "num_bytes": NBYTES * len(t.blocks)}
+    written = Written(len(t.blocks), t.num_tokens, NBYTES * len(t.blocks))
+    arguments = {"epoch": t.epoch, "writer": WRITER, "written": written}
     return tickets.commit(t.transfer_id, now_s=now_s, **{**arguments, **changes})  # type: ignore[arg-type]
 
 
@@ -144,15 +149,34 @@ def test_a_commit_in_anothers_name_changes_nothing(changes: dict[str, object], s
 def test_an_unknown_ticket_is_refused() -> None:
     _, tickets = book()
     with pytest.raises(TicketRefusedError, match="not known"):
-        tickets.commit("x", 1, WRITER, 0, 0, now_s=0)
+        tickets.commit("x", 1, WRITER, Written(0, 0, 0), now_s=0)
 
 
-@pytest.mark.parametrize("changes", [{"num_blocks": 2}, {"num_bytes": NBYTES * 3 - 1}])
-def test_an_incomplete_commit_ends_the_ticket(changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("nbytes", [3 * NBYTES, 9 * TOKEN_NBYTES], ids=["whole blocks", "their tokens"])
+def test_a_whole_commit_is_accepted(nbytes: int) -> None:
     pool, tickets = book()
     ticket = open_ticket(pool, tickets, "t", 3)
-    with pytest.raises(TicketRefusedError, match="3 blocks"):
-        commit(tickets, ticket, **changes)
+    assert commit(tickets, ticket, written=Written(3, 9, nbytes)) is ticket
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        Written(2, 9, 3 * NBYTES),
+        Written(3, 8, 3 * NBYTES),
+        Written(3, 12, 3 * NBYTES),
+        Written(3, 9, 3 * NBYTES - 1),
+        Written(3, 9, 9 * TOKEN_NBYTES - 1),
+        Written(3, 9, 10 * TOKEN_NBYTES),
+        Written(3, 9, 2 * NBYTES),
+        Written(0, 0, 0),
+    ],
+)
+def test_an_incomplete_commit_ends_the_ticket(written: Written) -> None:
+    pool, tickets = book()
+    ticket = open_ticket(pool, tickets, "t", 3)
+    with pytest.raises(TicketRefusedError, match=r"9 tokens of \d+ bytes in 3 blocks"):
+        commit(tickets, ticket, written=written)
     assert ticket.state is TicketState.CLOSED
     assert pool.counts().free == 8
 

@@ -71,11 +71,14 @@ def test_a_changed_block_changes_the_answer(smollm2: ModelFiles, paged: PagedMod
     assert relative_error(after, before) > 1e-3
 
 
-def test_bfloat16_agrees_within_its_precision(smollm2: ModelFiles, reference: Any) -> None:
-    weights = load_weights(smollm2.config, smollm2.path, "bfloat16")
-    paged = PagedModel(smollm2.config, weights, num_blocks=16, dtype="bfloat16")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
+def test_two_byte_types_agree_within_their_precision(
+    smollm2: ModelFiles, reference: Any, dtype: str, tolerance: float
+) -> None:
+    weights = load_weights(smollm2.config, smollm2.path, dtype)
+    paged = PagedModel(smollm2.config, weights, num_blocks=16, dtype=dtype)
     ids = smollm2.tokenizer.encode(PROMPTS[3], add_special=True)
-    assert relative_error(paged.prompt_logits(ids), expected_logits(reference, ids)[-1]) < 0.05
+    assert relative_error(paged.prompt_logits(ids), expected_logits(reference, ids)[-1]) < tolerance
 
 
 def test_a_batch_that_samples_nothing_draws_nothing(paged: PagedModel) -> None:

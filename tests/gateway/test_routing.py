@@ -11,7 +11,7 @@ from gateway.routing import Candidate, NoWorkerError, Role, WorkerKey, choose_ro
 
 def worker(name: str, role: Role, **changes: object) -> Candidate:
     base = Candidate(
-        key=WorkerKey(name, 1), role=role, address="a:1", layout_fingerprint="f", block_size=16, num_requests=0,
+        key=WorkerKey(name, 1), role=role, address="a:1", content_fingerprint="f", block_size=16, num_requests=0,
         num_queued_prefill_tokens=0, num_free_blocks=1000, num_prefix_blocks=0, prefill_tokens_per_s=0.0,
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
@@ -58,9 +58,18 @@ def test_a_short_rest_is_computed_where_it_is_decoded() -> None:
     assert names([P0, replace(D0, num_prefix_blocks=31)], num_tokens=500) == ("d0", None)
 
 
-def test_unequal_layouts_are_never_paired() -> None:
-    assert names([replace(P0, layout_fingerprint="other"), P1, D0]) == ("d0", "p1")
-    assert names([replace(P0, layout_fingerprint="other"), D0]) == ("d0", None)
+def test_unequal_content_is_never_paired() -> None:
+    assert names([replace(P0, content_fingerprint="other"), P1, D0]) == ("d0", "p1")
+    assert names([replace(P0, content_fingerprint="other"), D0]) == ("d0", None)
+
+
+def test_unequal_block_sizes_are_paired_and_counted_each_in_its_own() -> None:
+    assert names([replace(P0, block_size=32), D0]) == ("d0", "p0")
+    # 15 blocks of 32 tokens leave 20 of the prompt, 15 of 16 leave 260.
+    assert names([P0, replace(D0, block_size=32, num_prefix_blocks=15)], num_tokens=500) == ("d0", None)
+    assert names([P0, replace(D0, num_prefix_blocks=15)], num_tokens=500) == ("d0", "p0")
+    rates = {"prefill_tokens_per_s": 100.0, "num_prefix_blocks": 10}
+    assert names([replace(P0, **rates), replace(P1, block_size=32, **rates), D0]) == ("d0", "p1")  # type: ignore[arg-type]
 
 
 def test_failed_workers_are_left_out() -> None:

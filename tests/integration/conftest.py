@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,25 @@ class Running:
         self.wait_until(seen, 30, "the gateway sees the workers")
 
 
-@pytest.fixture(scope="session")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@contextmanager
+def started(log_dir: Path, **settings: Any) -> Iterator[Running]:
+    """A cluster of a config's settings."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
-        config = ClusterConfig(grpc_port=0, http_port=0, threads=1, kv_memory="512MiB")
-        log_dir = Path(os.environ.get("KVFERRY_TEST_LOGS") or tmp_path_factory.mktemp("logs"))
+        config = ClusterConfig(grpc_port=0, http_port=0, threads=1, kv_memory="512MiB", **settings)
         local = LocalCluster.from_config(config, log_dir=log_dir)
         local.start()
     try:
         yield Running(local)
     finally:
         local.stop()
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with started(Path(os.environ.get("KVFERRY_TEST_LOGS") or tmp_path_factory.mktemp("logs"))) as running:
+        yield running
 
 
 @pytest.fixture

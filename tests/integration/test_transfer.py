@@ -177,6 +177,7 @@ async def test_a_ticket_works_once_and_for_its_writer_only(cluster: Running, cli
             "transfer_id": ticket.transfer_id, "epoch": ticket.epoch, "owner_incarnation": ticket.owner_incarnation,
             "writer_id": ticket.writer_id, "writer_incarnation": ticket.writer_incarnation,
             "num_blocks": len(ticket.blocks), "num_bytes": len(ticket.blocks) * ticket.layout.block_nbytes,
+            "num_tokens": ticket.num_prompt_tokens,
         }  # fmt: skip
         for change in ({"epoch": 999}, {"writer_id": "mallory"}, {"writer_incarnation": 1}, {"owner_incarnation": 1}):
             with pytest.raises(grpc.aio.AioRpcError) as refused:

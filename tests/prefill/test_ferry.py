@@ -11,11 +11,8 @@ from services.prefill.ferry import CancelWrites, Commit, Ferry, FerryState, Stop
 BLOCK = 4
 
 
-def ferry(num_tokens: int, first: int = 0) -> tuple[Ferry, tuple[int, ...], tuple[int, ...]]:
-    num_blocks = -(-num_tokens // BLOCK)
-    source = tuple(range(100, 100 + num_blocks))
-    targets = tuple(range(500, 500 + num_blocks - first))
-    return Ferry(targets, first, num_tokens, BLOCK), source, targets
+def ferry(num_tokens: int, first: int = 0) -> Ferry:
+    return Ferry(-(-num_tokens // BLOCK) - first, first, num_tokens, BLOCK)
 
 
 @settings(max_examples=300, deadline=None)
@@ -24,10 +21,10 @@ def test_every_block_once_then_one_commit_or_one_stop(data: st.DataObject) -> No
     num_tokens = data.draw(st.integers(1, 40))
     num_blocks = -(-num_tokens // BLOCK)
     first = data.draw(st.integers(0, num_blocks))
-    f, source, targets = ferry(num_tokens, first)
-    written: list[tuple[int, int]] = []
+    f = ferry(num_tokens, first)
+    written: list[int] = []
     actions: list[object] = []
-    computed = data.draw(st.integers(0, (num_tokens - 1) // BLOCK)) * BLOCK
+    computed = data.draw(st.integers(0, num_tokens - 1))  # in blocks of ours, which may have another size
     outstanding = 0
     drawn = stopped_by_us = False
 
@@ -37,12 +34,16 @@ def test_every_block_once_then_one_commit_or_one_stop(data: st.DataObject) -> No
             if isinstance(action, Write):
                 assert f.state is FerryState.WRITING
                 outstanding += 1
-                written.extend(zip(action.source, action.target, strict=True))
+                written.extend(range(action.first_token, action.end_token))
+                assert action.end_token <= computed, "written before it was computed"
+                assert action.first_token % BLOCK == 0, "a block is written in two goes"
+                assert action.end_token % BLOCK == 0 or action.end_token == num_tokens
+                assert action.num_blocks == -(-(action.end_token - action.first_token) // BLOCK) > 0
             if isinstance(action, Stopped | Commit):
                 assert outstanding == 0, "said to be over while a write runs"
             actions.append(action)
 
-    take(list(f.started(source, computed)))
+    take(list(f.computed(computed)))
     for _ in range(60):
         choices = []
         if computed < num_tokens:
@@ -72,41 +73,49 @@ def test_every_block_once_then_one_commit_or_one_stop(data: st.DataObject) -> No
                 stopped_by_us = True
                 take(list(f.stop("asked")))
     ends = [a for a in actions if isinstance(a, Stopped | Commit)]
+    asked = list(range(first * BLOCK, num_tokens))
     if f.state is FerryState.COMMITTING:
-        assert written == list(zip(source[first:], targets, strict=True))
-        assert ends == [Commit(len(targets))]
+        assert written == asked
+        assert ends == [Commit(num_blocks - first, len(asked))]
     else:
-        assert written == list(zip(source[first:], targets, strict=True))[: len(written)]
+        assert written == asked[: len(written)]
         assert len(ends) <= 1 or isinstance(ends[-1], Stopped)
 
 
 def test_a_chunk_travels_while_the_next_is_computed() -> None:
-    f, source, targets = ferry(10)
-    assert f.started(source, 0) == []
-    assert f.computed(5) == [Write(source[:1], targets[:1])]
-    assert f.computed(8) == [Write(source[1:2], targets[1:2])]
-    assert f.computed(10) == [Write(source[2:], targets[2:])]
+    f = ferry(10)
+    assert f.computed(0) == []
+    assert f.computed(5) == [Write(0, 4, 1)]
+    assert f.computed(8) == [Write(4, 8, 1)]
+    assert f.computed(10) == [Write(8, 10, 1)]
     assert f.drawn() == []
     assert f.written() == f.written() == []
-    assert f.written() == [Commit(3)]
+    assert f.written() == [Commit(3, 10)]
 
 
 def test_a_partial_prefix_hit_on_the_owners_side_shifts_nothing() -> None:
-    f, source, targets = ferry(10, first=2)
-    assert f.started(source, 4) == []
-    assert f.computed(10) == [Write(source[2:], targets)]
+    f = ferry(10, first=2)
+    assert f.computed(4) == []
+    assert f.computed(10) == [Write(8, 10, 1)]
+
+
+def test_a_prefix_hit_that_ends_inside_a_block_of_the_owners_waits_for_the_rest() -> None:
+    f = ferry(14, first=1)
+    assert f.computed(6) == []
+    assert f.computed(9) == [Write(4, 8, 1)]
+    assert f.computed(14) == [Write(8, 14, 2)]
 
 
 def test_nothing_to_write_still_commits() -> None:
-    f, source, _ = ferry(8, first=2)
-    f.started(source, 4)
+    f = ferry(8, first=2)
+    f.computed(4)
     f.computed(8)
-    assert f.drawn() == [Commit(0)]
+    assert f.drawn() == [Commit(0, 0)]
 
 
 def test_stopping_waits_for_the_last_write() -> None:
-    f, source, _ = ferry(10)
-    f.started(source, 8)
+    f = ferry(10)
+    f.computed(8)
     assert f.stop("why") == [CancelWrites()]
     assert f.stop("again") == []
     assert f.computed(10) == f.drawn() == []
@@ -114,8 +123,7 @@ def test_stopping_waits_for_the_last_write() -> None:
 
 
 def test_a_refused_commit_stops() -> None:
-    f, source, _ = ferry(3)
-    f.started(source, 0)
+    f = ferry(3)
     f.computed(3)
     f.drawn()
     f.written()
@@ -123,7 +131,7 @@ def test_a_refused_commit_stops() -> None:
     assert f.stop("refused") == [Stopped("refused")]
 
 
-@pytest.mark.parametrize(("num_targets", "first", "num_tokens"), [(2, 0, 12), (3, 1, 12), (4, 0, 12)])
-def test_a_ticket_for_other_blocks_is_refused(num_targets: int, first: int, num_tokens: int) -> None:
+@pytest.mark.parametrize(("num_blocks", "first", "num_tokens"), [(2, 0, 12), (3, 1, 12), (4, 0, 12)])
+def test_a_ticket_for_other_blocks_is_refused(num_blocks: int, first: int, num_tokens: int) -> None:
     with pytest.raises(ValueError, match="the ticket names blocks"):
-        Ferry(tuple(range(num_targets)), first, num_tokens, BLOCK)
+        Ferry(num_blocks, first, num_tokens, BLOCK)

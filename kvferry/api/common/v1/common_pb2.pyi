@@ -221,7 +221,9 @@ Global___ModelInfo: typing_extensions.TypeAlias = ModelInfo
 
 @typing.final
 class Layout(google.protobuf.message.Message):
-    """How a pool's blocks lie in memory. Blocks move only between pools of equal fingerprint."""
+    """How a pool's blocks lie in memory. A writer fills the blocks of another pool only if the content fingerprints are equal;
+    unless the fingerprints are equal too, it converts.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -229,10 +231,14 @@ class Layout(google.protobuf.message.Message):
     BLOCK_SIZE_TOKENS_FIELD_NUMBER: builtins.int
     BLOCK_NBYTES_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
+    CONTENT_FINGERPRINT_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     block_size_tokens: builtins.int
     block_nbytes: builtins.int
     dtype: builtins.str
+    """"float32", "bfloat16" or "float16"."""
+    content_fingerprint: builtins.str
+    """Of everything but block size and dtype: model revision, layers, heads, their size, and their order in memory."""
     def __init__(
         self,
         *,
@@ -240,8 +246,9 @@ class Layout(google.protobuf.message.Message):
         block_size_tokens: builtins.int = ...,
         block_nbytes: builtins.int = ...,
         dtype: builtins.str = ...,
+        content_fingerprint: builtins.str = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_nbytes", b"block_nbytes", "block_size_tokens", b"block_size_tokens", "dtype", b"dtype", "fingerprint", b"fingerprint"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_nbytes", b"block_nbytes", "block_size_tokens", b"block_size_tokens", "content_fingerprint", b"content_fingerprint", "dtype", b"dtype", "fingerprint", b"fingerprint"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Layout: typing_extensions.TypeAlias = Layout

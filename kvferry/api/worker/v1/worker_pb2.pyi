@@ -55,7 +55,9 @@ class Ticket(google.protobuf.message.Message):
     region: builtins.bytes
     """Opaque to everybody but the transport."""
     first_block_index: builtins.int
-    """Where in the request's block table blocks[0] belongs: the owner holds the blocks before it already."""
+    """Where in the request's block table blocks[0] belongs, counted in the owner's block size: it holds the blocks before it
+    already.
+    """
     num_prompt_tokens: builtins.int
     expires_in_ms: builtins.int
     """Counted from its receipt; after it no new write may start."""
@@ -306,14 +308,18 @@ class CommitTransferRequest(google.protobuf.message.Message):
     NUM_BLOCKS_FIELD_NUMBER: builtins.int
     NUM_BYTES_FIELD_NUMBER: builtins.int
     FIRST_TOKEN_FIELD_NUMBER: builtins.int
+    NUM_TOKENS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     epoch: builtins.int
     owner_incarnation: builtins.int
     writer_id: builtins.str
     writer_incarnation: builtins.int
     num_blocks: builtins.int
-    """What was written; must equal what the ticket asked for."""
+    """What was written; must equal what the ticket asked for. Blocks and bytes are the owner's."""
     num_bytes: builtins.int
+    """As the transport counted them. Of a last block that the prompt fills in part, either all or the tokens' only."""
+    num_tokens: builtins.int
+    """Tokens of the prompt whose KV is in these blocks."""
     @property
     def first_token(self) -> kvferry.api.common.v1.common_pb2.Token: ...
     def __init__(
@@ -327,10 +333,11 @@ class CommitTransferRequest(google.protobuf.message.Message):
         num_blocks: builtins.int = ...,
         num_bytes: builtins.int = ...,
         first_token: kvferry.api.common.v1.common_pb2.Token | None = ...,
+        num_tokens: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_token", b"first_token"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "first_token", b"first_token", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "first_token", b"first_token", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CommitTransferRequest: typing_extensions.TypeAlias = CommitTransferRequest

@@ -50,7 +50,7 @@ class PrefillServiceServicer(object):
         """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
         ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
         then tells the owner that it has stopped.
-        FAILED_PRECONDITION  the ticket is not for this worker, or the layouts differ: nothing was written
+        FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
         UNAVAILABLE          the pool's owner was lost
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

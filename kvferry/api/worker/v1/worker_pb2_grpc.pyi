@@ -33,7 +33,7 @@ class PrefillServiceStub:
     """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
     ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
     then tells the owner that it has stopped.
-      FAILED_PRECONDITION  the ticket is not for this worker, or the layouts differ: nothing was written
+      FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
       UNAVAILABLE          the pool's owner was lost
     """
 
@@ -46,7 +46,7 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
     ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
     then tells the owner that it has stopped.
-      FAILED_PRECONDITION  the ticket is not for this worker, or the layouts differ: nothing was written
+      FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
       UNAVAILABLE          the pool's owner was lost
     """
 
@@ -62,7 +62,7 @@ class PrefillServiceServicer(metaclass=abc.ABCMeta):
         """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
         ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
         then tells the owner that it has stopped.
-          FAILED_PRECONDITION  the ticket is not for this worker, or the layouts differ: nothing was written
+          FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
           UNAVAILABLE          the pool's owner was lost
         """
 

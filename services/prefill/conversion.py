@@ -1,0 +1,97 @@
+"""KV on its way into another type: copied from the pool, rounded, and laid out as the target's blocks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+
+import numpy as np
+import torch
+
+from services.engine.layout import KvLayout
+from services.engine.weights import DTYPES
+from services.prefill.pieces import Placement, stretches
+from services.prefill.scratch import Claim, Scratch, plan_goes
+from transport import Region, TransferCancelled
+
+
+class Converter:
+    """The memory that converted blocks are sent from, and the thread that fills it.  Owned by the event loop."""
+
+    def __init__(self, pool: Region, region: Region) -> None:
+        """Reads from ``pool``; all of ``region`` is scratch memory."""
+        self.region = region
+        self._pool = pool
+        self._scratch = Scratch(region.nbytes)
+        self._turns: dict[Claim, tuple[object, asyncio.Future[None]]] = {}  # with its holder
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="convert")
+
+    @property
+    def is_unused(self) -> bool:
+        return self._scratch.num_claims == 0
+
+    def goes(self, target: KvLayout, begin: int, end: int) -> list[tuple[int, int]]:
+        """Tokens [begin, end) in the parts that are converted one after the other."""
+        _, step = plan_goes(target, self.region.nbytes)
+        return [(first, min(first + step, end)) for first in range(begin, end, step)]
+
+    @asynccontextmanager
+    async def converted(
+        self, source: Placement, target: KvLayout, begin: int, end: int, holder: object
+    ) -> AsyncIterator[Placement]:
+        """Where in ``region`` tokens [begin, end), one of ``goes``, lie in the target's type, for as long as the context
+        lasts.  Waits for its turn; raises TransferCancelled after ``withdraw(holder)``.  Outside the context nothing reads
+        the source."""
+        layout, _ = plan_goes(target, self.region.nbytes)
+        num_blocks = -(-(end - begin) // layout.block_size)
+        claim = self._scratch.claim(num_blocks * layout.block_nbytes)
+        try:
+            if claim.offset is None:
+                granted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                self._turns[claim] = holder, granted
+                await granted
+            assert claim.offset is not None
+            scratch = Placement(layout, range(num_blocks), begin, claim.offset)
+            work = (self._pool, self.region, source, scratch, begin, end)
+            await asyncio.get_running_loop().run_in_executor(self._thread, convert, *work)
+            yield scratch
+        finally:
+            self._turns.pop(claim, None)
+            for served in self._scratch.give_back(claim):
+                _, granted = self._turns[served]
+                if not granted.done():  # else it gave up a moment ago, and will give back as well
+                    granted.set_result(None)
+
+    def withdraw(self, holder: object) -> None:
+        """Whoever waits for room on the holder's behalf gives up.  What is being converted ends by itself, and soon."""
+        for whose, granted in self._turns.values():
+            if whose is holder and not granted.done():
+                granted.set_exception(TransferCancelled("cancelled while it waited for room to convert"))
+
+    def close(self) -> None:
+        """Ends the thread.  The region is the transport's to release, with the transport itself."""
+        self._thread.shutdown(cancel_futures=True)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when the accounts of the scratch memory do not add up."""
+        self._scratch.check_integrity()
+
+
+def convert(pool: Region, region: Region, source: Placement, target: Placement, begin: int, end: int) -> None:
+    """Tokens [begin, end) from ``source``, in ``pool``, to ``target``, in ``region``, rounded to the nearest, ties to even.
+    Blocks; runs on any thread."""
+    ours, theirs = _blocks(pool, source), _blocks(region, target)
+    firsts, counts = stretches(source, target, begin, end)
+    places = np.stack([*source.locate(firsts), *target.locate(firsts), counts], axis=1)
+    for from_block, from_token, to_block, to_token, count in places.tolist():
+        theirs[to_block, :, :, to_token : to_token + count] = ours[from_block, :, :, from_token : from_token + count]
+
+
+def _blocks(region: Region, placement: Placement) -> torch.Tensor:
+    layout = placement.layout
+    dtype, num_blocks = DTYPES[layout.dtype], (region.nbytes - placement.base) // layout.block_nbytes
+    count = num_blocks * layout.block_nbytes // dtype.itemsize
+    flat = torch.frombuffer(region.view, dtype=dtype, count=count, offset=placement.base)
+    return flat.view(num_blocks, *layout.block_shape)

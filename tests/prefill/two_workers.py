@@ -1,0 +1,173 @@
+"""A prefill and a decode worker in one process: all that is real but the model, the transport and the network between
+pools.  The made-up model's KV is a function of token and position, so what should be in any block is known."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+import torch
+
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from services.decode.reservations import Reservations
+from services.decode.servicer import DecodeServicer
+from services.engine.batch import Batch
+from services.engine.blocks import BlockPool
+from services.engine.engine import Engine
+from services.engine.layout import KvLayout
+from services.engine.model_config import ModelConfig
+from services.engine.sampling_params import DrawFailed, Drawn
+from services.engine.scheduler import Limits, Scheduler
+from services.engine.weights import DTYPES
+from services.prefill.conversion import Converter
+from services.prefill.ferries import Ferries
+from services.runtime.channels import Channels
+from services.runtime.process import this_process
+from services.worker.events import EventRouter
+from services.worker.worker import Identity, Worker
+from transport import create
+
+MODEL = ModelConfig(
+    name="made-up", revision="r", architecture="llama", hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=2,
+    head_dim=4, intermediate_size=8, vocab_size=100, context_length=200, norm_eps=1e-5, rope_theta=1e4,
+    rope_scaling=None, sliding_window=None, qkv_bias=False, tied_embeddings=True, bos_token_id=None, eos_token_ids=(),
+)  # fmt: skip
+NUM_BLOCKS = 60
+SALT = b"salt"
+
+
+def layout(dtype: str, block_size: int) -> KvLayout:
+    return KvLayout(MODEL.revision, dtype, block_size, MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim)
+
+
+def token_kv(token: int, position: int) -> torch.Tensor:
+    """[layer, key or value, head, dim] in float32, with every bit of the fraction in use."""
+    random = np.random.default_rng((token, position))
+    values = random.standard_normal((MODEL.num_layers, 2, MODEL.num_kv_heads, MODEL.head_dim), np.float32)
+    return torch.from_numpy(values)
+
+
+class MadeUpRunner:
+    def __init__(self, pool: torch.Tensor) -> None:
+        self._pool = pool
+        self.may_run = threading.Event()
+        self.may_run.set()
+
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
+        assert self.may_run.wait(30)
+        size = self._pool.shape[3]
+        for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):
+            self._pool[int(slot) // size, :, :, int(slot) % size] = token_kv(int(token), int(position))
+        return [Drawn(7) for _ in batch.samples]
+
+
+@dataclass(slots=True, eq=False)
+class Side:
+    worker: Worker
+    pool: torch.Tensor
+    runner: MadeUpRunner
+
+    def kv(self, blocks: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """[token, layer, key or value, head, dim] of what is in these blocks."""
+        return self.pool[list(blocks)].movedim(3, 1).flatten(0, 1)[:num_tokens].clone()
+
+    async def cache(self, prompt: Sequence[int]) -> None:
+        """Leaves the prompt's full blocks in the prefix cache."""
+        sequence = self.worker.make_sequence("cache", list(prompt), sampling(), SALT)
+        self.worker.add(sequence)
+        changed = self.worker.router.changed
+        while not self.worker.is_idle():
+            changed.clear()
+            await changed.wait()
+
+    def assert_quiet(self) -> None:
+        assert self.worker.integrity_ok()
+        assert self.worker.is_idle()
+        with self.worker.engine.exclusive(wake=False) as scheduler:
+            assert scheduler.pool.counts().active == 0
+
+
+@asynccontextmanager
+async def side(role: common_pb2.WorkerRole.ValueType, address: str, own: KvLayout, chunk: int) -> AsyncIterator[Side]:
+    async with AsyncExitStack() as stack:
+        transport = stack.enter_context(create("loopback"))
+        region = transport.allocate(NUM_BLOCKS * own.block_nbytes)
+        pool = torch.frombuffer(region.view, dtype=DTYPES[own.dtype]).view(NUM_BLOCKS, *own.block_shape)
+        pool.fill_(float("nan"))
+        loop = asyncio.get_running_loop()
+        transport.attach(loop)
+        stack.callback(transport.detach)
+        runner = MadeUpRunner(pool)
+        router = EventRouter(loop)
+        limits = Limits(own.block_size, MODEL.context_length, max_step_tokens=chunk)
+        engine = Engine(Scheduler(BlockPool(NUM_BLOCKS), limits), runner, router)
+        identity = Identity(common_pb2.WorkerRole.Name(role), 1, role, address, this_process())
+        engine.start()
+        stack.callback(engine.close)
+        yield Side(Worker(identity, MODEL, own, transport, region, engine, router), pool, runner)
+
+
+def sampling() -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(max_tokens=1, temperature=0, top_p=1, top_k=0, seed=0)
+
+
+@dataclass(slots=True, eq=False)
+class TwoWorkers:
+    writer: Side
+    owner: Side
+    ferries: Ferries
+    stub: worker_pb2_grpc.DecodeServiceAsyncStub
+
+    @asynccontextmanager
+    async def ticket(self, prompt: Sequence[int]) -> AsyncIterator[tuple[worker_pb2.Ticket, grpc.aio.Call]]:
+        identity = self.writer.worker.identity
+        # Names no process of its own, for that would be the owner's, which lives.
+        writer = worker_pb2.Writer(worker_id=identity.worker_id, incarnation=identity.incarnation, control_address="")
+        request = worker_pb2.DecodeRequest(
+            request_id="r", prompt_token_ids=prompt, sampling=sampling(), cache_salt=SALT, writer=writer
+        )
+        call = self.stub.Decode(request, timeout=30)
+        try:
+            yield (await call.read()).ticket, call
+        finally:
+            call.cancel()
+
+    async def ferry(self, prompt: Sequence[int]) -> tuple[worker_pb2.Ticket, worker_pb2.Committed]:
+        """The whole way of a prompt, to the owner's acceptance and its end there."""
+        async with self.ticket(prompt) as (ticket, call):
+            items = [item async for item in self.ferries.run(list(prompt), sampling(), ticket, SALT)]
+            first_token, committed = items
+            assert first_token.id == (await call.read()).token.id == 7
+            assert (await call.read()).HasField("finished")
+            return ticket, committed
+
+    def assert_quiet(self) -> None:
+        self.writer.assert_quiet()
+        self.owner.assert_quiet()
+
+
+@asynccontextmanager
+async def two_workers(
+    writers: KvLayout, owners: KvLayout, *, chunk: int = 16, convert_nbytes: int = 1 << 20
+) -> AsyncIterator[TwoWorkers]:
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        channels = await enter(Channels())
+        server = grpc.aio.server()
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        owner = await enter(side(common_pb2.WORKER_ROLE_DECODE, address, owners, chunk))
+        writer = await enter(side(common_pb2.WORKER_ROLE_PREFILL, "", writers, chunk))
+        reservations = await enter(Reservations(owner.worker, channels, 60.0))
+        worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(owner.worker, reservations), server)
+        await server.start()
+        stack.push_async_callback(server.stop, 0)
+        region = writer.worker.transport.allocate(convert_nbytes)
+        converter = stack.enter_context(closing(Converter(writer.worker.region, region)))
+        ferries = await enter(Ferries(writer.worker, channels, converter))
+        yield TwoWorkers(writer, owner, ferries, worker_pb2_grpc.DecodeServiceStub(channels.get(address)))
