@@ -14,6 +14,7 @@ from services.prefill.ferries import Ferries
 from services.prefill.servicer import PrefillServicer
 from services.runtime.channels import Channels
 from services.worker.config import WorkerConfig
+from services.worker.digester import Digester
 from services.worker.node import Role
 from services.worker.servicer import StopTransfer
 from services.worker.start import start
@@ -24,9 +25,10 @@ from services.worker.worker import Worker
 async def _serve(
     server: grpc.aio.Server, worker: Worker, channels: Channels, config: WorkerConfig
 ) -> AsyncIterator[StopTransfer]:
-    async with Ferries(worker, channels) as ferries:
-        worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(ferries), server)
-        yield ferries.stop_transfer
+    with Digester(worker) as digester:
+        async with Ferries(worker, channels, digester) as ferries:
+            worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(ferries), server)
+            yield ferries.stop_transfer
 
 
 ROLE = Role(common_pb2.WORKER_ROLE_PREFILL, worker_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name, _serve)

@@ -30,6 +30,7 @@ from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerrySta
 from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
 from services.worker.convert import to_token, to_us
+from services.worker.digester import Digester
 from services.worker.worker import Worker
 from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferCancelled, TransferResult, TransportClosed
 
@@ -54,6 +55,10 @@ class Passage:
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     transfers: set[Transfer] = field(default_factory=set)
+    num_blocks_posted: int = 0
+    digests: list[asyncio.Future[list[int]]] = field(
+        default_factory=list
+    )  # of each write, where the ticket asks for them
     first_token: common_pb2.Token | None = None
     started_s: float | None = None
     computed_s: float = 0.0
@@ -61,6 +66,7 @@ class Passage:
     busy_s: float = 0.0
     num_bytes: int = 0
     path: str = ""
+    verify_s: float = 0.0
     owner_lost: bool = False
     # Of a connection that broke, bytes may still be on their way.
     may_still_arrive: bool = False
@@ -133,6 +139,10 @@ class Passage:
             return
         self.transfers.add(transfer)
         transfer.future.add_done_callback(lambda future: self._on_written(transfer, write, future))
+        if self.ticket.verify:  # while the bytes move
+            first_index = self.ticket.first_block_index + self.num_blocks_posted
+            self.digests.append(self.ferries.digester.digest(write.source, first_index, self.ticket.num_prompt_tokens))
+        self.num_blocks_posted += len(write.source)
 
     def _on_written(self, transfer: Transfer, write: Write, future: Future[TransferResult]) -> None:
         """On whichever thread completes the future."""
@@ -164,8 +174,11 @@ class Passage:
     async def _commit(self, num_blocks: int) -> None:
         ticket, identity = self.ticket, self.ferries.worker.identity
         assert self.first_token is not None
+        digests = await self._collect_digests()
+        if digests is None:
+            return
         try:
-            await self._owner().CommitTransfer(
+            answer = await self._owner().CommitTransfer(
                 worker_pb2.CommitTransferRequest(
                     transfer_id=ticket.transfer_id,
                     epoch=ticket.epoch,
@@ -175,6 +188,7 @@ class Passage:
                     num_blocks=num_blocks,
                     num_bytes=self.num_bytes,
                     first_token=self.first_token,
+                    block_digests=digests,
                 ),
                 timeout=COMMIT_TIMEOUT_S,
             )
@@ -191,9 +205,28 @@ class Passage:
             return
         if self.ferry.state is not FerryState.COMMITTING:
             return  # stopped meanwhile, and the owner told so
+        self.verify_s += answer.verify_us / 1e6
         self.ferry.committed()
         self.outbox.put_nowait(self._committed(num_blocks))
         self._release()
+
+    async def _collect_digests(self) -> list[int] | None:
+        """Of all blocks, in order, none where the ticket asks for none.  None when the passage was stopped meanwhile: the
+        blocks that were read may have been somebody else's by then."""
+        began_s = time.monotonic()
+        try:
+            digests = [digest for part in await asyncio.gather(*self.digests) for digest in part]
+        except Exception as e:
+            self.log.exception("digest_failed")
+            if self.ferry.state is FerryState.COMMITTING:
+                self.outbox.put_nowait(AbortedError(f"KV blocks could not be digested: {e}", reason="WRITE_FAILED"))
+            self._do(self.ferry.stop(f"digesting failed: {e}"))
+            return None
+        if self.ferry.state is not FerryState.COMMITTING:
+            return None
+        if self.ticket.verify:
+            self.verify_s = time.monotonic() - began_s
+        return digests
 
     async def _tell_owner(self, reason: str) -> None:
         """Best effort: an owner that does not hear of it asks by itself."""
@@ -221,6 +254,8 @@ class Passage:
     def _release(self) -> None:
         worker = self.ferries.worker
         worker.router.unsubscribe(self.sequence.id)
+        for digest in self.digests:
+            digest.cancel()
         with worker.engine.exclusive() as scheduler:
             scheduler.abort(self.sequence.id)
         self.ferries.remotes.release(self.owner)
@@ -243,6 +278,7 @@ class Passage:
                 busy_us=to_us(self.busy_s),
                 exposed_us=to_us(now_s - self.computed_s),
                 path=self.path,
+                verify_us=to_us(self.verify_s),
             ),
         )
 
@@ -250,9 +286,10 @@ class Passage:
 class Ferries:
     """Use as an async context manager.  Owned by the event loop."""
 
-    def __init__(self, worker: Worker, channels: Channels) -> None:
+    def __init__(self, worker: Worker, channels: Channels, digester: Digester) -> None:
         self.worker = worker
         self.channels = channels
+        self.digester = digester
         self.remotes = Remotes(worker.transport)
         self.loop = asyncio.get_running_loop()
         self._passages: dict[str, Passage] = {}  # by transfer id
