@@ -260,6 +260,6 @@ def _mismatch(ticket: Ticket) -> ChecksumMismatchError:
     named = ", ".join(map(str, ticket.wrong[:NAME_WRONG_BLOCKS]))
     more = len(ticket.wrong) - NAME_WRONG_BLOCKS
     return ChecksumMismatchError(
-        f"transfer {ticket.transfer_id}: of the prompt's blocks {named}{f' and {more} more' if more > 0 else ''} did not "
+        f"transfer {ticket.transfer_id}: block(s) {named}{f' and {more} more' if more > 0 else ''} of the prompt did not "
         f"arrive as {ticket.writer.worker_id}/{ticket.writer.incarnation} sent them"
     )
