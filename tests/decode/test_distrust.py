@@ -14,7 +14,7 @@ def test_a_writer_is_distrusted_for_the_lifetime() -> None:
     distrust.add(A, now_s=5)
     assert distrust.remaining_s(A, now_s=7) == 8
     assert distrust.remaining_s(A, now_s=14.5) == 0.5
-    assert distrust.remaining_s(A, now_s=15) == 0
+    assert distrust.remaining_s(A, now_s=15.25) == 0
     assert distrust.remaining_s(B, now_s=7) == 0
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 
 import pytest
 
@@ -14,52 +14,19 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.errors import AbortedError, ConflictError
 from services.decode.reservations import DecodeStream, Reservations, Terms, Writer
 from services.decode.tickets import Ticket, WriterId
-from services.engine.batch import Batch
-from services.engine.blocks import BlockPool
-from services.engine.engine import Engine
-from services.engine.layout import KvLayout
-from services.engine.model_config import ModelConfig
-from services.engine.sampling_params import DrawFailed, Drawn
-from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import TokenDrawn
 from services.runtime.channels import Channels
-from services.runtime.process import ProcessIdentity
-from services.worker.events import EventRouter
 from services.worker.servicer import drain
 from services.worker.share import Share
-from services.worker.worker import Identity, Worker
+from services.worker.worker import Worker
+from tests.worker.tiny import LAYOUT, NO_PROCESS, NUM_BLOCKS, SAMPLING, HeldDigester, make_worker
 from transport import Transport, create
 
-MODEL = ModelConfig(
-    name="m", revision="r", architecture="llama", hidden_size=2, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2,
-    intermediate_size=2, vocab_size=100, context_length=64, norm_eps=1e-5, rope_theta=1e4, rope_scaling=None,
-    tied_embeddings=True, sliding_window=None, qkv_bias=False, bos_token_id=None, eos_token_ids=(),
-)  # fmt: skip
-LAYOUT = KvLayout(model_revision="r", dtype="float32", block_size=4, num_layers=1, num_kv_heads=1, head_dim=2)
-NUM_BLOCKS = 16
 PROMPT = list(range(10))
-SAMPLING = common_pb2.SamplingParams(max_tokens=4, temperature=0, top_p=1, top_k=0, seed=0)
 FIRST = common_pb2.Token(index=0, id=7)
-WRITER = Writer(WriterId("prefill-0", 7), "127.0.0.1:1", ProcessIdentity("", 0, 0, 0))
+WRITER = Writer(WriterId("prefill-0", 7), "127.0.0.1:1", NO_PROCESS)
 HONEST = [11, 12, 13]
 names = (f"r{i}" for i in itertools.count())
-
-
-class NoRunner:
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
-        raise AssertionError("the engine of these tests is never started")
-
-
-@dataclass(slots=True)
-class HeldDigester:
-    """Says how far it got, and goes on when told what was found."""
-
-    begun: list[tuple[tuple[int, ...], int, int]] = field(default_factory=list)
-    found: asyncio.Future[list[int]] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-
-    def digest(self, blocks: tuple[int, ...], first_index: int, num_prompt_tokens: int) -> asyncio.Future[list[int]]:
-        self.begun.append((blocks, first_index, num_prompt_tokens))
-        return self.found
 
 
 @pytest.fixture
@@ -70,11 +37,7 @@ def transport() -> Iterator[Transport]:
 
 @pytest.fixture
 async def worker(transport: Transport) -> Worker:
-    router = EventRouter(asyncio.get_running_loop())
-    scheduler = Scheduler(BlockPool(NUM_BLOCKS), Limits(block_size=4, context_length=64))
-    identity = Identity("decode-0", 1, common_pb2.WORKER_ROLE_DECODE, "127.0.0.1:2", ProcessIdentity("", 0, 0, 0))
-    region = transport.allocate(NUM_BLOCKS * LAYOUT.block_nbytes)
-    return Worker(identity, MODEL, LAYOUT, transport, region, Engine(scheduler, NoRunner(), router), router)
+    return make_worker(transport, "decode-0", common_pb2.WORKER_ROLE_DECODE)
 
 
 @pytest.fixture
@@ -83,18 +46,29 @@ async def digester() -> HeldDigester:
 
 
 @pytest.fixture
-async def reservations(worker: Worker, digester: HeldDigester) -> AsyncIterator[Reservations]:
+def drawn() -> deque[float]:
+    """The first ticket is verified, and no other unless the test adds to this."""
+    return deque([0.1])
+
+
+@pytest.fixture
+async def reservations(worker: Worker, digester: HeldDigester, drawn: deque[float]) -> AsyncIterator[Reservations]:
     terms = Terms(ticket_lifetime_s=60.0, verified=Share.parse("1/2"), pair_quarantine_s=60.0)
-    drawn = itertools.chain([0.1], itertools.repeat(0.9))  # the first ticket is verified, and no other
-    async with Channels() as channels, Reservations(worker, channels, digester, terms, lambda: next(drawn)) as it:  # type: ignore[arg-type]
+    async with (
+        Channels() as channels,
+        Reservations(worker, channels, digester, terms, lambda: drawn.popleft() if drawn else 0.9) as it,  # type: ignore[arg-type]
+    ):
         yield it
         assert worker.integrity_ok()
 
 
 @asynccontextmanager
-async def opened(reservations: Reservations, writer: Writer = WRITER) -> AsyncIterator[tuple[DecodeStream, Ticket]]:
+async def opened(
+    reservations: Reservations, writer: Writer = WRITER, prompt: list[int] = PROMPT, salt: bytes = b""
+) -> AsyncIterator[tuple[DecodeStream, Ticket]]:
+    """Nothing of the prompt is cached, unless a salt was used before."""
     name = next(names)
-    async with reservations.open(name, list(PROMPT), SAMPLING, name.encode(), writer) as stream:
+    async with reservations.open(name, list(prompt), SAMPLING, salt or name.encode(), writer) as stream:
         assert stream.ticket is not None
         yield stream, stream.ticket
 
@@ -103,7 +77,7 @@ def commit(reservations: Reservations, ticket: Ticket, epoch: int | None = None)
     return asyncio.create_task(
         reservations.commit(
             ticket.transfer_id, epoch or ticket.epoch, ticket.writer, len(ticket.blocks),
-            len(ticket.blocks) * LAYOUT.block_nbytes, HONEST if ticket.verify else [], FIRST,
+            len(ticket.blocks) * LAYOUT.block_nbytes, HONEST[: len(ticket.blocks)] if ticket.verify else [], FIRST,
         )
     )  # fmt: skip
 
@@ -127,7 +101,7 @@ async def test_no_token_comes_before_the_blocks_were_verified(
         assert digester.begun == [(ticket.blocks, 0, 10)]
         assert not task.done()
         assert stream.events.empty()
-        digester.found.set_result(HONEST)
+        digester.found[0].set_result(HONEST)
         assert await task > 0
         assert isinstance(stream.events.get_nowait(), TokenDrawn)
         assert (worker.traffic.checks_ok, worker.traffic.blocks_received) == (1, 3)
@@ -144,6 +118,27 @@ async def test_what_is_not_in_the_sample_is_taken_at_its_word(
     assert worker.traffic.checks_ok == 0
 
 
+async def test_what_is_cached_is_not_verified_again(
+    reservations: Reservations, digester: HeldDigester, drawn: deque[float]
+) -> None:
+    whole_blocks = PROMPT[:8]
+    drawn[0] = 0.9
+    async with opened(reservations, prompt=whole_blocks, salt=b"same") as (_, ticket):
+        await commit(reservations, ticket)
+    drawn.append(0.1)
+    async with opened(reservations, prompt=whole_blocks, salt=b"same") as (stream, ticket):
+        assert (ticket.blocks, ticket.verify) == ((), False)
+        assert await commit(reservations, ticket) == 0
+        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+    drawn.append(0.1)
+    async with opened(reservations, prompt=PROMPT, salt=b"same") as (_, ticket):
+        task = commit(reservations, ticket)
+        await settle()
+        assert digester.begun == [(ticket.blocks, 2, 10)], "the part that was sent, at its place in the prompt"
+        digester.found[0].set_result([HONEST[0]])
+        assert await task > 0
+
+
 async def test_damage_fails_the_request_counts_and_quarantines_the_pair(
     reservations: Reservations, digester: HeldDigester, worker: Worker
 ) -> None:
@@ -155,7 +150,7 @@ async def test_damage_fails_the_request_counts_and_quarantines_the_pair(
     ):
         task = commit(reservations, ticket)
         await settle()
-        digester.found.set_result([11, 0, 13])
+        digester.found[0].set_result([11, 0, 13])
         with pytest.raises(ConflictError, match=r"block\(s\) 1 of the prompt did not arrive") as refused:
             await task
         assert refused.value.reason == "CHECKSUM_MISMATCH"
@@ -185,7 +180,7 @@ async def test_a_cancelled_request_keeps_its_blocks_until_the_check_has_ended(
     assert num_free(worker) == NUM_BLOCKS - 3
     assert worker.integrity_ok()
     assert not draining.done()
-    digester.found.set_result(HONEST)
+    digester.found[0].set_result(HONEST)
     with pytest.raises(ConflictError, match="given up"):
         await task
     assert num_free(worker) == NUM_BLOCKS
@@ -203,7 +198,7 @@ async def test_the_verdict_stands_when_the_writer_no_longer_waits_for_it(
         again = commit(reservations, ticket)
         await settle()
         assert len(digester.begun) == 1
-        digester.found.set_result(HONEST)
+        digester.found[0].set_result(HONEST)
         assert await again > 0
         assert isinstance(stream.events.get_nowait(), TokenDrawn)
         assert stream.events.empty()
@@ -217,7 +212,7 @@ async def test_a_message_in_the_writers_name_does_not_disturb_a_check(
         await settle()
         with pytest.raises(ConflictError, match="epoch"):
             await commit(reservations, ticket, epoch=99)
-        digester.found.set_result(HONEST)
+        digester.found[0].set_result(HONEST)
         await task
         assert isinstance(stream.events.get_nowait(), TokenDrawn)
 
@@ -228,7 +223,7 @@ async def test_a_check_that_breaks_fails_the_transfer_and_blames_nobody(
     async with opened(reservations) as (stream, ticket):
         task = commit(reservations, ticket)
         await settle()
-        digester.found.set_exception(MemoryError())
+        digester.found[0].set_exception(MemoryError())
         with pytest.raises(ConflictError, match="could not be verified"):
             await task
         assert isinstance(stream.events.get_nowait(), AbortedError)
