@@ -21,7 +21,7 @@ from tests.worker.tiny import LAYOUT, SAMPLING, HeldDigester, make_worker
 from transport import Region, Transport, create
 
 PROMPT = list(range(10))
-VERIFY_US = 1234
+VERIFY_US = 5_000_000
 
 
 @dataclass(slots=True)
@@ -29,7 +29,7 @@ class Owner(worker_pb2_grpc.DecodeServiceServicer):
     """Accepts whatever it is told, and remembers it."""
 
     commits: list[worker_pb2.CommitTransferRequest] = field(default_factory=list)
-    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    aborted: asyncio.Future[str] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
     async def CommitTransfer(
         self, request: worker_pb2.CommitTransferRequest, context: Any
@@ -40,7 +40,7 @@ class Owner(worker_pb2_grpc.DecodeServiceServicer):
     async def AbortTransfer(
         self, request: worker_pb2.AbortTransferRequest, context: Any
     ) -> worker_pb2.AbortTransferResponse:
-        self.aborted.set()
+        self.aborted.set_result(request.reason)
         return worker_pb2.AbortTransferResponse()
 
 
@@ -116,8 +116,7 @@ async def test_the_first_token_does_not_wait_for_the_digests_and_the_commit_does
         first = await anext(steps)
         assert isinstance(first, common_pb2.Token)
         await until_all_is_written(ferries)
-        assert [(first_index, tokens) for _, first_index, tokens in digester.begun] == [(1, 10), (2, 10)]
-        assert len({blocks for blocks, _, _ in digester.begun}) == 2
+        assert digester.begun == [((1,), 1, 10), ((2,), 2, 10)], "its own blocks, as each chunk was computed"
         await asyncio.sleep(0.02)
         assert owner.commits == []
         digester.found[1].set_result([22])
@@ -154,7 +153,7 @@ async def test_a_transfer_that_was_stopped_is_never_committed(
         with pytest.raises(AbortedError):
             await anext(steps)
     assert all(found.cancelled() != digested_at_last for found in digester.found), "nobody wants it any more"
-    await asyncio.wait_for(owner.aborted.wait(), 10)
+    assert "took its blocks back" in await asyncio.wait_for(owner.aborted, 10)
     assert owner.commits == []
 
 
@@ -168,4 +167,5 @@ async def test_digests_that_cannot_be_had_end_the_transfer(
         digester.found[1].set_result([0])
         with pytest.raises(AbortedError, match="could not be digested: none left"):
             await anext(steps)
+        assert await asyncio.wait_for(owner.aborted, 10) == "digesting failed: none left"
     assert owner.commits == []
