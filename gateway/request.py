@@ -142,6 +142,7 @@ class RequestMachine:
         self._finished: worker_pb2.DecodeFinished | None = None
         self._last_error: Error | None = None
         self._prefill_lost = False
+        self._num_refused = 0
 
     def start(self) -> list[Action]:
         return [ChooseRoute(self._excluded)]
@@ -215,7 +216,9 @@ class RequestMachine:
             return self._fail(lost)
         # The worker was too small for it; another may not be.
         retriable = isinstance(error, _RETRIABLE) or error.reason == "TOO_LONG_FOR_POOL"
-        if not retriable or self.attempt >= self._max_attempts:
+        # No attempt used up: each of these leaves one writer less to try, and at last the decode worker alone.
+        self._num_refused += error.reason == "PAIR_QUARANTINED"
+        if not retriable or self.attempt - self._num_refused >= self._max_attempts:
             return self._fail(error)
         self._last_error = error
         self._excluded |= {self._culprit(stream, error)}

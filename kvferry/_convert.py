@@ -202,6 +202,7 @@ def _transfer(message: common_pb2.TransferStats) -> types.TransferStats:
         busy_s=message.busy_us * _US,
         exposed_s=message.exposed_us * _US,
         path=message.path,
+        verify_s=message.verify_us * _US,
     )
 
 

@@ -97,13 +97,15 @@ class PrefillStats:
 @dataclass(frozen=True, slots=True)
 class TransferStats:
     """What ferrying the prompt's KV took, measured by the writer.  ``busy_s`` sums the batches' durations;
-    ``exposed_s`` is what the request waited for after the last chunk was computed; ``path`` names how the bytes went."""
+    ``exposed_s`` is what the request waited for after the last chunk was computed, and ``verify_s`` the part of it that
+    went into comparing digests, 0 when this transfer was not verified; ``path`` names how the bytes went."""
 
     num_blocks: int
     num_bytes: int
     busy_s: float
     exposed_s: float
     path: str
+    verify_s: float
 
     @property
     def bytes_per_s(self) -> float | None:

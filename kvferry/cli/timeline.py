@@ -43,6 +43,8 @@ def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
             ),
             ("exposed transfer", duration(transfer.exposed_s), "not hidden behind compute"),
         ]
+        if transfer.verify_s:
+            made.append(("of it, verifying", duration(transfer.verify_s), "digests compared on both sides"))
     if decode is not None:
         if transfer is not None:
             made.append(("wait for KV", duration(decode.wait_for_kv_s), "from the ticket to the commit"))

@@ -10,12 +10,14 @@ import grpc
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from services.decode.reservations import Reservations
+from services.decode.reservations import Reservations, Terms
 from services.decode.servicer import DecodeServicer
 from services.runtime.channels import Channels
 from services.worker.config import WorkerConfig
+from services.worker.digester import Digester
 from services.worker.node import Role
 from services.worker.servicer import StopTransfer
+from services.worker.share import Share
 from services.worker.start import start
 from services.worker.worker import Worker
 
@@ -24,9 +26,11 @@ from services.worker.worker import Worker
 async def _serve(
     server: grpc.aio.Server, worker: Worker, channels: Channels, config: WorkerConfig
 ) -> AsyncIterator[StopTransfer]:
-    async with Reservations(worker, channels, config.ticket_lifetime_s) as reservations:
-        worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker, reservations), server)
-        yield _writes_nowhere
+    terms = Terms(config.ticket_lifetime_s, Share.parse(config.verify_transfers), config.pair_quarantine_s)
+    with Digester(worker) as digester:
+        async with Reservations(worker, channels, digester, terms) as reservations:
+            worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker, reservations), server)
+            yield _writes_nowhere
 
 
 async def _writes_nowhere(transfer_id: str) -> None:

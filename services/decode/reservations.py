@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import grpc
@@ -17,18 +17,40 @@ import structlog
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import AbortedError, ConflictError, InternalError
-from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, TicketState, WriterId, Written
+from services.decode.distrust import Distrust
+from services.decode.tickets import (
+    ChecksumMismatchError,
+    Ticket,
+    TicketBook,
+    TicketRefusedError,
+    TicketState,
+    WriterId,
+    Written,
+)
 from services.engine.engine import StepTime
 from services.engine.sequence import Event, FinishReason, Sequence, StepFailed, TokenDrawn
 from services.runtime.channels import Channels
 from services.runtime.process import ProcessIdentity, has_ended
 from services.worker.convert import to_drawn
+from services.worker.digester import Digester
+from services.worker.share import Share
 from services.worker.worker import Worker, refusals_as_errors
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 STOP_TIMEOUT_S = 5.0  # for one question to a writer
 STOP_BACKOFF_S = (0.2, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a writer's ticket is given on: until when it must commit, and how its word is checked."""
+
+    ticket_lifetime_s: float
+    verified: Share
+    pair_quarantine_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +63,14 @@ class Writer:
 @dataclass(frozen=True, slots=True)
 class Finished:
     reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """``refusal`` None: the commit is accepted."""
+
+    elapsed_s: float
+    refusal: TicketRefusedError | None
 
 
 @dataclass(slots=True, eq=False)
@@ -82,14 +112,22 @@ class DecodeStream:
 class Reservations:
     """Use as an async context manager.  Owned by the event loop."""
 
-    def __init__(self, worker: Worker, channels: Channels, ticket_lifetime_s: float) -> None:
+    def __init__(
+        self, worker: Worker, channels: Channels, digester: Digester, terms: Terms,
+        draw: Callable[[], float] = random.random,
+    ) -> None:  # fmt: skip
+        """``draw`` chooses the transfers to verify."""
         with worker.engine.exclusive(wake=False) as scheduler:
             self._book = TicketBook(scheduler.pool, worker.layout)
         self._worker = worker
         self._channels = channels
-        self._ticket_lifetime_s = ticket_lifetime_s
-        self._streams: dict[str, DecodeStream] = {}  # by transfer id, while LENT
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._digester = digester
+        self._terms = terms
+        self._draw = draw
+        self._distrust = Distrust(terms.pair_quarantine_s)
+        self._streams: dict[str, DecodeStream] = {}  # by transfer id, while it may still be accepted
+        self._checks: dict[str, asyncio.Task[_Verdict]] = {}  # by transfer id, while its blocks are read
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._expiry_changed = asyncio.Event()
         worker.check_role = self._book.check_integrity
 
@@ -107,7 +145,8 @@ class Reservations:
         self, request_id: str, prompt: list[int], params: common_pb2.SamplingParams, salt: bytes, writer: Writer | None
     ) -> AsyncIterator[DecodeStream]:
         """The request's life here; leaving the context ends its compute and takes its blocks back.  Raises OverloadedError,
-        InvalidRequestError or UnavailableError, having reserved nothing."""
+        InvalidRequestError, UnavailableError or, of a writer whose blocks arrived damaged, AbortedError, having reserved
+        nothing."""
         sequence = self._worker.make_sequence(request_id, prompt, params, salt)
         ticket = self._reserve(sequence, writer) if writer else None
         stream = DecodeStream(request_id, sequence, ticket, writer, time.monotonic())
@@ -123,22 +162,32 @@ class Reservations:
             self._worker.router.unsubscribe(sequence.id)
             self._abandon(stream)
 
-    def commit(self, transfer_id: str, epoch: int, writer: WriterId, written: Written, first: common_pb2.Token) -> None:
-        """The writer says that every byte is in place.  Raises ConflictError."""
+    async def commit(
+        self, transfer_id: str, epoch: int, writer: WriterId, written: Written, first: common_pb2.Token
+    ) -> float:
+        """The writer says that every byte is in place.  Returns once the commit is accepted: how many seconds of that went
+        into verifying, 0 when the ticket did not ask for it.  Raises ConflictError.  Cancelling does not end a check: its
+        verdict stands, and a repeated commit gets it."""
         try:
             with self._worker.engine.exclusive() as scheduler:
                 ticket = self._book.commit(transfer_id, epoch, writer, written, now_s=time.monotonic())
                 if ticket is None:
-                    return
-                events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
+                    return 0.0
+                if ticket.state is TicketState.COMMITTED:
+                    events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
         except TicketRefusedError as e:
-            if not self._book.is_lent(transfer_id):  # otherwise somebody spoke in the writer's name
+            if not self._book.is_pending(transfer_id):  # otherwise somebody spoke in the writer's name
                 self._fail(transfer_id, str(e))
-            raise ConflictError(str(e), reason="TICKET_REFUSED") from e
-        self._streams.pop(transfer_id).kv_ready_s = time.monotonic()
-        self._worker.traffic.blocks_received += written.num_blocks
-        self._worker.traffic.bytes_received += written.num_bytes
-        self._worker.router.deliver(events)
+            raise _to_error(e) from e
+        if ticket.state is TicketState.COMMITTED:
+            self._accepted(ticket, events)
+            return 0.0
+        if transfer_id not in self._checks:
+            self._checks[transfer_id] = self._spawn(self._check(ticket, self._streams[transfer_id], first))
+        verdict = await asyncio.shield(self._checks[transfer_id])
+        if verdict.refusal is not None:
+            raise _to_error(verdict.refusal) from verdict.refusal
+        return verdict.elapsed_s
 
     def abort_by_writer(self, transfer_id: str, epoch: int, writer: WriterId, reason: str) -> None:
         """The writer says that it has stopped for good.  Raises ConflictError when the ticket is not its."""
@@ -153,12 +202,75 @@ class Reservations:
             self._fail(transfer_id, f"the writer gave up: {reason}")
 
     def _reserve(self, sequence: Sequence, writer: Writer) -> Ticket:
+        now_s = time.monotonic()
+        if remaining_s := self._distrust.remaining_s(writer.id, now_s=now_s):
+            raise AbortedError(
+                f"{self._worker.identity.worker_id} takes no blocks from {writer.id.worker_id} for another "
+                f"{remaining_s:.0f} s: some arrived damaged",
+                reason="PAIR_QUARANTINED",
+            )
         with refusals_as_errors(), self._worker.engine.exclusive(wake=False) as scheduler:
             first_block_index, lent = scheduler.reserve(sequence)
             return self._book.open(
                 uuid4().hex, sequence.id, writer.id, first_block_index, lent, sequence.num_prompt - sequence.num_cached,
-                now_s=time.monotonic(), lifetime_s=self._ticket_lifetime_s,
+                now_s=now_s, lifetime_s=self._terms.ticket_lifetime_s,
+                verify=bool(lent) and self._terms.verified.takes(self._draw()),
             )  # fmt: skip
+
+    def _accepted(self, ticket: Ticket, events: list[Event]) -> None:
+        self._streams.pop(ticket.transfer_id).kv_ready_s = time.monotonic()
+        self._worker.traffic.blocks_received += len(ticket.blocks)
+        self._worker.traffic.bytes_received += len(ticket.blocks) * self._worker.layout.block_nbytes
+        self._worker.router.deliver(events)
+
+    async def _check(self, ticket: Ticket, stream: DecodeStream, first: common_pb2.Token) -> _Verdict:
+        """Reads the blocks of a VERIFYING ticket to the end, whatever becomes of its request, and concludes it."""
+        began_s = time.monotonic()
+        found: list[int] | None = None
+        try:
+            found = await self._digester.digest(ticket.blocks, ticket.first_block_index, stream.sequence.num_prompt)
+        except Exception:  # one transfer fails, and its blocks come back
+            log.exception("check_failed", request_id=stream.request_id, transfer_id=ticket.transfer_id)
+        del self._checks[ticket.transfer_id]
+        refusal: TicketRefusedError | None = None
+        try:
+            with self._worker.engine.exclusive() as scheduler:
+                self._book.conclude(ticket.transfer_id, found)
+                events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
+        except TicketRefusedError as e:
+            refusal = e
+        traffic = self._worker.traffic
+        if ticket.wrong:
+            traffic.checks_mismatch += 1
+        elif found is not None:
+            traffic.checks_ok += 1
+        if refusal is None:
+            self._accepted(ticket, events)
+        else:
+            self._fail(ticket.transfer_id, str(refusal), "CHECKSUM_MISMATCH" if ticket.wrong else "TRANSFER_ABORTED")
+        if ticket.wrong:
+            self._quarantine_pair(ticket, stream)
+        self._worker.router.changed.set()
+        return _Verdict(time.monotonic() - began_s, refusal)
+
+    def _quarantine_pair(self, ticket: Ticket, stream: DecodeStream) -> None:
+        """Takes nothing more from the ticket's writer for a while, nor what it is about to write unverified."""
+        writer = ticket.writer
+        log.error(
+            "checksum_mismatch",
+            request_id=stream.request_id,
+            transfer_id=ticket.transfer_id,
+            writer=writer.worker_id,
+            writer_incarnation=writer.incarnation,
+            wrong_blocks=ticket.wrong,
+            quarantine_s=self._terms.pair_quarantine_s,
+        )
+        self._distrust.add(writer, now_s=time.monotonic())
+        with self._worker.engine.exclusive(wake=False):
+            lent = self._book.lent_to(writer)
+        why = f"blocks of another transfer from {writer.worker_id} arrived damaged"
+        for other in lent:
+            self._give_up(other, AbortedError(why, reason="PAIR_QUARANTINED"))
 
     def _abandon(self, stream: DecodeStream) -> None:
         with self._worker.engine.exclusive() as scheduler:
@@ -170,10 +282,16 @@ class Reservations:
             assert stream.writer is not None
             self._spawn(self._take_back(revoked, stream.writer, stream.request_id))
 
-    def _fail(self, transfer_id: str, why: str) -> None:
+    def _fail(self, transfer_id: str, why: str, reason: str = "TRANSFER_ABORTED") -> None:
         """The ticket ended without a commit: its request cannot go on."""
         if stream := self._streams.pop(transfer_id, None):
-            stream.events.put_nowait(AbortedError(why, reason="TRANSFER_ABORTED"))
+            stream.events.put_nowait(AbortedError(why, reason=reason))
+
+    def _give_up(self, ticket: Ticket, error: AbortedError) -> None:
+        """Fails the request of a LENT ticket and takes its blocks back from the writer."""
+        stream = self._streams[ticket.transfer_id]
+        stream.events.put_nowait(error)
+        self._abandon(stream)
 
     async def _expire_tickets(self) -> None:
         while True:
@@ -182,10 +300,9 @@ class Reservations:
                 late = self._book.expired(time.monotonic())
                 next_s = self._book.next_expiry_s()
             for ticket in late:
-                stream = self._streams[ticket.transfer_id]
-                why = f"the writer {ticket.writer.worker_id} did not commit within {self._ticket_lifetime_s:g} s"
-                stream.events.put_nowait(AbortedError(why, reason="TICKET_EXPIRED"))
-                self._abandon(stream)
+                lifetime_s = self._terms.ticket_lifetime_s
+                why = f"the writer {ticket.writer.worker_id} did not commit within {lifetime_s:g} s"
+                self._give_up(ticket, AbortedError(why, reason="TICKET_EXPIRED"))
             if late:
                 continue
             wait_s = None if next_s is None else max(0.0, next_s - time.monotonic()) + 0.001
@@ -236,7 +353,13 @@ class Reservations:
         # A successor may answer while its predecessor is still in its last moments.
         return answer.incarnation == writer.id.incarnation or has_ended(writer.process) is not False
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _to_error(refusal: TicketRefusedError) -> ConflictError:
+    reason = "CHECKSUM_MISMATCH" if isinstance(refusal, ChecksumMismatchError) else "TICKET_REFUSED"
+    return ConflictError(str(refusal), reason=reason)

@@ -53,14 +53,14 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
         self, request: worker_pb2.CommitTransferRequest, context: Context
     ) -> worker_pb2.CommitTransferResponse:
         self._worker.require_incarnation(request.owner_incarnation)
-        self._reservations.commit(
+        verify_s = await self._reservations.commit(
             request.transfer_id,
             request.epoch,
             WriterId(request.writer_id, request.writer_incarnation),
-            Written(request.num_blocks, request.num_tokens, request.num_bytes),
+            Written(request.num_blocks, request.num_tokens, request.num_bytes, tuple(request.block_digests)),
             request.first_token,
         )
-        return worker_pb2.CommitTransferResponse()
+        return worker_pb2.CommitTransferResponse(verify_us=to_us(verify_s))
 
     async def AbortTransfer(
         self, request: worker_pb2.AbortTransferRequest, context: Context
@@ -93,6 +93,7 @@ class DecodeServicer(worker_pb2_grpc.DecodeServiceServicer):
             blocks=ticket.blocks,
             num_prompt_tokens=stream.sequence.num_prompt,
             expires_in_ms=max(1, int((ticket.expires_s - time.monotonic()) * 1000)),
+            verify=ticket.verify,
         )
 
 

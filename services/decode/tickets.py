@@ -2,15 +2,20 @@
 
     LENT ──commit──▶ COMMITTED
      │
+     ├─commit of a ticket to be verified──▶ VERIFYING ──digests equal──▶ COMMITTED
+     │                                          ├─digests differ──▶ CLOSED
+     │                                          └─given up by the owner──▶ DISCARDING ──check ended──▶ CLOSED
      ├─abort by the writer (its word that it has stopped)──▶ CLOSED
      └─expiry, or given up by the owner──▶ REVOKING ──proof──▶ CLOSED
 
 A ticket leaves LENT once.  REVOKING holds its blocks in quarantine until ``prove_stopped``; a commit that arrives then
-is refused, but tells that the writer has stopped, so it is proof as well.
+is refused, but tells that the writer has stopped, so it is proof as well.  In VERIFYING and DISCARDING the writer has
+said its last word, and a check of ours reads the blocks: they go to nobody else before it has ended.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -20,10 +25,14 @@ from services.engine.sequence import SequenceId
 
 # Ended tickets are remembered this long so that a repeated commit or abort is answered as the first one was.
 REMEMBER_ENDED = 1024
+# Of a long prompt that is wrong throughout, so many blocks are named.
+NAME_WRONG_BLOCKS = 8
 
 
 class TicketState(Enum):
     LENT = auto()
+    VERIFYING = auto()
+    DISCARDING = auto()
     COMMITTED = auto()
     REVOKING = auto()
     CLOSED = auto()
@@ -34,6 +43,10 @@ class TicketRefusedError(Exception):
     revoked ticket proves its writer has stopped."""
 
 
+class ChecksumMismatchError(TicketRefusedError):
+    """What lies in the blocks is not what their writer sent; the ticket is closed."""
+
+
 @dataclass(frozen=True, slots=True)
 class WriterId:
     worker_id: str
@@ -42,11 +55,12 @@ class WriterId:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a writer says that it wrote, in the owner's blocks and bytes."""
+    """What a writer says that it wrote, in the owner's blocks and bytes; a digest of each block where asked."""
 
     num_blocks: int
     num_tokens: int
     num_bytes: int
+    digests: tuple[int, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +73,10 @@ class Ticket:
     blocks: tuple[int, ...]
     num_tokens: int
     expires_s: float
+    verify: bool
     state: TicketState = field(default=TicketState.LENT)
+    digests: tuple[int, ...] = ()  # of each block, by its writer; set by the commit
+    wrong: tuple[int, ...] = ()  # indices in the prompt of blocks whose digests differ; set by ``conclude``
 
 
 class TicketBook:
@@ -83,8 +100,10 @@ class TicketBook:
         *,
         now_s: float,
         lifetime_s: float,
+        verify: bool = False,
     ) -> Ticket:
-        """A ticket for the KV of ``num_tokens`` tokens in ``blocks``, which are LENT in the pool."""
+        """A ticket for the KV of ``num_tokens`` tokens in ``blocks``, which are LENT in the pool.  ``verify``: its commit
+        is checked before it is accepted."""
         assert transfer_id not in self._tickets
         self._epoch += 1
         ticket = Ticket(
@@ -96,6 +115,7 @@ class TicketBook:
             tuple(blocks),
             num_tokens,
             now_s + lifetime_s,
+            verify,
         )
         self._tickets[transfer_id] = ticket
         return ticket
@@ -103,11 +123,17 @@ class TicketBook:
     def commit(
         self, transfer_id: str, epoch: int, writer: WriterId, written: Written, *, now_s: float
     ) -> Ticket | None:
-        """The ticket, now COMMITTED: its blocks may be settled.  None when this very commit was accepted before.  Raises
-        TicketRefusedError when the ticket is unknown, another's, expired, given up, or not wholly written."""
+        """The ticket, now COMMITTED: its blocks may be settled; or VERIFYING: digest them and ``conclude``, once, also
+        when the commit is repeated meanwhile.  None when this very commit was accepted before.  Raises TicketRefusedError
+        when the ticket is unknown, another's, expired, given up, not wholly written or without the digests it asked
+        for."""
         ticket = self._find(transfer_id, epoch, writer)
         if ticket.state is TicketState.COMMITTED:
             return None
+        if ticket.state in (TicketState.VERIFYING, TicketState.DISCARDING):
+            return ticket
+        if ticket.wrong:
+            raise _mismatch(ticket)
         if ticket.state is TicketState.REVOKING:
             self.prove_stopped(transfer_id)
         if ticket.state is not TicketState.LENT:
@@ -122,11 +148,45 @@ class TicketBook:
         if now_s > ticket.expires_s:
             self._close_lent(ticket)
             raise TicketRefusedError(f"transfer {transfer_id} expired {now_s - ticket.expires_s:.3f} s ago")
-        self._retire(ticket, TicketState.COMMITTED)
+        num_digests = len(ticket.blocks) if ticket.verify else 0
+        if len(written.digests) != num_digests:
+            self._close_lent(ticket)
+            raise TicketRefusedError(
+                f"transfer {transfer_id} asked for {num_digests} block digests, its writer sent {len(written.digests)}"
+            )
+        if ticket.verify:
+            ticket.digests = written.digests
+            ticket.state = TicketState.VERIFYING
+        else:
+            self._retire(ticket, TicketState.COMMITTED)
         return ticket
 
+    def conclude(self, transfer_id: str, found: Sequence[int] | None) -> Ticket:
+        """The check of a VERIFYING or DISCARDING ticket has ended, and nobody reads its blocks any more.  ``found`` are
+        their digests here, None when they could not be had.  The ticket, now COMMITTED: its blocks may be settled.
+        Otherwise they are free: raises ChecksumMismatchError, or TicketRefusedError without digests or when the owner gave
+        the transfer up meanwhile."""
+        ticket = self._tickets[transfer_id]
+        was = ticket.state
+        assert was in (TicketState.VERIFYING, TicketState.DISCARDING), was.name
+        if found is not None:
+            pairs = enumerate(zip(ticket.digests, found, strict=True), ticket.first_block_index)
+            ticket.wrong = tuple(index for index, (sent, arrived) in pairs if sent != arrived)
+        if was is TicketState.VERIFYING and found is not None and not ticket.wrong:
+            self._retire(ticket, TicketState.COMMITTED)
+            return ticket
+        if was is TicketState.VERIFYING:
+            self._pool.quarantine(ticket.blocks)
+        self._pool.restore(ticket.blocks)
+        self._retire(ticket, TicketState.CLOSED)
+        if ticket.wrong:
+            raise _mismatch(ticket)
+        why = "was given up before it was committed" if was is TicketState.DISCARDING else "could not be verified"
+        raise TicketRefusedError(f"transfer {transfer_id} {why}")
+
     def abort_by_writer(self, transfer_id: str, epoch: int, writer: WriterId) -> Ticket | None:
-        """The writer has stopped for good.  The ticket when this ended it while LENT; None when it had ended before."""
+        """The writer has stopped for good.  The ticket when this ended it while LENT; None when it had ended, or was
+        committed, before."""
         ticket = self._find(transfer_id, epoch, writer)
         if ticket.state is TicketState.REVOKING:
             self.prove_stopped(transfer_id)
@@ -137,17 +197,25 @@ class TicketBook:
 
     def give_up(self, transfer_id: str) -> Ticket | None:
         """The owner no longer wants the transfer: its blocks are quarantined and the writer must be asked to stop.  None
-        when the ticket is not LENT."""
+        when the writer need not be asked: the ticket is not LENT."""
         ticket = self._tickets.get(transfer_id)
-        if ticket is None or ticket.state is not TicketState.LENT:
+        if ticket is None or ticket.state not in (TicketState.LENT, TicketState.VERIFYING):
             return None
         self._pool.quarantine(ticket.blocks)
+        if ticket.state is TicketState.VERIFYING:  # until its check has ended
+            ticket.state = TicketState.DISCARDING
+            return None
         ticket.state = TicketState.REVOKING
         return ticket
 
-    def is_lent(self, transfer_id: str) -> bool:
+    def is_pending(self, transfer_id: str) -> bool:
+        """Whether the transfer may still be accepted."""
         ticket = self._tickets.get(transfer_id)
-        return ticket is not None and ticket.state is TicketState.LENT
+        return ticket is not None and ticket.state in (TicketState.LENT, TicketState.VERIFYING)
+
+    def lent_to(self, writer: WriterId) -> list[Ticket]:
+        """The writer's tickets that it has not committed yet."""
+        return [t for t in self._tickets.values() if t.state is TicketState.LENT and t.writer == writer]
 
     def expired(self, now_s: float) -> list[Ticket]:
         """LENT tickets whose time is over; the caller gives them up."""
@@ -167,11 +235,14 @@ class TicketBook:
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless the LENT and QUARANTINED blocks are exactly those that open tickets name."""
-        lent = sorted(b for t in self._tickets.values() if t.state is TicketState.LENT for b in t.blocks)
-        quarantined = sorted(b for t in self._tickets.values() if t.state is TicketState.REVOKING for b in t.blocks)
+        lent = self._blocks_in(TicketState.LENT, TicketState.VERIFYING)
+        quarantined = self._blocks_in(TicketState.REVOKING, TicketState.DISCARDING)
         assert len(set(lent + quarantined)) == len(lent + quarantined), "two tickets share a block"
         assert lent == self._pool.lent_blocks(), "the LENT blocks are not those of open tickets"
         assert quarantined == self._pool.quarantined_blocks(), "the QUARANTINED blocks are not those of revoked tickets"
+
+    def _blocks_in(self, *states: TicketState) -> list[int]:
+        return sorted(b for t in self._tickets.values() if t.state in states for b in t.blocks)
 
     def _find(self, transfer_id: str, epoch: int, writer: WriterId) -> Ticket:
         ticket = self._tickets.get(transfer_id) or self._ended.get(transfer_id)
@@ -204,3 +275,12 @@ class TicketBook:
         self._ended[ticket.transfer_id] = ticket
         if len(self._ended) > REMEMBER_ENDED:
             del self._ended[next(iter(self._ended))]
+
+
+def _mismatch(ticket: Ticket) -> ChecksumMismatchError:
+    named = ", ".join(map(str, ticket.wrong[:NAME_WRONG_BLOCKS]))
+    more = len(ticket.wrong) - NAME_WRONG_BLOCKS
+    return ChecksumMismatchError(
+        f"transfer {ticket.transfer_id}: block(s) {named}{f' and {more} more' if more > 0 else ''} of the prompt did not "
+        f"arrive as {ticket.writer.worker_id}/{ticket.writer.incarnation} sent them"
+    )

@@ -18,6 +18,7 @@ from services.prefill.servicer import PrefillServicer
 from services.runtime.channels import Channels
 from services.runtime.startup import StartupError
 from services.worker.config import WorkerConfig, parse_nbytes
+from services.worker.digester import Digester
 from services.worker.node import Role
 from services.worker.servicer import StopTransfer
 from services.worker.start import start
@@ -29,8 +30,9 @@ from transport import Region, TransportError
 async def _serve(
     server: grpc.aio.Server, worker: Worker, channels: Channels, config: WorkerConfig
 ) -> AsyncIterator[StopTransfer]:
-    with closing(Converter(worker.region, _scratch_region(worker, config.convert_memory))) as converter:
-        async with Ferries(worker, channels, converter) as ferries:
+    scratch = _scratch_region(worker, config.convert_memory)
+    with closing(Converter(worker.region, scratch)) as converter, Digester(worker) as digester:
+        async with Ferries(worker, channels, converter, digester) as ferries:
             worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(ferries), server)
             yield ferries.stop_transfer
 

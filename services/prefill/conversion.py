@@ -82,16 +82,27 @@ class Converter:
 def convert(pool: Region, region: Region, source: Placement, target: Placement, begin: int, end: int) -> None:
     """Tokens [begin, end) from ``source``, in ``pool``, to ``target``, in ``region``, rounded to the nearest, ties to even.
     Blocks; runs on any thread."""
-    ours, theirs = _blocks(pool, source), _blocks(region, target)
+    _convert(pool.view, region.view, source, target, begin, end)
+
+
+def laid_out(pool: Region, source: Placement, target: Placement, end: int) -> memoryview:
+    """As ``convert``, of all of the target's tokens before ``end``, into memory of its own."""
+    memory = memoryview(bytearray(len(target.blocks) * target.layout.block_nbytes))
+    _convert(pool.view, memory, source, target, target.first_token, end)
+    return memory
+
+
+def _convert(pool: memoryview, memory: memoryview, source: Placement, target: Placement, begin: int, end: int) -> None:
+    ours, theirs = _blocks(pool, source), _blocks(memory, target)
     firsts, counts = stretches(source, target, begin, end)
     places = np.stack([*source.locate(firsts), *target.locate(firsts), counts], axis=1)
     for from_block, from_token, to_block, to_token, count in places.tolist():
         theirs[to_block, :, :, to_token : to_token + count] = ours[from_block, :, :, from_token : from_token + count]
 
 
-def _blocks(region: Region, placement: Placement) -> torch.Tensor:
+def _blocks(region: memoryview, placement: Placement) -> torch.Tensor:
     layout = placement.layout
     dtype, num_blocks = DTYPES[layout.dtype], (region.nbytes - placement.base) // layout.block_nbytes
     count = num_blocks * layout.block_nbytes // dtype.itemsize
-    flat = torch.frombuffer(region.view, dtype=dtype, count=count, offset=placement.base)
+    flat = torch.frombuffer(region, dtype=dtype, count=count, offset=placement.base)
     return flat.view(num_blocks, *layout.block_shape)

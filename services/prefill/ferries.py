@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -25,12 +26,13 @@ from kvferry.errors import (
 )
 from services.engine.engine import StepTime
 from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
-from services.prefill.conversion import Converter
+from services.prefill.conversion import Converter, laid_out
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
 from services.prefill.pieces import Pieces, Placement, pieces
 from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
 from services.worker.convert import to_peer_layout, to_token, to_us
+from services.worker.digester import Digester
 from services.worker.worker import Worker
 from transport import (
     Op,
@@ -67,6 +69,9 @@ class Passage:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     transfers: set[Transfer] = field(default_factory=set)
     source: Placement | None = None  # once compute has begun
+    digests: list[asyncio.Future[list[int]]] = field(
+        default_factory=list
+    )  # of each write, where the ticket asks for them
     first_token: common_pb2.Token | None = None
     started_s: float | None = None
     computed_s: float = 0.0
@@ -74,6 +79,7 @@ class Passage:
     busy_s: float = 0.0
     num_bytes: int = 0
     path: str = ""
+    verify_s: float = 0.0
     owner_lost: bool = False
     # Of a connection that broke, bytes may still be on their way.
     may_still_arrive: bool = False
@@ -120,6 +126,8 @@ class Passage:
             match action:
                 case Write():
                     self.ferries.spawn(self._write(action))
+                    if self.ticket.verify:  # while the bytes move
+                        self.digests.append(self._digest(action))
                 case Commit():
                     self.ferries.spawn(self._commit(action))
                 case CancelWrites():
@@ -148,6 +156,18 @@ class Passage:
             return
         worker.traffic.blocks_written += write.num_blocks
         self._do(self.ferry.written())
+
+    def _digest(self, write: Write) -> asyncio.Future[list[int]]:
+        """Of the owner's blocks that the write fills, from what they are made of here."""
+        source, layout = self.source, self.target.layout
+        assert source is not None
+        digester, num_prompt = self.ferries.digester, self.ticket.num_prompt_tokens
+        first = write.first_token // layout.block_size
+        if source.layout == layout:
+            return digester.digest(tuple(source.blocks[first : first + write.num_blocks]), first, num_prompt)
+        target = Placement(layout, range(write.num_blocks), write.first_token)
+        make = partial(laid_out, self.ferries.worker.region, source, target, write.end_token)
+        return digester.digest_made(make, layout, write.num_blocks, first, num_prompt)
 
     async def _transfer(self, local: Region, batch: Pieces) -> None:
         """Returns or raises when the transport has let go of both sides."""
@@ -187,8 +207,11 @@ class Passage:
     async def _commit(self, written: Commit) -> None:
         ticket, identity = self.ticket, self.ferries.worker.identity
         assert self.first_token is not None
+        digests = await self._collect_digests()
+        if digests is None:
+            return
         try:
-            await self._owner().CommitTransfer(
+            answer = await self._owner().CommitTransfer(
                 worker_pb2.CommitTransferRequest(
                     transfer_id=ticket.transfer_id,
                     epoch=ticket.epoch,
@@ -199,6 +222,7 @@ class Passage:
                     num_tokens=written.num_tokens,
                     num_bytes=self.num_bytes,
                     first_token=self.first_token,
+                    block_digests=digests,
                 ),
                 timeout=COMMIT_TIMEOUT_S,
             )
@@ -215,9 +239,28 @@ class Passage:
             return
         if self.ferry.state is not FerryState.COMMITTING:
             return  # stopped meanwhile, and the owner told so
+        self.verify_s += answer.verify_us / 1e6
         self.ferry.committed()
         self.outbox.put_nowait(self._committed(written.num_blocks))
         self._release()
+
+    async def _collect_digests(self) -> list[int] | None:
+        """Of all blocks, in order, none where the ticket asks for none.  None when the passage was stopped meanwhile: the
+        blocks that were read may have been somebody else's by then."""
+        began_s = time.monotonic()
+        try:
+            digests = [digest for part in await asyncio.gather(*self.digests) for digest in part]
+        except Exception as e:
+            self.log.exception("digest_failed")
+            if self.ferry.state is FerryState.COMMITTING:
+                self.outbox.put_nowait(AbortedError(f"KV blocks could not be digested: {e}", reason="WRITE_FAILED"))
+            self._do(self.ferry.stop(f"digesting failed: {e}"))
+            return None
+        if self.ferry.state is not FerryState.COMMITTING:
+            return None
+        if self.ticket.verify:
+            self.verify_s = time.monotonic() - began_s
+        return digests
 
     async def _tell_owner(self, reason: str) -> None:
         """Best effort: an owner that does not hear of it asks by itself."""
@@ -245,6 +288,8 @@ class Passage:
     def _release(self) -> None:
         worker = self.ferries.worker
         worker.router.unsubscribe(self.sequence.id)
+        for digest in self.digests:
+            digest.cancel()
         with worker.engine.exclusive() as scheduler:
             scheduler.abort(self.sequence.id)
         self.ferries.remotes.release(self.owner)
@@ -267,6 +312,7 @@ class Passage:
                 busy_us=to_us(self.busy_s),
                 exposed_us=to_us(now_s - self.computed_s),
                 path=self.path,
+                verify_us=to_us(self.verify_s),
             ),
         )
 
@@ -274,10 +320,11 @@ class Passage:
 class Ferries:
     """Use as an async context manager.  Owned by the event loop."""
 
-    def __init__(self, worker: Worker, channels: Channels, converter: Converter) -> None:
+    def __init__(self, worker: Worker, channels: Channels, converter: Converter, digester: Digester) -> None:
         self.worker = worker
         self.channels = channels
         self.converter = converter
+        self.digester = digester
         self.remotes = Remotes(worker.transport)
         self.loop = asyncio.get_running_loop()
         self._passages: dict[str, Passage] = {}  # by transfer id

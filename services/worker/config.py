@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from kvferry.errors import InvalidRequestError
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
+from services.worker.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -36,12 +37,24 @@ class WorkerConfig:
     max_running: int = option(64, help="most sequences in one step", minimum=1)
     max_waiting: int = option(256, help="most requests queued; more are refused", minimum=1)
     ticket_lifetime_s: float = option(300.0, help="how long a writer may take from ticket to commit", minimum=0.1)
+    verify_transfers: str = option(
+        "1/16", help="share of the transfers into a decode worker whose blocks are verified: all, none or a fraction"
+    )
+    pair_quarantine_s: float = option(
+        300.0, help="how long a decode worker takes nothing from a writer whose blocks arrived damaged", minimum=0
+    )
     lease_ttl_s: float = option(
         6.0, help="how long the directory believes in this worker without hearing from it", minimum=1
     )
     drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
     metrics_port: int = option(0, help="port of the Prometheus endpoint; 0 is off", minimum=0)
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")
+
+    def __post_init__(self) -> None:
+        try:
+            Share.parse(self.verify_transfers)
+        except ValueError as e:
+            raise ValueError(f"--verify-transfers: {e}") from e
 
 
 def parse_nbytes(text: str) -> int:

@@ -50,3 +50,15 @@ class _WorkerCollector(Collector):
         transfer_bytes.add_metric(["written"], traffic.bytes_written)
         transfer_bytes.add_metric(["received"], traffic.bytes_received)
         yield transfer_bytes
+        checks = CounterMetricFamily(
+            "kvferry_transfer_checks", "Transfers into this worker's pool that were verified", labels=["result"]
+        )
+        checks.add_metric(["ok"], traffic.checks_ok)
+        checks.add_metric(["mismatch"], traffic.checks_mismatch)
+        yield checks
+        yield CounterMetricFamily(
+            "kvferry_transfer_check_bytes", "KV bytes digested to verify transfers", value=traffic.bytes_digested
+        )
+        yield CounterMetricFamily(
+            "kvferry_transfer_check_seconds", "Seconds spent digesting KV to verify transfers", value=traffic.digest_s
+        )

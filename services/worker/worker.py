@@ -40,12 +40,17 @@ class Identity:
 
 @dataclass(slots=True)
 class Traffic:
-    """KV blocks since start: written into others' pools, and committed into ours."""
+    """KV blocks since start: written into others' pools, and committed into ours.  ``checks``: transfers into our pool that
+    were verified; what was digested for checks counts on both sides."""
 
     blocks_written: int = 0
     bytes_written: int = 0
     blocks_received: int = 0
     bytes_received: int = 0
+    checks_ok: int = 0
+    checks_mismatch: int = 0
+    bytes_digested: int = 0
+    digest_s: float = 0.0
 
 
 @dataclass(slots=True, eq=False)

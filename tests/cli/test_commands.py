@@ -77,6 +77,7 @@ def test_generate_timeline_tells_every_stage(gateway: FakeGateway) -> None:
     assert rows["first token (TTFT)"].startswith("80.0 ms")
     assert "3 blocks, 6,000,000 bytes (5.7 MiB) by mapped at 3.00 GB/s" in rows["KV written"]
     assert rows["exposed transfer"].startswith("900 us")
+    assert rows["of it, verifying"].startswith("250 us")
     assert "decode-0, 12 steps" in rows["decode compute"]
     assert rows["ITL p50"].startswith("20.0 ms")
     assert rows["ITL p99"].startswith("31.0 ms")

@@ -113,6 +113,22 @@ def test_what_a_writer_did_is_held_against_the_writer() -> None:
     assert m.on(failed(Stream.DECODE, OverloadedError("full")))[1] == ChooseRoute(frozenset({D}))
 
 
+def test_each_writer_that_the_decode_worker_distrusts_is_passed_over_and_no_attempt_is_used_up() -> None:
+    """So that the prompt is computed where it is decoded at last, however many writers there are."""
+    m = split(max_attempts=2)
+    writers = [P]
+    for attempt in range(1, 6):
+        error = AbortedError("some arrived damaged", reason="PAIR_QUARANTINED")
+        actions = m.on(failed(Stream.DECODE, error, attempt))
+        assert actions == [CancelAttempt(attempt), ChooseRoute(frozenset(writers))]
+        writers.append(WorkerKey(f"p{attempt}", 1))
+        m.on(Routed(D, writers[-1]))
+    damaged = AbortedError("blocks 3", reason="CHECKSUM_MISMATCH")
+    assert m.on(failed(Stream.DECODE, damaged, 6))[1] == ChooseRoute(frozenset(writers))
+    m.on(Routed(D, None))
+    assert m.on(failed(Stream.DECODE, LOST, 7)) == [CancelAttempt(7), Fail(LOST)]
+
+
 def test_a_prefill_worker_lost_after_its_commit_does_not_matter() -> None:
     m = split()
     m.on(prefilled())

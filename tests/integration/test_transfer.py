@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import grpc
@@ -46,7 +46,10 @@ class Proxy(worker_pb2_grpc.DecodeServiceServicer):
 
     async def CommitTransfer(self, request: worker_pb2.CommitTransferRequest, context: Any) -> Any:
         await self._before_commit()
-        return await self._owner.CommitTransfer(request, timeout=10)
+        try:
+            return await self._owner.CommitTransfer(request, timeout=10)
+        except grpc.aio.AioRpcError as e:
+            await context.abort(e.code(), e.details() or "", tuple(e.trailing_metadata()))
 
     async def AbortTransfer(self, request: worker_pb2.AbortTransferRequest, context: Any) -> Any:
         return await self._owner.AbortTransfer(request, timeout=10)
@@ -77,9 +80,11 @@ class Handmade:
         async with (
             grpc.aio.insecure_channel(self.cluster.local.address("prefill-0")) as to_prefill,
             grpc.aio.insecure_channel(self.cluster.local.address("decode-0")) as to_decode,
+            AsyncExitStack() as stack,
         ):
             owner = worker_pb2_grpc.DecodeServiceStub(to_decode)
             server = grpc.aio.server()
+            stack.push_async_callback(server.stop, 0)
             worker_pb2_grpc.add_DecodeServiceServicer_to_server(Proxy(owner, self._hold), server)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
@@ -118,7 +123,6 @@ class Handmade:
                 self.go_on.set()
                 decode.cancel()
                 prefill.cancel()
-                await server.stop(0)
 
     async def tokens(self, tamper: Callable[[worker_pb2.Ticket], None]) -> list[int]:
         async with self.begun() as (decode, prefill):

@@ -15,7 +15,7 @@ import torch
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from services.decode.reservations import Reservations
+from services.decode.reservations import Reservations, Terms
 from services.decode.servicer import DecodeServicer
 from services.engine.batch import Batch
 from services.engine.blocks import BlockPool
@@ -29,7 +29,9 @@ from services.prefill.conversion import Converter
 from services.prefill.ferries import Ferries
 from services.runtime.channels import Channels
 from services.runtime.process import this_process
+from services.worker.digester import Digester
 from services.worker.events import EventRouter
+from services.worker.share import Share
 from services.worker.worker import Identity, Worker
 from transport import create
 
@@ -163,11 +165,14 @@ async def two_workers(
         address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
         owner = await enter(side(common_pb2.WORKER_ROLE_DECODE, address, owners, chunk))
         writer = await enter(side(common_pb2.WORKER_ROLE_PREFILL, "", writers, chunk))
-        reservations = await enter(Reservations(owner.worker, channels, 60.0))
+        checker = stack.enter_context(Digester(owner.worker))
+        terms = Terms(ticket_lifetime_s=60.0, verified=Share.parse("all"), pair_quarantine_s=60.0)
+        reservations = await enter(Reservations(owner.worker, channels, checker, terms))
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(owner.worker, reservations), server)
         await server.start()
         stack.push_async_callback(server.stop, 0)
         region = writer.worker.transport.allocate(convert_nbytes)
         converter = stack.enter_context(closing(Converter(writer.worker.region, region)))
-        ferries = await enter(Ferries(writer.worker, channels, converter))
+        digester = stack.enter_context(Digester(writer.worker))
+        ferries = await enter(Ferries(writer.worker, channels, converter, digester))
         yield TwoWorkers(writer, owner, ferries, worker_pb2_grpc.DecodeServiceStub(channels.get(address)))

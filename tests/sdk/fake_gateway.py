@@ -30,7 +30,9 @@ TIMELINE = inference_pb2.Timeline(
     prefill=common_pb2.PrefillStats(
         queue_us=3_000, compute_us=70_000, num_prompt_tokens=40, num_cached_tokens=16, num_chunks=2
     ),
-    transfer=common_pb2.TransferStats(num_blocks=3, num_bytes=6_000_000, busy_us=2_000, exposed_us=900, path="mapped"),
+    transfer=common_pb2.TransferStats(
+        num_blocks=3, num_bytes=6_000_000, busy_us=2_000, exposed_us=900, verify_us=250, path="mapped"
+    ),
     decode=common_pb2.DecodeStats(wait_for_kv_us=75_000, compute_us=300_000, num_steps=12),
     route_reason="shipping pays",
 )

@@ -332,6 +332,7 @@ class TransferStats(google.protobuf.message.Message):
     BUSY_US_FIELD_NUMBER: builtins.int
     EXPOSED_US_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
+    VERIFY_US_FIELD_NUMBER: builtins.int
     num_blocks: builtins.int
     num_bytes: builtins.int
     busy_us: builtins.int
@@ -340,6 +341,10 @@ class TransferStats(google.protobuf.message.Message):
     """From the end of the last chunk's compute to the pool owner's acceptance of the commit: what the request waits for."""
     path: builtins.str
     """"mapped" (stores into the peer's shared segment), "rma" (UCP put/get) or "loopback"."""
+    verify_us: builtins.int
+    """The part of exposed_us that went into comparing digests: the writer's where writing did not hide it, and the owner's.
+    0: this transfer was not verified.
+    """
     def __init__(
         self,
         *,
@@ -348,8 +353,9 @@ class TransferStats(google.protobuf.message.Message):
         busy_us: builtins.int = ...,
         exposed_us: builtins.int = ...,
         path: builtins.str = ...,
+        verify_us: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["busy_us", b"busy_us", "exposed_us", b"exposed_us", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "path", b"path"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["busy_us", b"busy_us", "exposed_us", b"exposed_us", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "path", b"path", "verify_us", b"verify_us"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TransferStats: typing_extensions.TypeAlias = TransferStats

@@ -26,7 +26,7 @@ from kvferry.api.common.v1 import common_pb2 as kvferry_dot_api_dot_common_dot_v
 from kvferry.api.directory.v1 import directory_pb2 as kvferry_dot_api_dot_directory_dot_v1_dot_directory__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvferry/api/worker/v1/worker.proto\x12\x15kvferry.api.worker.v1\x1a\"kvferry/api/common/v1/common.proto\x1a(kvferry/api/directory/v1/directory.proto\"\xd7\x02\n\x06Ticket\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08owner_id\x18\x04 \x01(\t\x12\x19\n\x11owner_incarnation\x18\x05 \x01(\x04\x12\x1d\n\x15owner_control_address\x18\x06 \x01(\t\x12\x11\n\twriter_id\x18\x07 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x08 \x01(\x04\x12\x0e\n\x06region\x18\t \x01(\x0c\x12-\n\x06layout\x18\n \x01(\x0b\x32\x1d.kvferry.api.common.v1.Layout\x12\x19\n\x11\x66irst_block_index\x18\x0b \x01(\r\x12\x0e\n\x06\x62locks\x18\x0c \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\r \x01(\r\x12\x15\n\rexpires_in_ms\x18\x0e \x01(\r\"\xba\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x37\n\x08sampling\x18\x03 \x01(\x0b\x32%.kvferry.api.common.v1.SamplingParams\x12-\n\x06ticket\x18\x04 \x01(\x0b\x32\x1d.kvferry.api.worker.v1.Ticket\x12\x12\n\ncache_salt\x18\x05 \x01(\x0c\"\x86\x01\n\x0fPrefillResponse\x12\x33\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1c.kvferry.api.common.v1.TokenH\x00\x12\x35\n\tcommitted\x18\x02 \x01(\x0b\x32 .kvferry.api.worker.v1.CommittedH\x00\x42\x07\n\x05\x65vent\"y\n\tCommitted\x12\x34\n\x07prefill\x18\x01 \x01(\x0b\x32#.kvferry.api.common.v1.PrefillStats\x12\x36\n\x08transfer\x18\x02 \x01(\x0b\x32$.kvferry.api.common.v1.TransferStats\"\x85\x01\n\x06Writer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x17\n\x0f\x63ontrol_address\x18\x03 \x01(\t\x12:\n\x07process\x18\x04 \x01(\x0b\x32).kvferry.api.directory.v1.ProcessIdentity\"\xb9\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x37\n\x08sampling\x18\x03 \x01(\x0b\x32%.kvferry.api.common.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12-\n\x06writer\x18\x05 \x01(\x0b\x32\x1d.kvferry.api.worker.v1.Writer\"\xb4\x01\n\x0e\x44\x65\x63odeResponse\x12/\n\x06ticket\x18\x01 \x01(\x0b\x32\x1d.kvferry.api.worker.v1.TicketH\x00\x12-\n\x05token\x18\x02 \x01(\x0b\x32\x1c.kvferry.api.common.v1.TokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.kvferry.api.worker.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\xaf\x01\n\x0e\x44\x65\x63odeFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.kvferry.api.common.v1.FinishReason\x12\x32\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\".kvferry.api.common.v1.DecodeStats\x12\x34\n\x07prefill\x18\x03 \x01(\x0b\x32#.kvferry.api.common.v1.PrefillStats\"\xf3\x01\n\x15\x43ommitTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x11owner_incarnation\x18\x03 \x01(\x04\x12\x11\n\twriter_id\x18\x04 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x05 \x01(\x04\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\x31\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x1c.kvferry.api.common.v1.Token\x12\x12\n\nnum_tokens\x18\x14 \x01(\r\"\x18\n\x16\x43ommitTransferResponse\"\x94\x01\n\x14\x41\x62ortTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x11owner_incarnation\x18\x03 \x01(\x04\x12\x11\n\twriter_id\x18\x04 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x05 \x01(\x04\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\x17\n\x15\x41\x62ortTransferResponse\"\x95\x01\n\x13StopTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08owner_id\x18\x03 \x01(\t\x12\x19\n\x11owner_incarnation\x18\x04 \x01(\x04\x12\x11\n\twriter_id\x18\x05 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x06 \x01(\x04\"+\n\x14StopTransferResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x11\n\x0fGetStatsRequest\"\xa0\x02\n\x10GetStatsResponse\x12\x34\n\x05state\x18\x01 \x01(\x0b\x32%.kvferry.api.directory.v1.WorkerState\x12\x1a\n\x12num_blocks_written\x18\x02 \x01(\x04\x12\x19\n\x11num_bytes_written\x18\x03 \x01(\x04\x12\x1b\n\x13num_blocks_received\x18\x04 \x01(\x04\x12\x1a\n\x12num_bytes_received\x18\x05 \x01(\x04\x12\x1a\n\x12num_prefill_tokens\x18\x06 \x01(\x04\x12\x19\n\x11num_decode_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x04\x12\x14\n\x0cintegrity_ok\x18\t \x01(\x08\x32l\n\x0ePrefillService\x12Z\n\x07Prefill\x12%.kvferry.api.worker.v1.PrefillRequest\x1a&.kvferry.api.worker.v1.PrefillResponse0\x01\x32\xc3\x02\n\rDecodeService\x12W\n\x06\x44\x65\x63ode\x12$.kvferry.api.worker.v1.DecodeRequest\x1a%.kvferry.api.worker.v1.DecodeResponse0\x01\x12m\n\x0e\x43ommitTransfer\x12,.kvferry.api.worker.v1.CommitTransferRequest\x1a-.kvferry.api.worker.v1.CommitTransferResponse\x12j\n\rAbortTransfer\x12+.kvferry.api.worker.v1.AbortTransferRequest\x1a,.kvferry.api.worker.v1.AbortTransferResponse2\xa9\x02\n\rWorkerService\x12g\n\x0cStopTransfer\x12*.kvferry.api.worker.v1.StopTransferRequest\x1a+.kvferry.api.worker.v1.StopTransferResponse\x12R\n\x05\x44rain\x12#.kvferry.api.worker.v1.DrainRequest\x1a$.kvferry.api.worker.v1.DrainResponse\x12[\n\x08GetStats\x12&.kvferry.api.worker.v1.GetStatsRequest\x1a\'.kvferry.api.worker.v1.GetStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"kvferry/api/worker/v1/worker.proto\x12\x15kvferry.api.worker.v1\x1a\"kvferry/api/common/v1/common.proto\x1a(kvferry/api/directory/v1/directory.proto\"\xe7\x02\n\x06Ticket\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x10\n\x08owner_id\x18\x04 \x01(\t\x12\x19\n\x11owner_incarnation\x18\x05 \x01(\x04\x12\x1d\n\x15owner_control_address\x18\x06 \x01(\t\x12\x11\n\twriter_id\x18\x07 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x08 \x01(\x04\x12\x0e\n\x06region\x18\t \x01(\x0c\x12-\n\x06layout\x18\n \x01(\x0b\x32\x1d.kvferry.api.common.v1.Layout\x12\x19\n\x11\x66irst_block_index\x18\x0b \x01(\r\x12\x0e\n\x06\x62locks\x18\x0c \x03(\r\x12\x19\n\x11num_prompt_tokens\x18\r \x01(\r\x12\x15\n\rexpires_in_ms\x18\x0e \x01(\r\x12\x0e\n\x06verify\x18\x1e \x01(\x08\"\xba\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x37\n\x08sampling\x18\x03 \x01(\x0b\x32%.kvferry.api.common.v1.SamplingParams\x12-\n\x06ticket\x18\x04 \x01(\x0b\x32\x1d.kvferry.api.worker.v1.Ticket\x12\x12\n\ncache_salt\x18\x05 \x01(\x0c\"\x86\x01\n\x0fPrefillResponse\x12\x33\n\x0b\x66irst_token\x18\x01 \x01(\x0b\x32\x1c.kvferry.api.common.v1.TokenH\x00\x12\x35\n\tcommitted\x18\x02 \x01(\x0b\x32 .kvferry.api.worker.v1.CommittedH\x00\x42\x07\n\x05\x65vent\"y\n\tCommitted\x12\x34\n\x07prefill\x18\x01 \x01(\x0b\x32#.kvferry.api.common.v1.PrefillStats\x12\x36\n\x08transfer\x18\x02 \x01(\x0b\x32$.kvferry.api.common.v1.TransferStats\"\x85\x01\n\x06Writer\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x17\n\x0f\x63ontrol_address\x18\x03 \x01(\t\x12:\n\x07process\x18\x04 \x01(\x0b\x32).kvferry.api.directory.v1.ProcessIdentity\"\xb9\x01\n\rDecodeRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x37\n\x08sampling\x18\x03 \x01(\x0b\x32%.kvferry.api.common.v1.SamplingParams\x12\x12\n\ncache_salt\x18\x04 \x01(\x0c\x12-\n\x06writer\x18\x05 \x01(\x0b\x32\x1d.kvferry.api.worker.v1.Writer\"\xb4\x01\n\x0e\x44\x65\x63odeResponse\x12/\n\x06ticket\x18\x01 \x01(\x0b\x32\x1d.kvferry.api.worker.v1.TicketH\x00\x12-\n\x05token\x18\x02 \x01(\x0b\x32\x1c.kvferry.api.common.v1.TokenH\x00\x12\x39\n\x08\x66inished\x18\x03 \x01(\x0b\x32%.kvferry.api.worker.v1.DecodeFinishedH\x00\x42\x07\n\x05\x65vent\"\xaf\x01\n\x0e\x44\x65\x63odeFinished\x12\x33\n\x06reason\x18\x01 \x01(\x0e\x32#.kvferry.api.common.v1.FinishReason\x12\x32\n\x06\x64\x65\x63ode\x18\x02 \x01(\x0b\x32\".kvferry.api.common.v1.DecodeStats\x12\x34\n\x07prefill\x18\x03 \x01(\x0b\x32#.kvferry.api.common.v1.PrefillStats\"\x8a\x02\n\x15\x43ommitTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x11owner_incarnation\x18\x03 \x01(\x04\x12\x11\n\twriter_id\x18\x04 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x05 \x01(\x04\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\x12\x11\n\tnum_bytes\x18\x07 \x01(\x04\x12\x31\n\x0b\x66irst_token\x18\x08 \x01(\x0b\x32\x1c.kvferry.api.common.v1.Token\x12\x12\n\nnum_tokens\x18\x14 \x01(\r\x12\x15\n\rblock_digests\x18\x1e \x03(\x06\"+\n\x16\x43ommitTransferResponse\x12\x11\n\tverify_us\x18\x01 \x01(\x04\"\x94\x01\n\x14\x41\x62ortTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x19\n\x11owner_incarnation\x18\x03 \x01(\x04\x12\x11\n\twriter_id\x18\x04 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x05 \x01(\x04\x12\x0e\n\x06reason\x18\x06 \x01(\t\"\x17\n\x15\x41\x62ortTransferResponse\"\x95\x01\n\x13StopTransferRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08owner_id\x18\x03 \x01(\t\x12\x19\n\x11owner_incarnation\x18\x04 \x01(\x04\x12\x11\n\twriter_id\x18\x05 \x01(\t\x12\x1a\n\x12writer_incarnation\x18\x06 \x01(\x04\"+\n\x14StopTransferResponse\x12\x13\n\x0bincarnation\x18\x01 \x01(\x04\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse\"\x11\n\x0fGetStatsRequest\"\xa0\x02\n\x10GetStatsResponse\x12\x34\n\x05state\x18\x01 \x01(\x0b\x32%.kvferry.api.directory.v1.WorkerState\x12\x1a\n\x12num_blocks_written\x18\x02 \x01(\x04\x12\x19\n\x11num_bytes_written\x18\x03 \x01(\x04\x12\x1b\n\x13num_blocks_received\x18\x04 \x01(\x04\x12\x1a\n\x12num_bytes_received\x18\x05 \x01(\x04\x12\x1a\n\x12num_prefill_tokens\x18\x06 \x01(\x04\x12\x19\n\x11num_decode_tokens\x18\x07 \x01(\x04\x12\x19\n\x11num_cached_tokens\x18\x08 \x01(\x04\x12\x14\n\x0cintegrity_ok\x18\t \x01(\x08\x32l\n\x0ePrefillService\x12Z\n\x07Prefill\x12%.kvferry.api.worker.v1.PrefillRequest\x1a&.kvferry.api.worker.v1.PrefillResponse0\x01\x32\xc3\x02\n\rDecodeService\x12W\n\x06\x44\x65\x63ode\x12$.kvferry.api.worker.v1.DecodeRequest\x1a%.kvferry.api.worker.v1.DecodeResponse0\x01\x12m\n\x0e\x43ommitTransfer\x12,.kvferry.api.worker.v1.CommitTransferRequest\x1a-.kvferry.api.worker.v1.CommitTransferResponse\x12j\n\rAbortTransfer\x12+.kvferry.api.worker.v1.AbortTransferRequest\x1a,.kvferry.api.worker.v1.AbortTransferResponse2\xa9\x02\n\rWorkerService\x12g\n\x0cStopTransfer\x12*.kvferry.api.worker.v1.StopTransferRequest\x1a+.kvferry.api.worker.v1.StopTransferResponse\x12R\n\x05\x44rain\x12#.kvferry.api.worker.v1.DrainRequest\x1a$.kvferry.api.worker.v1.DrainResponse\x12[\n\x08GetStats\x12&.kvferry.api.worker.v1.GetStatsRequest\x1a\'.kvferry.api.worker.v1.GetStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,45 +34,45 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvferry.api.worker.v1.worke
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TICKET']._serialized_start=140
-  _globals['_TICKET']._serialized_end=483
-  _globals['_PREFILLREQUEST']._serialized_start=486
-  _globals['_PREFILLREQUEST']._serialized_end=672
-  _globals['_PREFILLRESPONSE']._serialized_start=675
-  _globals['_PREFILLRESPONSE']._serialized_end=809
-  _globals['_COMMITTED']._serialized_start=811
-  _globals['_COMMITTED']._serialized_end=932
-  _globals['_WRITER']._serialized_start=935
-  _globals['_WRITER']._serialized_end=1068
-  _globals['_DECODEREQUEST']._serialized_start=1071
-  _globals['_DECODEREQUEST']._serialized_end=1256
-  _globals['_DECODERESPONSE']._serialized_start=1259
-  _globals['_DECODERESPONSE']._serialized_end=1439
-  _globals['_DECODEFINISHED']._serialized_start=1442
-  _globals['_DECODEFINISHED']._serialized_end=1617
-  _globals['_COMMITTRANSFERREQUEST']._serialized_start=1620
-  _globals['_COMMITTRANSFERREQUEST']._serialized_end=1863
-  _globals['_COMMITTRANSFERRESPONSE']._serialized_start=1865
-  _globals['_COMMITTRANSFERRESPONSE']._serialized_end=1889
-  _globals['_ABORTTRANSFERREQUEST']._serialized_start=1892
-  _globals['_ABORTTRANSFERREQUEST']._serialized_end=2040
-  _globals['_ABORTTRANSFERRESPONSE']._serialized_start=2042
-  _globals['_ABORTTRANSFERRESPONSE']._serialized_end=2065
-  _globals['_STOPTRANSFERREQUEST']._serialized_start=2068
-  _globals['_STOPTRANSFERREQUEST']._serialized_end=2217
-  _globals['_STOPTRANSFERRESPONSE']._serialized_start=2219
-  _globals['_STOPTRANSFERRESPONSE']._serialized_end=2262
-  _globals['_DRAINREQUEST']._serialized_start=2264
-  _globals['_DRAINREQUEST']._serialized_end=2278
-  _globals['_DRAINRESPONSE']._serialized_start=2280
-  _globals['_DRAINRESPONSE']._serialized_end=2295
-  _globals['_GETSTATSREQUEST']._serialized_start=2297
-  _globals['_GETSTATSREQUEST']._serialized_end=2314
-  _globals['_GETSTATSRESPONSE']._serialized_start=2317
-  _globals['_GETSTATSRESPONSE']._serialized_end=2605
-  _globals['_PREFILLSERVICE']._serialized_start=2607
-  _globals['_PREFILLSERVICE']._serialized_end=2715
-  _globals['_DECODESERVICE']._serialized_start=2718
-  _globals['_DECODESERVICE']._serialized_end=3041
-  _globals['_WORKERSERVICE']._serialized_start=3044
-  _globals['_WORKERSERVICE']._serialized_end=3341
+  _globals['_TICKET']._serialized_end=499
+  _globals['_PREFILLREQUEST']._serialized_start=502
+  _globals['_PREFILLREQUEST']._serialized_end=688
+  _globals['_PREFILLRESPONSE']._serialized_start=691
+  _globals['_PREFILLRESPONSE']._serialized_end=825
+  _globals['_COMMITTED']._serialized_start=827
+  _globals['_COMMITTED']._serialized_end=948
+  _globals['_WRITER']._serialized_start=951
+  _globals['_WRITER']._serialized_end=1084
+  _globals['_DECODEREQUEST']._serialized_start=1087
+  _globals['_DECODEREQUEST']._serialized_end=1272
+  _globals['_DECODERESPONSE']._serialized_start=1275
+  _globals['_DECODERESPONSE']._serialized_end=1455
+  _globals['_DECODEFINISHED']._serialized_start=1458
+  _globals['_DECODEFINISHED']._serialized_end=1633
+  _globals['_COMMITTRANSFERREQUEST']._serialized_start=1636
+  _globals['_COMMITTRANSFERREQUEST']._serialized_end=1902
+  _globals['_COMMITTRANSFERRESPONSE']._serialized_start=1904
+  _globals['_COMMITTRANSFERRESPONSE']._serialized_end=1947
+  _globals['_ABORTTRANSFERREQUEST']._serialized_start=1950
+  _globals['_ABORTTRANSFERREQUEST']._serialized_end=2098
+  _globals['_ABORTTRANSFERRESPONSE']._serialized_start=2100
+  _globals['_ABORTTRANSFERRESPONSE']._serialized_end=2123
+  _globals['_STOPTRANSFERREQUEST']._serialized_start=2126
+  _globals['_STOPTRANSFERREQUEST']._serialized_end=2275
+  _globals['_STOPTRANSFERRESPONSE']._serialized_start=2277
+  _globals['_STOPTRANSFERRESPONSE']._serialized_end=2320
+  _globals['_DRAINREQUEST']._serialized_start=2322
+  _globals['_DRAINREQUEST']._serialized_end=2336
+  _globals['_DRAINRESPONSE']._serialized_start=2338
+  _globals['_DRAINRESPONSE']._serialized_end=2353
+  _globals['_GETSTATSREQUEST']._serialized_start=2355
+  _globals['_GETSTATSREQUEST']._serialized_end=2372
+  _globals['_GETSTATSRESPONSE']._serialized_start=2375
+  _globals['_GETSTATSRESPONSE']._serialized_end=2663
+  _globals['_PREFILLSERVICE']._serialized_start=2665
+  _globals['_PREFILLSERVICE']._serialized_end=2773
+  _globals['_DECODESERVICE']._serialized_start=2776
+  _globals['_DECODESERVICE']._serialized_end=3099
+  _globals['_WORKERSERVICE']._serialized_start=3102
+  _globals['_WORKERSERVICE']._serialized_end=3399
 # @@protoc_insertion_point(module_scope)

@@ -42,6 +42,7 @@ class Ticket(google.protobuf.message.Message):
     BLOCKS_FIELD_NUMBER: builtins.int
     NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     EXPIRES_IN_MS_FIELD_NUMBER: builtins.int
+    VERIFY_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     request_id: builtins.str
     epoch: builtins.int
@@ -61,6 +62,8 @@ class Ticket(google.protobuf.message.Message):
     num_prompt_tokens: builtins.int
     expires_in_ms: builtins.int
     """Counted from its receipt; after it no new write may start."""
+    verify: builtins.bool
+    """The commit must bring a digest of each block."""
     @property
     def layout(self) -> kvferry.api.common.v1.common_pb2.Layout: ...
     @property
@@ -82,10 +85,11 @@ class Ticket(google.protobuf.message.Message):
         blocks: collections.abc.Iterable[builtins.int] | None = ...,
         num_prompt_tokens: builtins.int = ...,
         expires_in_ms: builtins.int = ...,
+        verify: builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["layout", b"layout"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "epoch", b"epoch", "expires_in_ms", b"expires_in_ms", "first_block_index", b"first_block_index", "layout", b"layout", "num_prompt_tokens", b"num_prompt_tokens", "owner_control_address", b"owner_control_address", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "region", b"region", "request_id", b"request_id", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "epoch", b"epoch", "expires_in_ms", b"expires_in_ms", "first_block_index", b"first_block_index", "layout", b"layout", "num_prompt_tokens", b"num_prompt_tokens", "owner_control_address", b"owner_control_address", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "region", b"region", "request_id", b"request_id", "transfer_id", b"transfer_id", "verify", b"verify", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Ticket: typing_extensions.TypeAlias = Ticket
@@ -309,6 +313,7 @@ class CommitTransferRequest(google.protobuf.message.Message):
     NUM_BYTES_FIELD_NUMBER: builtins.int
     FIRST_TOKEN_FIELD_NUMBER: builtins.int
     NUM_TOKENS_FIELD_NUMBER: builtins.int
+    BLOCK_DIGESTS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     epoch: builtins.int
     owner_incarnation: builtins.int
@@ -322,6 +327,13 @@ class CommitTransferRequest(google.protobuf.message.Message):
     """Tokens of the prompt whose KV is in these blocks."""
     @property
     def first_token(self) -> kvferry.api.common.v1.common_pb2.Token: ...
+    @property
+    def block_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """When the ticket says verify, one for each of its blocks, in order; otherwise none. XXH3-64, seeded with the block's
+        index in the prompt, of the KV of its prompt tokens as the writer holds it: layer, key then value, token, KV head,
+        dimension.
+        """
+
     def __init__(
         self,
         *,
@@ -334,10 +346,11 @@ class CommitTransferRequest(google.protobuf.message.Message):
         num_bytes: builtins.int = ...,
         first_token: kvferry.api.common.v1.common_pb2.Token | None = ...,
         num_tokens: builtins.int = ...,
+        block_digests: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["first_token", b"first_token"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "first_token", b"first_token", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_digests", b"block_digests", "epoch", b"epoch", "first_token", b"first_token", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_tokens", b"num_tokens", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CommitTransferRequest: typing_extensions.TypeAlias = CommitTransferRequest
@@ -346,9 +359,16 @@ Global___CommitTransferRequest: typing_extensions.TypeAlias = CommitTransferRequ
 class CommitTransferResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    VERIFY_US_FIELD_NUMBER: builtins.int
+    verify_us: builtins.int
+    """How long the commit waited for the owner's digests. 0: not verified."""
     def __init__(
         self,
+        *,
+        verify_us: builtins.int = ...,
     ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["verify_us", b"verify_us"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___CommitTransferResponse: typing_extensions.TypeAlias = CommitTransferResponse
 

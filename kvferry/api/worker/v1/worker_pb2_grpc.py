@@ -142,15 +142,19 @@ class DecodeServiceServicer(object):
         commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
         blocks back, through quarantine where a writer may still be writing.
         RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-        ABORTED             the writer gave up or the ticket expired; start again
+        ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
+        CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
+        start again without that writer
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CommitTransfer(self, request, context):
-        """By the writer: every byte is in place. Idempotent for the same ticket.
-        FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, or not every block was written
+        """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
+        the owner has compared the blocks' digests.
+        FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
+        arrived is not what was sent (reason CHECKSUM_MISMATCH)
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -81,11 +81,15 @@ class DecodeServiceStub:
     commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
     blocks back, through quarantine where a writer may still be writing.
       RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-      ABORTED             the writer gave up or the ticket expired; start again
+      ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
+                          CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
+                          start again without that writer
     """
     CommitTransfer: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.CommitTransferRequest, kvferry.api.worker.v1.worker_pb2.CommitTransferResponse]
-    """By the writer: every byte is in place. Idempotent for the same ticket.
-      FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, or not every block was written
+    """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
+    the owner has compared the blocks' digests.
+      FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
+                           arrived is not what was sent (reason CHECKSUM_MISMATCH)
     """
     AbortTransfer: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.AbortTransferRequest, kvferry.api.worker.v1.worker_pb2.AbortTransferResponse]
     """By the writer: it has stopped and will never write under this ticket again. Idempotent."""
@@ -101,11 +105,15 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
     blocks back, through quarantine where a writer may still be writing.
       RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-      ABORTED             the writer gave up or the ticket expired; start again
+      ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
+                          CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
+                          start again without that writer
     """
     CommitTransfer: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.CommitTransferRequest, kvferry.api.worker.v1.worker_pb2.CommitTransferResponse]  # type: ignore[assignment]
-    """By the writer: every byte is in place. Idempotent for the same ticket.
-      FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, or not every block was written
+    """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
+    the owner has compared the blocks' digests.
+      FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
+                           arrived is not what was sent (reason CHECKSUM_MISMATCH)
     """
     AbortTransfer: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.AbortTransferRequest, kvferry.api.worker.v1.worker_pb2.AbortTransferResponse]  # type: ignore[assignment]
     """By the writer: it has stopped and will never write under this ticket again. Idempotent."""
@@ -124,7 +132,9 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
         blocks back, through quarantine where a writer may still be writing.
           RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-          ABORTED             the writer gave up or the ticket expired; start again
+          ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
+                              CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
+                              start again without that writer
         """
 
     @abc.abstractmethod
@@ -133,8 +143,10 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         request: kvferry.api.worker.v1.worker_pb2.CommitTransferRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.CommitTransferResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.CommitTransferResponse]]:
-        """By the writer: every byte is in place. Idempotent for the same ticket.
-          FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, or not every block was written
+        """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
+        the owner has compared the blocks' digests.
+          FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
+                               arrived is not what was sent (reason CHECKSUM_MISMATCH)
         """
 
     @abc.abstractmethod

@@ -1,0 +1,233 @@
+"""A verified commit against what may happen while its blocks are read: the reading is held up at will."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from kvferry.api.common.v1 import common_pb2
+from kvferry.errors import AbortedError, ConflictError
+from services.decode.reservations import DecodeStream, Reservations, Terms, Writer
+from services.decode.tickets import Ticket, WriterId, Written
+from services.engine.sequence import TokenDrawn
+from services.runtime.channels import Channels
+from services.worker.servicer import drain
+from services.worker.share import Share
+from services.worker.worker import Worker
+from tests.worker.tiny import LAYOUT, NO_PROCESS, NUM_BLOCKS, SAMPLING, HeldDigester, make_worker
+from transport import Transport, create
+
+PROMPT = list(range(10))
+FIRST = common_pb2.Token(index=0, id=7)
+WRITER = Writer(WriterId("prefill-0", 7), "127.0.0.1:1", NO_PROCESS)
+HONEST = [11, 12, 13]
+names = (f"r{i}" for i in itertools.count())
+
+
+@pytest.fixture
+def transport() -> Iterator[Transport]:
+    with create("loopback") as transport:
+        yield transport
+
+
+@pytest.fixture
+async def worker(transport: Transport) -> Worker:
+    return make_worker(transport, "decode-0", common_pb2.WORKER_ROLE_DECODE)
+
+
+@pytest.fixture
+async def digester() -> HeldDigester:
+    return HeldDigester()
+
+
+@pytest.fixture
+def drawn() -> deque[float]:
+    """The first ticket is verified, and no other unless the test adds to this."""
+    return deque([0.1])
+
+
+@pytest.fixture
+async def reservations(worker: Worker, digester: HeldDigester, drawn: deque[float]) -> AsyncIterator[Reservations]:
+    terms = Terms(ticket_lifetime_s=60.0, verified=Share.parse("1/2"), pair_quarantine_s=60.0)
+    async with (
+        Channels() as channels,
+        Reservations(worker, channels, digester, terms, lambda: drawn.popleft() if drawn else 0.9) as it,  # type: ignore[arg-type]
+    ):
+        yield it
+        assert worker.integrity_ok()
+
+
+@asynccontextmanager
+async def opened(
+    reservations: Reservations, writer: Writer = WRITER, prompt: list[int] = PROMPT, salt: bytes = b""
+) -> AsyncIterator[tuple[DecodeStream, Ticket]]:
+    """Nothing of the prompt is cached, unless a salt was used before."""
+    name = next(names)
+    async with reservations.open(name, list(prompt), SAMPLING, salt or name.encode(), writer) as stream:
+        assert stream.ticket is not None
+        yield stream, stream.ticket
+
+
+def commit(reservations: Reservations, ticket: Ticket, epoch: int | None = None) -> asyncio.Task[float]:
+    num_blocks = len(ticket.blocks)
+    digests = tuple(HONEST[:num_blocks]) if ticket.verify else ()
+    written = Written(num_blocks, ticket.num_tokens, num_blocks * LAYOUT.block_nbytes, digests)
+    return asyncio.create_task(
+        reservations.commit(ticket.transfer_id, epoch or ticket.epoch, ticket.writer, written, FIRST)
+    )
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def num_free(worker: Worker) -> int:
+    with worker.engine.exclusive(wake=False) as scheduler:
+        return scheduler.pool.counts().free
+
+
+async def test_no_token_comes_before_the_blocks_were_verified(
+    reservations: Reservations, digester: HeldDigester, worker: Worker
+) -> None:
+    async with opened(reservations) as (stream, ticket):
+        task = commit(reservations, ticket)
+        await settle()
+        assert digester.begun == [(ticket.blocks, 0, 10)]
+        assert not task.done()
+        assert stream.events.empty()
+        digester.found[0].set_result(HONEST)
+        assert await task > 0
+        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+        assert (worker.traffic.checks_ok, worker.traffic.blocks_received) == (1, 3)
+
+
+async def test_what_is_not_in_the_sample_is_taken_at_its_word(
+    reservations: Reservations, digester: HeldDigester, worker: Worker
+) -> None:
+    async with opened(reservations), opened(reservations) as (stream, ticket):
+        assert not ticket.verify
+        assert await commit(reservations, ticket) == 0
+        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+    assert digester.begun == []
+    assert worker.traffic.checks_ok == 0
+
+
+async def test_what_is_cached_is_not_verified_again(
+    reservations: Reservations, digester: HeldDigester, drawn: deque[float]
+) -> None:
+    whole_blocks = PROMPT[:8]
+    drawn[0] = 0.9
+    async with opened(reservations, prompt=whole_blocks, salt=b"same") as (_, ticket):
+        await commit(reservations, ticket)
+    drawn.append(0.1)
+    async with opened(reservations, prompt=whole_blocks, salt=b"same") as (stream, ticket):
+        assert (ticket.blocks, ticket.verify) == ((), False)
+        assert await commit(reservations, ticket) == 0
+        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+    drawn.append(0.1)
+    async with opened(reservations, prompt=PROMPT, salt=b"same") as (_, ticket):
+        task = commit(reservations, ticket)
+        await settle()
+        assert digester.begun == [(ticket.blocks, 2, 10)], "the part that was sent, at its place in the prompt"
+        digester.found[0].set_result([HONEST[0]])
+        assert await task > 0
+
+
+async def test_damage_fails_the_request_counts_and_quarantines_the_pair(
+    reservations: Reservations, digester: HeldDigester, worker: Worker
+) -> None:
+    other = Writer(WriterId("prefill-1", 1), WRITER.control_address, WRITER.process)
+    async with (
+        opened(reservations) as (stream, ticket),
+        opened(reservations) as (same_writer, _),
+        opened(reservations, other) as (another, its_ticket),
+    ):
+        task = commit(reservations, ticket)
+        await settle()
+        digester.found[0].set_result([11, 0, 13])
+        with pytest.raises(ConflictError, match=r"block\(s\) 1 of the prompt did not arrive") as refused:
+            await task
+        assert refused.value.reason == "CHECKSUM_MISMATCH"
+        failed = stream.events.get_nowait()
+        assert isinstance(failed, AbortedError)
+        assert failed.reason == "CHECKSUM_MISMATCH"
+        assert (worker.traffic.checks_mismatch, worker.traffic.blocks_received) == (1, 0)
+        given_up = same_writer.events.get_nowait()
+        assert isinstance(given_up, AbortedError)
+        assert given_up.reason == "PAIR_QUARANTINED"
+        with pytest.raises(AbortedError, match="takes no blocks from prefill-0 for another 60 s") as quarantined:
+            async with opened(reservations):
+                pytest.fail("a ticket was given")
+        assert quarantined.value.reason == "PAIR_QUARANTINED"
+        assert await commit(reservations, its_ticket) == 0
+        assert isinstance(another.events.get_nowait(), TokenDrawn)
+
+
+async def test_a_cancelled_request_keeps_its_blocks_until_the_check_has_ended(
+    reservations: Reservations, digester: HeldDigester, worker: Worker
+) -> None:
+    async with opened(reservations) as (_, ticket):
+        task = commit(reservations, ticket)
+        await settle()
+    draining = asyncio.create_task(drain(worker))
+    await settle()
+    assert num_free(worker) == NUM_BLOCKS - 3
+    assert worker.integrity_ok()
+    assert not draining.done()
+    digester.found[0].set_result(HONEST)
+    with pytest.raises(ConflictError, match="given up"):
+        await task
+    assert num_free(worker) == NUM_BLOCKS
+    await asyncio.wait_for(draining, 1)
+
+
+async def test_the_verdict_stands_when_the_writer_no_longer_waits_for_it(
+    reservations: Reservations, digester: HeldDigester
+) -> None:
+    async with opened(reservations) as (stream, ticket):
+        first = commit(reservations, ticket)
+        await settle()
+        first.cancel()
+        reservations.abort_by_writer(ticket.transfer_id, ticket.epoch, ticket.writer, "gave up waiting")
+        again = commit(reservations, ticket)
+        await settle()
+        assert len(digester.begun) == 1
+        digester.found[0].set_result(HONEST)
+        assert await again > 0
+        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+        assert stream.events.empty()
+
+
+async def test_a_message_in_the_writers_name_does_not_disturb_a_check(
+    reservations: Reservations, digester: HeldDigester
+) -> None:
+    async with opened(reservations) as (stream, ticket):
+        task = commit(reservations, ticket)
+        await settle()
+        with pytest.raises(ConflictError, match="epoch"):
+            await commit(reservations, ticket, epoch=99)
+        digester.found[0].set_result(HONEST)
+        await task
+        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+
+
+async def test_a_check_that_breaks_fails_the_transfer_and_blames_nobody(
+    reservations: Reservations, digester: HeldDigester, worker: Worker
+) -> None:
+    async with opened(reservations) as (stream, ticket):
+        task = commit(reservations, ticket)
+        await settle()
+        digester.found[0].set_exception(MemoryError())
+        with pytest.raises(ConflictError, match="could not be verified"):
+            await task
+        assert isinstance(stream.events.get_nowait(), AbortedError)
+    assert num_free(worker) == NUM_BLOCKS
+    assert (worker.traffic.checks_ok, worker.traffic.checks_mismatch) == (0, 0)
+    async with opened(reservations):
+        pass
