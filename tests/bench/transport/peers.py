@@ -1,0 +1,41 @@
+"""The libraries that are compared, and how to get those that are not installed."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from dataclasses import dataclass
+
+_INSTALL = "pip install -c constraints.txt -e '.[bench]'"
+
+
+@dataclass(frozen=True, slots=True)
+class Library:
+    """``module``: what shows whether it is installed, and ``install`` how to get it; empty for what is always there.
+    ``spins``: its threads take whole cores even without work."""
+
+    name: str
+    module: str = ""
+    install: str = ""
+    spins: bool = False
+
+    def why_missing(self) -> str:
+        return _why_missing(self.module) if self.module else ""
+
+
+KVFERRY = Library("kvferry")
+MEMCPY = Library("memcpy")
+# As it comes, which is how serving engines run it: a thread that makes progress spins in both processes.
+NIXL = Library("NIXL", "nixl_cu13", _INSTALL, spins=True)
+# The initiator polls for the end anyway.  Without a second thread that takes the lock and a core from it, NIXL is faster.
+NIXL_LEAN = Library("NIXL lean", "nixl_cu13", _INSTALL, spins=True)
+MOONCAKE = Library("Mooncake", "mooncake.engine", f"{_INSTALL}, and on Debian apt-get install libibverbs1 librdmacm1")
+
+
+@functools.cache
+def _why_missing(module: str) -> str:
+    """The last words of a process that could not import it.  In this one, NIXL's UCX would stay loaded."""
+    command = [sys.executable, "-c", f"import {module}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["it crashed"])[-1]
