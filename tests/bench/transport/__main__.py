@@ -36,6 +36,8 @@ def main() -> None:
             rows += measure(options.rounds)
         except SideFailed as e:
             sys.exit(f"{name}: {e}")
+        except KeyboardInterrupt:
+            sys.exit(130)
     console.print(table(rows))
     write_json(rows, OUT)
     with Process(MEMCPY, "initiator", 2048, 65536) as process:

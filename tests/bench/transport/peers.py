@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-_INSTALL = "pip install -c constraints.txt -e '.[bench]'"
+_INSTALL = ".venv/bin/pip install -c constraints.txt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,14 @@ class Library:
 KVFERRY = Library("kvferry")
 MEMCPY = Library("memcpy")
 # As it comes, which is how serving engines run it: a thread that makes progress spins in both processes.
-NIXL = Library("NIXL", "nixl_cu13", _INSTALL, spins=True)
+NIXL = Library("NIXL", "nixl_cu13", f"{_INSTALL} nixl-cu13", spins=True)
 # The initiator polls for the end anyway.  Without a second thread that takes the lock and a core from it, NIXL is faster.
-NIXL_LEAN = Library("NIXL lean", "nixl_cu13", _INSTALL, spins=True)
-MOONCAKE = Library("Mooncake", "mooncake.engine", f"{_INSTALL}, and on Debian apt-get install libibverbs1 librdmacm1")
+NIXL_LEAN = Library("NIXL lean", "nixl_cu13", f"{_INSTALL} nixl-cu13", spins=True)
+MOONCAKE = Library(
+    "Mooncake",
+    "mooncake.engine",
+    f"{_INSTALL} mooncake-transfer-engine-non-cuda, and on Debian apt-get install libibverbs1 librdmacm1",
+)
 
 
 @functools.cache
