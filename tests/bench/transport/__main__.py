@@ -42,6 +42,8 @@ def main() -> None:
     write_json(rows, OUT)
     with Process(MEMCPY, "initiator", 2048, 65536) as process:
         say(console, f"memcpy ran between two of the transport's own regions: {process.ask('describe')}")
+    if NIXL_LEAN not in missing:
+        say(console, "NIXL lean has no progress thread in the initiator: better where cores are few")
     load, cores = os.getloadavg()[0], os.cpu_count()
     say(console, f"medians of {options.rounds} rounds, taken in turn; {cores} cores, load average {load:.1f}")
     say(console, f"wrote {OUT.relative_to(ROOT)}")
