@@ -40,8 +40,8 @@ test: $(STAMP) ## Run every test that needs no GPU
 test-fast: $(STAMP) ## Run the tests that start no process
 	@python -m pytest -m "not gpu and not rdma" --ignore=tests/integration $(ARGS)
 
-bench-transport: $(STAMP) ## Measure the transport against memcpy and, where installed, NIXL
-	@python -m tests.bench.transport
+bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--only tcp")
+	@python -m tests.bench.transport $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

@@ -5,118 +5,94 @@ Speaks JSON lines on stdin and stdout.  Each library runs in processes of its ow
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import sys
 import time
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-U8 = npt.NDArray[np.uint8]
-
-
-class Side(Protocol):
-    """A pool of ``num_blocks`` blocks, and one-sided batches against the peer's."""
-
-    pool: U8  # [num_blocks, nbytes]
-
-    def describe(self) -> str: ...
-
-    def connect(self, description: str) -> str:
-        """Returns what the peer must be told in its turn, or nothing."""
-        ...
-
-    def run(self, op: str, local: list[int], remote: list[int]) -> float:
-        """Seconds from posting the batch until every byte is in place."""
-        ...
+from tests.bench.transport import pattern
+from tests.bench.transport.counting import Counter
+from tests.bench.transport.native import load, watch
+from tests.bench.transport.peers import KVFERRY, MEMCPY, MOONCAKE, NIXL, NIXL_LEAN
+from tests.bench.transport.sides.base import Side
 
 
-class KvferrySide:
-    def __init__(self, num_blocks: int, nbytes: int) -> None:
-        from transport import create
+def create(library: str, role: str, num_blocks: int, nbytes: int) -> Side:
+    if library == KVFERRY.name:
+        from tests.bench.transport.sides.kvferry_side import KvferrySide
 
-        self._transport = create("ucx")
-        self._region = self._transport.allocate(num_blocks * nbytes)
-        self._nbytes = nbytes
-        self.pool = np.frombuffer(self._region.view, dtype=np.uint8).reshape(num_blocks, nbytes)
+        return KvferrySide(num_blocks, nbytes)
+    if library == MEMCPY.name:
+        from tests.bench.transport.sides.memcpy_side import MemcpySide
 
-    def describe(self) -> str:
-        return self._region.descriptor.hex()
+        return MemcpySide(num_blocks, nbytes)
+    if library == MOONCAKE.name:
+        from tests.bench.transport.sides.mooncake_side import MooncakeSide
 
-    def connect(self, description: str) -> str:
-        self._remote = self._transport.open(bytes.fromhex(description))
-        return ""
+        return MooncakeSide(num_blocks, nbytes)
+    if library in (NIXL.name, NIXL_LEAN.name):
+        from tests.bench.transport.sides.nixl_side import NixlSide
 
-    def run(self, op: str, local: list[int], remote: list[int]) -> float:
-        from transport import Op
-
-        here = np.asarray(local, dtype=np.uint64) * self._nbytes
-        there = np.asarray(remote, dtype=np.uint64) * self._nbytes
-        began = time.perf_counter()
-        kind = Op.WRITE if op == "write" else Op.READ
-        self._transport.post(kind, self._region, self._remote, here, there, self._nbytes).wait(60)
-        return time.perf_counter() - began
+        return NixlSide(num_blocks, nbytes, has_progress_thread=library == NIXL.name or role == "target")
+    raise ValueError(f"no library is called {library}")
 
 
-class NixlSide:
-    def __init__(self, num_blocks: int, nbytes: int) -> None:
-        from nixl_cu13 import nixl_agent, nixl_agent_config
+class Commands:
+    """What the controlling process may ask, by name."""
 
-        self._name = f"side-{time.monotonic_ns()}"
-        self._agent = nixl_agent(self._name, nixl_agent_config(backends=["UCX"]))
-        self.pool = np.zeros((num_blocks, nbytes), dtype=np.uint8)
-        self._base = self.pool.ctypes.data
-        self._nbytes = nbytes
-        self._agent.register_memory([(self._base, self.pool.nbytes, 0, "pool")], "DRAM")
+    def __init__(self, side: Side) -> None:
+        self._side: Any = side  # path and allocation_s are kvferry's alone
+        load()
 
-    def describe(self) -> str:
-        return json.dumps([self._base, self._agent.get_agent_metadata().hex()])
+    def describe(self) -> Any:
+        return self._side.describe()
 
-    def connect(self, description: str) -> str:
-        self._there, metadata = json.loads(description)
-        self._peer = self._agent.add_remote_agent(bytes.fromhex(metadata))
-        return self.describe()
+    def connect(self, description: str) -> Any:
+        return self._side.connect(description)
 
-    def run(self, op: str, local: list[int], remote: list[int]) -> float:
-        def blocks(base: int, indices: list[int]) -> Any:
-            rows = [(base + i * self._nbytes, self._nbytes, 0) for i in indices]
-            return self._agent.get_xfer_descs(rows, "DRAM")
+    def path(self) -> Any:
+        return self._side.path()
 
-        here, there = blocks(self._base, local), blocks(self._there, remote)
-        handle = self._agent.initialize_xfer(op.upper(), here, there, self._peer)
-        began = time.perf_counter()
-        state = self._agent.transfer(handle)
-        while state != "DONE":
-            if state == "ERR":
-                raise RuntimeError("NIXL: the transfer failed")
-            state = self._agent.check_xfer_state(handle)
-        seconds = time.perf_counter() - began
-        self._agent.release_xfer_handle(handle)
-        return seconds
+    def allocation_s(self) -> Any:
+        return self._side.allocation_s
 
+    def fill(self, role: str, salt: int, blocks: Sequence[int] | None = None) -> None:
+        pattern.fill(self._side.pool(role), salt, blocks)
 
-LIBRARIES: dict[str, type[KvferrySide] | type[NixlSide]] = {"kvferry": KvferrySide, "nixl": NixlSide}
+    def num_wrong(self, role: str, arrivals: Sequence[dict[str, Any]], salt: int | None = None) -> int:
+        return pattern.num_wrong(self._side.pool(role), [pattern.Arrival(**a) for a in arrivals], salt)
+
+    def run(self, op: str, local: Sequence[int], remote: Sequence[int], at_ns: int = 0) -> dict[str, int]:
+        """Not before ``at_ns`` on the common clock."""
+        time.sleep(max(0, at_ns - time.monotonic_ns()) / 1e9)
+        return dataclasses.asdict(self._side.run(op, local, remote))
+
+    def watch(self, block: int, word: int) -> int:
+        """When the last eight bytes of the target's block were first seen to be ``word``; takes a core until then."""
+        return watch(self._side.pool("target")[block, -8:].ctypes.data, word, timeout_s=5)
+
+    def counting(self, local: Sequence[int], remote: Sequence[int], alone_s: float) -> list[float]:
+        """Millions of counts per second of a Python thread: while this one sleeps, and while it posts a batch and waits."""
+        here, there = np.asarray(local, np.uint64), np.asarray(remote, np.uint64)
+        with Counter() as counter:
+            alone = counter.rate_during(lambda: time.sleep(alone_s))
+            beside = counter.rate_during(lambda: self._side.run("write", here, there))
+        return [alone / 1e6, beside / 1e6]
 
 
 def main() -> None:
-    library, num_blocks, nbytes = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    side: Side = LIBRARIES[library](num_blocks, nbytes)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the libraries' own words are no answers
+    library, role, num_blocks, nbytes = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+    commands = Commands(create(library, role, num_blocks, nbytes))
     for line in sys.stdin:
         command = json.loads(line)
-        match command.pop("do"):
-            case "describe":
-                answer: Any = side.describe()
-            case "connect":
-                answer = side.connect(command["description"])
-            case "fill":
-                side.pool[:] = (np.arange(num_blocks, dtype=np.uint32) * 7 + command["salt"])[:, None].astype(np.uint8)
-                answer = None
-            case "sums":
-                answer = side.pool[command["blocks"]].astype(np.uint64).sum(axis=1).tolist()
-            case "run":
-                answer = side.run(**command)
-        print(json.dumps(answer), flush=True)
+        print(json.dumps(getattr(commands, command.pop("do"))(**command)), file=answers, flush=True)
 
 
 if __name__ == "__main__":
