@@ -33,6 +33,9 @@ class WorkerConfig:
     max_running: int = option(64, help="most sequences in one step", minimum=1)
     max_waiting: int = option(256, help="most requests queued; more are refused", minimum=1)
     ticket_lifetime_s: float = option(300.0, help="how long a writer may take from ticket to commit", minimum=0.1)
+    pin_lifetime_s: float = option(
+        30.0, help="how long another worker may read cached blocks under one pin", minimum=0.1, maximum=600
+    )
     lease_ttl_s: float = option(
         6.0, help="how long the directory believes in this worker without hearing from it", minimum=1
     )

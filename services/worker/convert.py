@@ -5,6 +5,7 @@ from __future__ import annotations
 from kvferry.api.common.v1 import common_pb2
 from kvferry.errors import InvalidRequestError
 from services.engine.blocks import Counts
+from services.engine.hashing import HASH_NBYTES
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
 
@@ -53,6 +54,15 @@ def to_sequence(
         chain=[chain_root],
         prefill_only=prefill_only,
     )
+
+
+def to_hashes(packed: bytes) -> list[bytes]:
+    """Raises InvalidRequestError."""
+    if len(packed) % HASH_NBYTES:
+        raise InvalidRequestError(
+            f"hashes holds {len(packed)} bytes, which are not whole hashes of {HASH_NBYTES} bytes"
+        )
+    return [packed[i : i + HASH_NBYTES] for i in range(0, len(packed), HASH_NBYTES)]
 
 
 def to_us(seconds: float) -> int:
