@@ -80,7 +80,7 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         publish_metrics(worker)
         log.info("ready", address=worker.identity.control_address, worker_id=worker.identity.worker_id)
         try:
-            await worker.router.died
+            await asyncio.shield(worker.router.died)  # or the cancellation would end it, and draining with it
         except asyncio.CancelledError:
             await _drain(worker, config.drain_timeout_s)
             raise
@@ -143,13 +143,12 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
 
 
 async def _drain(worker: Worker, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            draining = asyncio.ensure_future(drain(worker))
-            await asyncio.wait((draining, worker.router.died), return_when=asyncio.FIRST_COMPLETED)
-            draining.cancel()
-    except TimeoutError:
+    draining = asyncio.ensure_future(drain(worker))
+    ended = (draining, worker.router.died)
+    done, _ = await asyncio.wait(ended, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if not done:
         log.warning("drain_cut_short", timeout_s=timeout_s)
+    draining.cancel()
 
 
 def _num_blocks(config: WorkerConfig, layout: KvLayout) -> int:
