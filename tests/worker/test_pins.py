@@ -127,12 +127,12 @@ class PinMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.chains)
     @rule(reader=st.sampled_from("ab"))
     def a_replaced_reader_speaks(self, reader: str) -> None:
-        old = ReaderId(reader, self.incarnations[reader] - 1)
-        self.end_late()
-        newer = any(p.reader == ReaderId(reader, old.incarnation + 1) for p, _ in self.standing.values())
-        if newer:
+        newest = ReaderId(reader, self.incarnations[reader])
+        old = ReaderId(reader, newest.incarnation - 1)
+        if any(p.reader == newest and self.now_s < p.expires_s for p, _ in self.standing.values()):
             with pytest.raises(PinRefusedError):
                 self.pins.pin("late", self.chains[0], old, now_s=self.now_s, lifetime_s=1.0)
+            self.end_late()
 
     @precondition(lambda self: self.standing or self.ended)
     @rule(data=st.data())
@@ -153,7 +153,7 @@ class PinMachine(RuleBasedStateMachine):
     @rule()
     def expire(self) -> None:
         late = {p.id for p, _ in self.standing.values() if self.now_s >= p.expires_s}
-        assert {p.id for p in self.pins.expire(self.now_s)} <= late
+        assert {p.id for p in self.pins.expire(self.now_s)} == late
         self.end_late()
 
     @rule(reader=st.sampled_from("ab"))
