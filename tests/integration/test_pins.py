@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -61,12 +62,12 @@ class Holder:
         for start in (first_token, first_token + 300):
             self.serve(list(range(start, start + 280)))
 
-    def pin(self, hashes: bytes, **fields: str | int) -> worker_pb2.PinBlocksResponse:
-        known = {"reader_id": "me", "reader_incarnation": 5, "owner_incarnation": self.info.incarnation}
+    def pin(self, hashes: bytes, **fields: Any) -> worker_pb2.PinBlocksResponse:
+        known: dict[str, Any] = {"reader_id": "me", "reader_incarnation": 5, "owner_incarnation": self.info.incarnation}
         return self.stub.PinBlocks(worker_pb2.PinBlocksRequest(hashes=hashes, **(known | fields)), timeout=10)
 
-    def release(self, pin_id: str, **fields: str | int) -> bool:
-        known = {"reader_id": "me", "reader_incarnation": 5, "owner_incarnation": self.info.incarnation}
+    def release(self, pin_id: str, **fields: Any) -> bool:
+        known: dict[str, Any] = {"reader_id": "me", "reader_incarnation": 5, "owner_incarnation": self.info.incarnation}
         return self.stub.ReleasePin(worker_pb2.ReleasePinRequest(pin_id=pin_id, **(known | fields)), timeout=10).held
 
     def blocks_held(self, hashes: bytes) -> list[int]:
