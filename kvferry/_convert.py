@@ -246,4 +246,6 @@ def _worker(message: directory_pb2.WorkerState) -> types.Worker:
         prefill_tokens_per_s=load.prefill_tokens_per_s,
         decode_tokens_per_s=load.decode_tokens_per_s,
         draining=load.draining,
+        num_pins=load.num_pins,
+        num_pinned_blocks=load.num_pinned_blocks,
     )

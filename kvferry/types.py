@@ -205,7 +205,8 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Worker:
     """One worker as the gateway sees it.  Rates are tokens per second over its last seconds of work, 0 until
-    measured; ``num_queued_prefill_tokens`` counts prompt tokens accepted and not yet computed."""
+    measured; ``num_queued_prefill_tokens`` counts prompt tokens accepted and not yet computed.  Pinned blocks, which
+    other workers read under ``num_pins`` leases, are among the active ones."""
 
     worker_id: str
     incarnation: int
@@ -221,6 +222,8 @@ class Worker:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     draining: bool
+    num_pins: int
+    num_pinned_blocks: int
 
 
 @dataclass(frozen=True, slots=True)

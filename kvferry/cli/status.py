@@ -15,7 +15,21 @@ from kvferry.client import DEFAULT_ADDRESS, Client
 from kvferry.types import Cluster, Worker
 
 # Narrow enough for 80 columns; what is left out is in --json.
-HEADINGS = ("worker", "state", "run", "wait", "pre/s", "dec/s", "free", "active", "cached", "lent", "quar.", "all")
+HEADINGS = (
+    "worker",
+    "state",
+    "run",
+    "wait",
+    "pre/s",
+    "dec/s",
+    "free",
+    "active",
+    "pinned",
+    "cached",
+    "lent",
+    "quar.",
+    "all",
+)
 _NUMERIC = frozenset(range(2, len(HEADINGS)))
 
 
@@ -29,8 +43,9 @@ def status(
     """Show workers, their KV blocks by state, their load and rates.
 
     Run and wait count requests; pre/s and dec/s are tokens per second of prefill and of decode, over the last seconds of
-    work. Free, active, cached, lent and quarantined KV blocks add up to all of a worker's. The gateway answers from its
-    own view, whose age is shown. Roles, addresses and sizes are in --json.
+    work. Free, active, cached, lent and quarantined KV blocks add up to all of a worker's; pinned ones, which others read,
+    are among the active. The gateway answers from its own view, whose age is shown. Roles, addresses and sizes are in
+    --json.
 
     \b
     Examples:
@@ -84,5 +99,6 @@ def _row(worker: Worker) -> tuple[str, ...]:
         str(worker.num_waiting),
         f"{worker.prefill_tokens_per_s:.0f}",
         f"{worker.decode_tokens_per_s:.0f}",
-        *map(str, (blocks.free, blocks.active, blocks.cached, blocks.lent, blocks.quarantined, blocks.total)),
+        *map(str, (blocks.free, blocks.active, worker.num_pinned_blocks)),
+        *map(str, (blocks.cached, blocks.lent, blocks.quarantined, blocks.total)),
     )

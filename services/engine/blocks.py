@@ -3,7 +3,7 @@
 Every block is in exactly one state, and free + active + cached + lent + quarantined = total at every instant:
 
     FREE         nobody's
-    ACTIVE       held by one or more sequences (a reference each)
+    ACTIVE       held by one or more sequences or pins (a reference each)
     CACHED       held by none; its content is known by a hash and may be acquired again, or evicted
     LENT         promised to a remote writer, which may be writing now
     QUARANTINED  taken back from a writer that has not yet been proven to have stopped

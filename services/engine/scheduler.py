@@ -8,8 +8,10 @@ take the same path (as in vLLM's V1 scheduler).
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from services.engine.batch import Entry
 from services.engine.blocks import BlockPool, OutOfBlocksError
@@ -38,13 +40,15 @@ class NeverFitsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_step_tokens`` bounds one step's new tokens, and so a prefill chunk; ``max_running`` its sequences."""
+    """``max_step_tokens`` bounds one step's new tokens, and so a prefill chunk; ``max_running`` its sequences;
+    ``max_pinned`` the blocks that others than sequences may hold (services/worker/pins.py)."""
 
     block_size: int
     context_length: int
     max_step_tokens: int = 256
     max_running: int = 64
     max_waiting: int = 256
+    max_pinned: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +76,8 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool = pool
         self.limits = limits
-        # A sequence that has the pool to itself must be able to end: no deadlock, however long its answer.
-        self.max_length = min(limits.context_length, pool.num_blocks * limits.block_size)
+        # A sequence that shares the pool with pins alone must be able to end: no deadlock, however long its answer.
+        self.max_length = min(limits.context_length, (pool.num_blocks - limits.max_pinned) * limits.block_size)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._ready: deque[Sequence] = deque()  # KV delivered, no place in the batch yet
@@ -228,14 +232,15 @@ class Scheduler:
                 self._end(sequence)
         return [*plan.started, *(self._fail(s, message) for s in plan.sequences if not s.aborted)]
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it."""
+    def check_integrity(self, pinned: Mapping[int, int] = MappingProxyType({})) -> None:
+        """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it and the
+        ``pinned`` references on it, which no sequence has."""
         self.pool.check_integrity()
-        held: dict[int, int] = {}
+        held = dict(pinned)
         for sequence in self._sequences.values():
             for block in sequence.block_table:
                 held[block] = held.get(block, 0) + 1
-        assert held == self.pool.references(), "references differ from the block tables"
+        assert held == self.pool.references(), "references differ from the block tables and pins"
 
     def _check_fits(self, sequence: Sequence) -> None:
         if sequence.num_prompt >= self.max_length:

@@ -43,6 +43,9 @@ class WorkerConfig:
     pair_quarantine_s: float = option(
         300.0, help="how long a decode worker takes nothing from a writer whose blocks arrived damaged", minimum=0
     )
+    pin_lifetime_s: float = option(
+        30.0, help="how long another worker may read cached blocks under one pin", minimum=0.1, maximum=600
+    )
     lease_ttl_s: float = option(
         6.0, help="how long the directory believes in this worker without hearing from it", minimum=1
     )

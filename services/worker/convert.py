@@ -7,6 +7,7 @@ from dataclasses import replace
 from kvferry.api.common.v1 import common_pb2
 from kvferry.errors import ConflictError, InvalidRequestError
 from services.engine.blocks import Counts
+from services.engine.hashing import HASH_NBYTES
 from services.engine.layout import KvLayout
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
@@ -56,6 +57,15 @@ def to_sequence(
         chain=[chain_root],
         prefill_only=prefill_only,
     )
+
+
+def to_hashes(packed: bytes) -> list[bytes]:
+    """Raises InvalidRequestError."""
+    if len(packed) % HASH_NBYTES:
+        raise InvalidRequestError(
+            f"hashes holds {len(packed)} bytes, which are not whole hashes of {HASH_NBYTES} bytes"
+        )
+    return [packed[i : i + HASH_NBYTES] for i in range(0, len(packed), HASH_NBYTES)]
 
 
 def to_us(seconds: float) -> int:

@@ -27,6 +27,10 @@ class _WorkerCollector(Collector):
         for state in ("free", "active", "cached", "lent", "quarantined"):
             blocks.add_metric([state], getattr(load.blocks, state))
         yield blocks
+        yield GaugeMetricFamily("kvferry_pins", "Leases of other workers on blocks here", value=load.num_pins)
+        yield GaugeMetricFamily(
+            "kvferry_pinned_blocks", "KV blocks under a pin, active for that alone or not", value=load.num_pinned_blocks
+        )
         sequences = GaugeMetricFamily("kvferry_sequences", "Requests on this worker by stage", labels=["stage"])
         sequences.add_metric(["running"], load.num_running)
         sequences.add_metric(["waiting"], load.num_waiting)

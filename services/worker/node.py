@@ -30,7 +30,9 @@ from services.runtime.server import add_standard_services, bind, create_server, 
 from services.runtime.startup import StartupError
 from services.worker.config import WorkerConfig, parse_nbytes
 from services.worker.events import EventRouter
+from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
+from services.worker.pins import PinBook
 from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
 from transport import TransportError, create
@@ -38,6 +40,9 @@ from transport import TransportError, create
 log = structlog.get_logger(__name__)
 
 SERVER_GRACE_S = 2.0
+# Pins may hold one block in so many: the others are enough to serve.
+PINNED_SHARE = 4
+MAX_PINS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +69,8 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         )
         worker.router.tell_directory = lambda changes: _publish(membership, changes)
         stop_transfer = await stack.enter_async_context(role.serve(server, worker, channels, config))
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker, stop_transfer), server)
+        holdings = stack.enter_context(Holdings(worker, config.pin_lifetime_s))
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker, stop_transfer, holdings), server)
         names = (role.service_name, worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
         await add_standard_services(server, names)
         worker.engine.start()
@@ -74,7 +80,7 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         publish_metrics(worker)
         log.info("ready", address=worker.identity.control_address, worker_id=worker.identity.worker_id)
         try:
-            await worker.router.died
+            await asyncio.shield(worker.router.died)  # or the cancellation would end it, and draining with it
         except asyncio.CancelledError:
             await _drain(worker, config.drain_timeout_s)
             raise
@@ -111,15 +117,17 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         loop = asyncio.get_running_loop()
         transport.attach(loop)
         stack.callback(transport.detach)
+        pool = BlockPool(num_blocks)
         limits = Limits(
             block_size=config.block_size,
             context_length=model.context_length,
             max_step_tokens=config.chunk_tokens,
             max_running=config.max_running,
             max_waiting=config.max_waiting,
+            max_pinned=num_blocks // PINNED_SHARE,
         )
         router = EventRouter(loop)
-        engine = Engine(Scheduler(BlockPool(num_blocks), limits), runner, router)
+        engine = Engine(Scheduler(pool, limits), runner, router)
         role_name = common_pb2.WorkerRole.Name(role.kind).removeprefix("WORKER_ROLE_").lower()
         identity = Identity(
             worker_id=config.worker_id or f"{role_name}-{address}",
@@ -136,17 +144,17 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             layout=layout.fingerprint,
             huge_pages=region.huge_pages,
         )
-        yield Worker(identity, model, layout, transport, region, engine, router)
+        pins = PinBook(pool, max_blocks=limits.max_pinned, max_pins=MAX_PINS)
+        yield Worker(identity, model, layout, transport, region, engine, router, pins)
 
 
 async def _drain(worker: Worker, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            draining = asyncio.ensure_future(drain(worker))
-            await asyncio.wait((draining, worker.router.died), return_when=asyncio.FIRST_COMPLETED)
-            draining.cancel()
-    except TimeoutError:
+    draining = asyncio.ensure_future(drain(worker))
+    ended = (draining, worker.router.died)
+    done, _ = await asyncio.wait(ended, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    if not done:
         log.warning("drain_cut_short", timeout_s=timeout_s)
+    draining.cancel()
 
 
 def _num_blocks(config: WorkerConfig, layout: KvLayout) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -10,6 +11,9 @@ import grpc
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import ConflictError
+from services.worker.convert import to_hashes
+from services.worker.holdings import Holdings
+from services.worker.pins import ReaderId
 from services.worker.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -17,10 +21,11 @@ StopTransfer = Callable[[str], Awaitable[None]]
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    def __init__(self, worker: Worker, stop_transfer: StopTransfer) -> None:
+    def __init__(self, worker: Worker, stop_transfer: StopTransfer, holdings: Holdings) -> None:
         """``stop_transfer(transfer_id)`` returns once nothing is written under that ticket."""
         self._worker = worker
         self._stop_transfer = stop_transfer
+        self._holdings = holdings
 
     async def StopTransfer(
         self, request: worker_pb2.StopTransferRequest, context: Context
@@ -32,6 +37,34 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if request.writer_incarnation == identity.incarnation:
             await self._stop_transfer(request.transfer_id)
         return worker_pb2.StopTransferResponse(incarnation=identity.incarnation)
+
+    async def PinBlocks(self, request: worker_pb2.PinBlocksRequest, context: Context) -> worker_pb2.PinBlocksResponse:
+        worker = self._worker
+        worker.require_incarnation(request.owner_incarnation)
+        pin = self._holdings.pin(
+            to_hashes(request.hashes),
+            ReaderId(request.reader_id, request.reader_incarnation),
+            request.lifetime_ms / 1000,
+        )
+        response = worker_pb2.PinBlocksResponse(owner_incarnation=worker.identity.incarnation)
+        if pin is not None:
+            response.MergeFrom(
+                worker_pb2.PinBlocksResponse(
+                    pin_id=pin.id,
+                    blocks=pin.blocks,
+                    region=worker.region.descriptor,
+                    layout=worker.layout_proto(),
+                    expires_in_ms=max(0, int((pin.expires_s - time.monotonic()) * 1000)),
+                )
+            )
+        return response
+
+    async def ReleasePin(
+        self, request: worker_pb2.ReleasePinRequest, context: Context
+    ) -> worker_pb2.ReleasePinResponse:
+        self._worker.require_incarnation(request.owner_incarnation)
+        reader = ReaderId(request.reader_id, request.reader_incarnation)
+        return worker_pb2.ReleasePinResponse(held=self._holdings.release(request.pin_id, reader))
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainResponse:
         await drain(self._worker)
@@ -54,7 +87,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
 
 async def drain(worker: Worker) -> None:
-    """Takes no new work; returns when what there is has ended.  The caller sets the deadline."""
+    """Takes no new work; returns when what there is has ended, pins included.  The caller sets the deadline."""
     worker.draining = True
     while not worker.is_idle():
         worker.router.changed.clear()

@@ -22,6 +22,7 @@ from services.engine.sequence import Sequence, SequenceId
 from services.runtime.process import ProcessIdentity
 from services.worker.convert import to_block_counts, to_layout_proto, to_sequence
 from services.worker.events import EventRouter
+from services.worker.pins import PinBook
 from transport import Region, Transport
 
 log = structlog.get_logger(__name__)
@@ -55,7 +56,8 @@ class Traffic:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """Owned by the event loop.  ``check_role`` verifies what the role adds to the accounts of the scheduler."""
+    """Owned by the event loop.  ``pins`` belongs to the engine's exclusive section, as the scheduler does.  ``check_role``
+    verifies what the role adds to their accounts."""
 
     identity: Identity
     model: ModelConfig
@@ -64,6 +66,7 @@ class Worker:
     region: Region
     engine: Engine
     router: EventRouter
+    pins: PinBook
     check_role: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
     draining: bool = False
@@ -112,6 +115,7 @@ class Worker:
             counts = scheduler.pool.counts()
             running, waiting = scheduler.num_running, scheduler.num_waiting
             queued = scheduler.num_queued_prefill_tokens
+            num_pins, num_pinned_blocks = self.pins.num_pins, self.pins.num_blocks
         work = self.engine.work
         return directory_pb2.WorkerLoad(
             blocks=to_block_counts(counts),
@@ -121,6 +125,8 @@ class Worker:
             prefill_tokens_per_s=work.prefill_tokens_per_s,
             decode_tokens_per_s=work.decode_tokens_per_s,
             draining=self.draining,
+            num_pins=num_pins,
+            num_pinned_blocks=num_pinned_blocks,
         )
 
     def info(self) -> directory_pb2.WorkerInfo:
@@ -148,7 +154,8 @@ class Worker:
         """True when every block is accounted for; what differs is logged."""
         try:
             with self.engine.exclusive(wake=False) as scheduler:
-                scheduler.check_integrity()
+                scheduler.check_integrity(self.pins.references())
+                self.pins.check_integrity()
                 self.check_role()
         except AssertionError as e:
             log.error("integrity", difference=str(e))
@@ -158,8 +165,8 @@ class Worker:
     def is_idle(self) -> bool:
         with self.engine.exclusive(wake=False) as scheduler:
             counts = scheduler.pool.counts()
-            return (
-                not self.num_opening and scheduler.num_sequences == 0 and counts.lent == 0 and counts.quarantined == 0
+            return not (
+                self.num_opening or scheduler.num_sequences or counts.lent or counts.quarantined or self.pins.num_pins
             )
 
 

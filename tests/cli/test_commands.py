@@ -94,7 +94,7 @@ def test_status_table(gateway: FakeGateway) -> None:
     summary, heading, prefill, decode = done.stdout.splitlines()
     assert summary == "tiny, 2 workers, 2 requests in flight, 41 in total, view 0.2 s old, kvferry 0.1.0"
     assert heading.split()[:4] == ["worker", "state", "run", "wait"]
-    assert " ".join(prefill.split()) == "prefill-0 ready 2 1 812 48 60 20 15 4 1 100"
+    assert " ".join(prefill.split()) == "prefill-0 ready 2 1 812 48 60 20 7 15 4 1 100"
     assert decode.split()[:2] == ["decode-0", "drain"]
 
 

@@ -353,3 +353,18 @@ def test_the_answer_ends_at_stop_tokens_max_tokens_and_the_pool() -> None:
             events += [e for e in s.complete(plan, model.run(plan)) if isinstance(e, TokenDrawn)]
         assert len(events) == length
         assert [e.finish for e in events] == [None] * (length - 1) + [reason]
+
+
+def test_the_longest_answer_ends_beside_pins_that_never_do() -> None:
+    """Pins hold all that they may, for ever: what remains is enough for the longest sequence accepted."""
+    s, model = scheduler(8, max_pinned=2), FakeModel(8)
+    pinned = s.pool.allocate(2)
+    assert s.max_length == 6 * BLOCK
+    s.add(sequence("a", [1, 2, 3], 1000))
+    s.add(sequence("b", [4, 5, 6], 1000))
+    while plan := s.plan():
+        s.complete(plan, model.run(plan))
+        s.check_integrity(dict.fromkeys(pinned, 1))
+    assert s.num_sequences == 0
+    with pytest.raises(AssertionError, match="and pins"):
+        s.check_integrity()

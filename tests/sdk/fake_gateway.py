@@ -104,6 +104,8 @@ def describe_cluster() -> inference_pb2.DescribeClusterResponse:
                 prefill_tokens_per_s=812.5,
                 decode_tokens_per_s=48.25,
                 draining=name == "decode-0",
+                num_pins=2,
+                num_pinned_blocks=7,
             ),
         )
 

@@ -268,9 +268,9 @@ class BlockCounts(google.protobuf.message.Message):
     total: builtins.int
     free: builtins.int
     active: builtins.int
-    """Held by at least one sequence."""
+    """Held by at least one sequence or pin."""
     cached: builtins.int
-    """Held by none, kept for reuse."""
+    """Held by nobody, kept for reuse."""
     lent: builtins.int
     """Promised to a remote writer that may be writing now."""
     quarantined: builtins.int

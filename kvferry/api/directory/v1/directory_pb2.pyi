@@ -135,6 +135,8 @@ class WorkerLoad(google.protobuf.message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     DECODE_TOKENS_PER_S_FIELD_NUMBER: builtins.int
     DRAINING_FIELD_NUMBER: builtins.int
+    NUM_PINS_FIELD_NUMBER: builtins.int
+    NUM_PINNED_BLOCKS_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -143,6 +145,9 @@ class WorkerLoad(google.protobuf.message.Message):
     """Measured over the last seconds of work; 0 until measured."""
     decode_tokens_per_s: builtins.float
     draining: builtins.bool
+    num_pins: builtins.int
+    """Leases by which other workers read blocks here, and the blocks under at least one. Those count as active."""
+    num_pinned_blocks: builtins.int
     @property
     def blocks(self) -> kvferry.api.common.v1.common_pb2.BlockCounts: ...
     def __init__(
@@ -155,10 +160,12 @@ class WorkerLoad(google.protobuf.message.Message):
         prefill_tokens_per_s: builtins.float = ...,
         decode_tokens_per_s: builtins.float = ...,
         draining: builtins.bool = ...,
+        num_pins: builtins.int = ...,
+        num_pinned_blocks: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad

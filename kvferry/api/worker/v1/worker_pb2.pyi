@@ -465,6 +465,121 @@ class StopTransferResponse(google.protobuf.message.Message):
 Global___StopTransferResponse: typing_extensions.TypeAlias = StopTransferResponse
 
 @typing.final
+class PinBlocksRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HASHES_FIELD_NUMBER: builtins.int
+    LIFETIME_MS_FIELD_NUMBER: builtins.int
+    READER_ID_FIELD_NUMBER: builtins.int
+    READER_INCARNATION_FIELD_NUMBER: builtins.int
+    OWNER_INCARNATION_FIELD_NUMBER: builtins.int
+    hashes: builtins.bytes
+    """A chain, first block first; 16 bytes each, back to back."""
+    lifetime_ms: builtins.int
+    """What the reader asks for; the owner may grant less. 0: as long as the owner grants."""
+    reader_id: builtins.str
+    reader_incarnation: builtins.int
+    """Greater than that of any earlier process of this reader."""
+    owner_incarnation: builtins.int
+    def __init__(
+        self,
+        *,
+        hashes: builtins.bytes = ...,
+        lifetime_ms: builtins.int = ...,
+        reader_id: builtins.str = ...,
+        reader_incarnation: builtins.int = ...,
+        owner_incarnation: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["hashes", b"hashes", "lifetime_ms", b"lifetime_ms", "owner_incarnation", b"owner_incarnation", "reader_id", b"reader_id", "reader_incarnation", b"reader_incarnation"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PinBlocksRequest: typing_extensions.TypeAlias = PinBlocksRequest
+
+@typing.final
+class PinBlocksResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: builtins.int
+    BLOCKS_FIELD_NUMBER: builtins.int
+    REGION_FIELD_NUMBER: builtins.int
+    LAYOUT_FIELD_NUMBER: builtins.int
+    EXPIRES_IN_MS_FIELD_NUMBER: builtins.int
+    OWNER_INCARNATION_FIELD_NUMBER: builtins.int
+    pin_id: builtins.str
+    """Empty when nothing was pinned, since not even the first block is held."""
+    region: builtins.bytes
+    """Opaque to everybody but the transport."""
+    expires_in_ms: builtins.int
+    """What is left of the lease."""
+    owner_incarnation: builtins.int
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Where the chain's leading blocks lie: as many as are held, at most as many as the owner lets be pinned."""
+
+    @property
+    def layout(self) -> kvferry.api.common.v1.common_pb2.Layout: ...
+    def __init__(
+        self,
+        *,
+        pin_id: builtins.str = ...,
+        blocks: collections.abc.Iterable[builtins.int] | None = ...,
+        region: builtins.bytes = ...,
+        layout: kvferry.api.common.v1.common_pb2.Layout | None = ...,
+        expires_in_ms: builtins.int = ...,
+        owner_incarnation: builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["layout", b"layout"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "expires_in_ms", b"expires_in_ms", "layout", b"layout", "owner_incarnation", b"owner_incarnation", "pin_id", b"pin_id", "region", b"region"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PinBlocksResponse: typing_extensions.TypeAlias = PinBlocksResponse
+
+@typing.final
+class ReleasePinRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PIN_ID_FIELD_NUMBER: builtins.int
+    READER_ID_FIELD_NUMBER: builtins.int
+    READER_INCARNATION_FIELD_NUMBER: builtins.int
+    OWNER_INCARNATION_FIELD_NUMBER: builtins.int
+    pin_id: builtins.str
+    reader_id: builtins.str
+    reader_incarnation: builtins.int
+    owner_incarnation: builtins.int
+    def __init__(
+        self,
+        *,
+        pin_id: builtins.str = ...,
+        reader_id: builtins.str = ...,
+        reader_incarnation: builtins.int = ...,
+        owner_incarnation: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["owner_incarnation", b"owner_incarnation", "pin_id", b"pin_id", "reader_id", b"reader_id", "reader_incarnation", b"reader_incarnation"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ReleasePinRequest: typing_extensions.TypeAlias = ReleasePinRequest
+
+@typing.final
+class ReleasePinResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HELD_FIELD_NUMBER: builtins.int
+    held: builtins.bool
+    """True when the pin stood until now: what was read under it is good. False when it had ended before, was released
+    before, or is unknown.
+    """
+    def __init__(
+        self,
+        *,
+        held: builtins.bool = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["held", b"held"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ReleasePinResponse: typing_extensions.TypeAlias = ReleasePinResponse
+
+@typing.final
 class DrainRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

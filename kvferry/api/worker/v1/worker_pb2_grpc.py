@@ -294,6 +294,16 @@ class WorkerServiceStub(object):
                 request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.StopTransferRequest.SerializeToString,
                 response_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.StopTransferResponse.FromString,
                 _registered_method=True)
+        self.PinBlocks = channel.unary_unary(
+                '/kvferry.api.worker.v1.WorkerService/PinBlocks',
+                request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.PinBlocksRequest.SerializeToString,
+                response_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.PinBlocksResponse.FromString,
+                _registered_method=True)
+        self.ReleasePin = channel.unary_unary(
+                '/kvferry.api.worker.v1.WorkerService/ReleasePin',
+                request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ReleasePinRequest.SerializeToString,
+                response_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ReleasePinResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/kvferry.api.worker.v1.WorkerService/Drain',
                 request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
@@ -319,8 +329,32 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PinBlocks(self, request, context):
+        """By a reader: keep the blocks of a prefix in place while I read them from your pool, one-sided. The pin ends when its
+        reader releases it, when its lease is over, or when a newer process of the reader asks, whichever is first; then the
+        blocks may be evicted and written anew at once, whatever the reader is doing. So a reader uses what it read only if
+        it knows that the pin stood until its last byte had arrived: ReleasePin, sent after that, answered held, or, without
+        an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
+        all of it.
+        RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
+        FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+        UNAVAILABLE          the owner is draining
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReleasePin(self, request, context):
+        """By the reader: it reads no more under this pin. Idempotent: again, or after the end, it changes nothing.
+        FAILED_PRECONDITION  for another incarnation of the owner, or the pin is another reader's: it stays
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
-        """Takes no new work from now on; returns when what it has is done, or at the caller's deadline.
+        """Takes no new work and grants no pins from now on; returns when what it has is done and the last pin has ended, or at
+        the caller's deadline.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -339,6 +373,16 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.StopTransfer,
                     request_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.StopTransferRequest.FromString,
                     response_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.StopTransferResponse.SerializeToString,
+            ),
+            'PinBlocks': grpc.unary_unary_rpc_method_handler(
+                    servicer.PinBlocks,
+                    request_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.PinBlocksRequest.FromString,
+                    response_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.PinBlocksResponse.SerializeToString,
+            ),
+            'ReleasePin': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReleasePin,
+                    request_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ReleasePinRequest.FromString,
+                    response_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ReleasePinResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -379,6 +423,60 @@ class WorkerService(object):
             '/kvferry.api.worker.v1.WorkerService/StopTransfer',
             kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.StopTransferRequest.SerializeToString,
             kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.StopTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PinBlocks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.api.worker.v1.WorkerService/PinBlocks',
+            kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.PinBlocksRequest.SerializeToString,
+            kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.PinBlocksResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReleasePin(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.api.worker.v1.WorkerService/ReleasePin',
+            kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ReleasePinRequest.SerializeToString,
+            kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ReleasePinResponse.FromString,
             options,
             channel_credentials,
             insecure,

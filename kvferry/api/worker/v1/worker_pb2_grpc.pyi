@@ -171,8 +171,25 @@ class WorkerServiceStub:
     the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
     of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
     """
+    PinBlocks: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.PinBlocksRequest, kvferry.api.worker.v1.worker_pb2.PinBlocksResponse]
+    """By a reader: keep the blocks of a prefix in place while I read them from your pool, one-sided. The pin ends when its
+    reader releases it, when its lease is over, or when a newer process of the reader asks, whichever is first; then the
+    blocks may be evicted and written anew at once, whatever the reader is doing. So a reader uses what it read only if
+    it knows that the pin stood until its last byte had arrived: ReleasePin, sent after that, answered held, or, without
+    an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
+    all of it.
+      RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
+      FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+      UNAVAILABLE          the owner is draining
+    """
+    ReleasePin: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.ReleasePinRequest, kvferry.api.worker.v1.worker_pb2.ReleasePinResponse]
+    """By the reader: it reads no more under this pin. Idempotent: again, or after the end, it changes nothing.
+      FAILED_PRECONDITION  for another incarnation of the owner, or the pin is another reader's: it stays
+    """
     Drain: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.DrainRequest, kvferry.api.worker.v1.worker_pb2.DrainResponse]
-    """Takes no new work from now on; returns when what it has is done, or at the caller's deadline."""
+    """Takes no new work and grants no pins from now on; returns when what it has is done and the last pin has ended, or at
+    the caller's deadline.
+    """
     GetStats: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.GetStatsRequest, kvferry.api.worker.v1.worker_pb2.GetStatsResponse]
 
 @typing.type_check_only
@@ -185,8 +202,25 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
     of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
     """
+    PinBlocks: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.PinBlocksRequest, kvferry.api.worker.v1.worker_pb2.PinBlocksResponse]  # type: ignore[assignment]
+    """By a reader: keep the blocks of a prefix in place while I read them from your pool, one-sided. The pin ends when its
+    reader releases it, when its lease is over, or when a newer process of the reader asks, whichever is first; then the
+    blocks may be evicted and written anew at once, whatever the reader is doing. So a reader uses what it read only if
+    it knows that the pin stood until its last byte had arrived: ReleasePin, sent after that, answered held, or, without
+    an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
+    all of it.
+      RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
+      FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+      UNAVAILABLE          the owner is draining
+    """
+    ReleasePin: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.ReleasePinRequest, kvferry.api.worker.v1.worker_pb2.ReleasePinResponse]  # type: ignore[assignment]
+    """By the reader: it reads no more under this pin. Idempotent: again, or after the end, it changes nothing.
+      FAILED_PRECONDITION  for another incarnation of the owner, or the pin is another reader's: it stays
+    """
     Drain: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.DrainRequest, kvferry.api.worker.v1.worker_pb2.DrainResponse]  # type: ignore[assignment]
-    """Takes no new work from now on; returns when what it has is done, or at the caller's deadline."""
+    """Takes no new work and grants no pins from now on; returns when what it has is done and the last pin has ended, or at
+    the caller's deadline.
+    """
     GetStats: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.GetStatsRequest, kvferry.api.worker.v1.worker_pb2.GetStatsResponse]  # type: ignore[assignment]
 
 class WorkerServiceServicer(metaclass=abc.ABCMeta):
@@ -204,12 +238,41 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         """
 
     @abc.abstractmethod
+    def PinBlocks(
+        self,
+        request: kvferry.api.worker.v1.worker_pb2.PinBlocksRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.PinBlocksResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.PinBlocksResponse]]:
+        """By a reader: keep the blocks of a prefix in place while I read them from your pool, one-sided. The pin ends when its
+        reader releases it, when its lease is over, or when a newer process of the reader asks, whichever is first; then the
+        blocks may be evicted and written anew at once, whatever the reader is doing. So a reader uses what it read only if
+        it knows that the pin stood until its last byte had arrived: ReleasePin, sent after that, answered held, or, without
+        an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
+        all of it.
+          RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
+          FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+          UNAVAILABLE          the owner is draining
+        """
+
+    @abc.abstractmethod
+    def ReleasePin(
+        self,
+        request: kvferry.api.worker.v1.worker_pb2.ReleasePinRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.ReleasePinResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.ReleasePinResponse]]:
+        """By the reader: it reads no more under this pin. Idempotent: again, or after the end, it changes nothing.
+          FAILED_PRECONDITION  for another incarnation of the owner, or the pin is another reader's: it stays
+        """
+
+    @abc.abstractmethod
     def Drain(
         self,
         request: kvferry.api.worker.v1.worker_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.DrainResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.DrainResponse]]:
-        """Takes no new work from now on; returns when what it has is done, or at the caller's deadline."""
+        """Takes no new work and grants no pins from now on; returns when what it has is done and the last pin has ended, or at
+        the caller's deadline.
+        """
 
     @abc.abstractmethod
     def GetStats(
