@@ -42,6 +42,7 @@ T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0  # for one question to a writer
 STOP_BACKOFF_S = (0.2, 5.0)
+FENCE_TIMEOUT_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,7 +333,7 @@ class Reservations:
 
     async def _has_stopped(self, ticket: Ticket, writer: Writer) -> bool:
         if has_ended(writer.process):
-            return True
+            return await self._nothing_follows()
         stub = worker_pb2_grpc.WorkerServiceStub(self._channels.get(writer.control_address))
         identity = self._worker.identity
         try:
@@ -344,14 +345,21 @@ class Reservations:
                     owner_incarnation=identity.incarnation,
                     writer_id=writer.id.worker_id,
                     writer_incarnation=writer.id.incarnation,
+                    writer_process=writer.process.to_proto(),
                 ),
                 timeout=STOP_TIMEOUT_S,
             )
         except grpc.aio.AioRpcError as e:
             log.info("stop_transfer_failed", transfer_id=ticket.transfer_id, error=e.details())
-            return bool(has_ended(writer.process))
+            return bool(has_ended(writer.process)) and await self._nothing_follows()
+        if answer.incarnation == writer.id.incarnation:
+            return True
         # A successor may answer while its predecessor is still in its last moments.
-        return answer.incarnation == writer.id.incarnation or has_ended(writer.process) is not False
+        return has_ended(writer.process) is not False and await self._nothing_follows()
+
+    async def _nothing_follows(self) -> bool:
+        """The end of a process proves that it sends no more; what it sent may still lie in a socket of this host."""
+        return await asyncio.to_thread(self._worker.transport.fence, FENCE_TIMEOUT_S)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)

@@ -10,7 +10,8 @@ import grpc
 
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import ConflictError
+from kvferry.errors import ConflictError, UnavailableError
+from services.runtime.process import ProcessIdentity, has_ended
 from services.worker.convert import to_hashes
 from services.worker.holdings import Holdings
 from services.worker.pins import ReaderId
@@ -33,9 +34,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         identity = self._worker.identity
         if request.writer_id != identity.worker_id:
             raise ConflictError(f"this is {identity.worker_id}, not {request.writer_id}", reason="OTHER_WORKER")
-        # Another incarnation was asked for: that process has ended, this one has taken its place.
         if request.writer_incarnation == identity.incarnation:
             await self._stop_transfer(request.transfer_id)
+        # Another incarnation was asked for: that process has ended, this one has taken its place; unless it has not yet.
+        elif has_ended(ProcessIdentity.from_proto(request.writer_process)) is False:
+            raise UnavailableError(f"the process before this one, of {identity.worker_id}, still runs")
         return worker_pb2.StopTransferResponse(incarnation=identity.incarnation)
 
     async def PinBlocks(self, request: worker_pb2.PinBlocksRequest, context: Context) -> worker_pb2.PinBlocksResponse:

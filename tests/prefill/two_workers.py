@@ -31,6 +31,7 @@ from services.runtime.channels import Channels
 from services.runtime.process import this_process
 from services.worker.digester import Digester
 from services.worker.events import EventRouter
+from services.worker.pins import PinBook
 from services.worker.share import Share
 from services.worker.worker import Identity, Worker
 from transport import create
@@ -108,11 +109,13 @@ async def side(role: common_pb2.WorkerRole.ValueType, address: str, own: KvLayou
         runner = MadeUpRunner(pool)
         router = EventRouter(loop)
         limits = Limits(own.block_size, MODEL.context_length, max_step_tokens=chunk)
-        engine = Engine(Scheduler(BlockPool(NUM_BLOCKS), limits), runner, router)
+        blocks = BlockPool(NUM_BLOCKS)
+        engine = Engine(Scheduler(blocks, limits), runner, router)
+        pins = PinBook(blocks, max_blocks=4, max_pins=4)
         identity = Identity(common_pb2.WorkerRole.Name(role), 1, role, address, this_process())
         engine.start()
         stack.callback(engine.close)
-        yield Side(Worker(identity, MODEL, own, transport, region, engine, router), pool, runner)
+        yield Side(Worker(identity, MODEL, own, transport, region, engine, router, pins), pool, runner)
 
 
 def sampling() -> common_pb2.SamplingParams:

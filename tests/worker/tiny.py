@@ -15,6 +15,7 @@ from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Limits, Scheduler
 from services.runtime.process import ProcessIdentity
 from services.worker.events import EventRouter
+from services.worker.pins import PinBook
 from services.worker.worker import Identity, Worker
 from transport import Transport
 
@@ -52,7 +53,17 @@ class HeldDigester:
 def make_worker(transport: Transport, worker_id: str, role: common_pb2.WorkerRole.ValueType) -> Worker:
     """Its engine is not started."""
     router = EventRouter(asyncio.get_running_loop())
-    scheduler = Scheduler(BlockPool(NUM_BLOCKS), Limits(block_size=4, context_length=64, max_step_tokens=8))
+    pool = BlockPool(NUM_BLOCKS)
+    scheduler = Scheduler(pool, Limits(block_size=4, context_length=64, max_step_tokens=8))
     region = transport.allocate(NUM_BLOCKS * LAYOUT.block_nbytes)
     identity = Identity(worker_id, 1, role, "127.0.0.1:1", NO_PROCESS)
-    return Worker(identity, MODEL, LAYOUT, transport, region, Engine(scheduler, AlwaysSeven(), router), router)
+    return Worker(
+        identity,
+        MODEL,
+        LAYOUT,
+        transport,
+        region,
+        Engine(scheduler, AlwaysSeven(), router),
+        router,
+        PinBook(pool, max_blocks=4, max_pins=4),
+    )

@@ -423,6 +423,7 @@ class StopTransferRequest(google.protobuf.message.Message):
     OWNER_INCARNATION_FIELD_NUMBER: builtins.int
     WRITER_ID_FIELD_NUMBER: builtins.int
     WRITER_INCARNATION_FIELD_NUMBER: builtins.int
+    WRITER_PROCESS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     epoch: builtins.int
     owner_id: builtins.str
@@ -432,6 +433,10 @@ class StopTransferRequest(google.protobuf.message.Message):
     has ended; another worker refuses with FAILED_PRECONDITION.
     """
     writer_incarnation: builtins.int
+    @property
+    def writer_process(self) -> kvferry.api.directory.v1.directory_pb2.ProcessIdentity:
+        """The same as a process. A successor that can see it still running answers UNAVAILABLE."""
+
     def __init__(
         self,
         *,
@@ -441,8 +446,11 @@ class StopTransferRequest(google.protobuf.message.Message):
         owner_incarnation: builtins.int = ...,
         writer_id: builtins.str = ...,
         writer_incarnation: builtins.int = ...,
+        writer_process: kvferry.api.directory.v1.directory_pb2.ProcessIdentity | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["writer_process", b"writer_process"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["epoch", b"epoch", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "transfer_id", b"transfer_id", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation", "writer_process", b"writer_process"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StopTransferRequest: typing_extensions.TypeAlias = StopTransferRequest
