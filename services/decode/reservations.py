@@ -54,6 +54,7 @@ class DecodeStream:
     opened_s: float
     events: asyncio.Queue[TokenDrawn | Finished | Exception] = field(default_factory=asyncio.Queue)
     kv_ready_s: float | None = None
+    first_step_s: float | None = None  # when its first step with delivered KV began
     started_s: float | None = None  # when its own prefill began
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -63,6 +64,7 @@ class DecodeStream:
     def on_step(self, step: StepTime) -> None:
         self.started_s = self.started_s or step.started_s
         if self._has_token:
+            self.first_step_s = self.first_step_s or step.started_s
             self.decode_s += step.elapsed_s
             self.num_steps += 1
         else:
@@ -133,11 +135,11 @@ class Reservations:
                 if ticket is None:
                     return
                 events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
+                self._streams.pop(transfer_id).kv_ready_s = time.monotonic()  # no step begins before the lock is let go
         except TicketRefusedError as e:
             if not self._book.is_lent(transfer_id):  # otherwise somebody spoke in the writer's name
                 self._fail(transfer_id, str(e))
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
-        self._streams.pop(transfer_id).kv_ready_s = time.monotonic()
         self._worker.traffic.blocks_received += num_blocks
         self._worker.traffic.bytes_received += num_bytes
         self._worker.router.deliver(events)

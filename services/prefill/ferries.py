@@ -27,6 +27,7 @@ from kvferry.errors import (
 from services.engine.engine import StepTime
 from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
+from services.prefill.logbook import ChunkTimes, Logbook, Posting
 from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
 from services.worker.convert import to_token, to_us
@@ -38,6 +39,7 @@ log = structlog.get_logger(__name__)
 COMMIT_TIMEOUT_S = 10.0
 ABORT_TIMEOUT_S = 5.0
 REMEMBER_USED = 16384
+MAX_CHUNKS_TOLD = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -50,14 +52,12 @@ class Passage:
     ferry: Ferry
     remote: RemoteRegion
     owner: Owner
-    added_s: float
+    received_s: float
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    transfers: set[Transfer] = field(default_factory=set)
+    transfers: dict[Transfer, Posting] = field(default_factory=dict)
+    logbook: Logbook = field(default_factory=Logbook)
     first_token: common_pb2.Token | None = None
-    started_s: float | None = None
-    computed_s: float = 0.0
-    compute_s: float = 0.0
     busy_s: float = 0.0
     num_bytes: int = 0
     path: str = ""
@@ -74,9 +74,7 @@ class Passage:
         return bound
 
     def on_step(self, step: StepTime) -> None:
-        self.started_s = self.started_s or step.started_s
-        self.computed_s = step.started_s + step.elapsed_s
-        self.compute_s += step.elapsed_s
+        self.logbook.computed(step.started_s, step.elapsed_s)
 
     def on_event(self, event: Event) -> None:
         match event:
@@ -118,6 +116,7 @@ class Passage:
     def _write(self, write: Write) -> None:
         worker = self.ferries.worker
         nbytes = worker.layout.block_nbytes
+        posting = self.logbook.posting(len(write.source), time.monotonic())
         try:
             transfer = worker.transport.post(
                 Op.WRITE,
@@ -131,7 +130,7 @@ class Passage:
             self.log.exception("write_refused")
             self.ferries.loop.call_soon(self._write_ended, None, write, e)
             return
-        self.transfers.add(transfer)
+        self.transfers[transfer] = posting
         transfer.future.add_done_callback(lambda future: self._on_written(transfer, write, future))
 
     def _on_written(self, transfer: Transfer, write: Write, future: Future[TransferResult]) -> None:
@@ -140,8 +139,7 @@ class Passage:
         self.ferries.loop.call_soon_threadsafe(self._write_ended, transfer, write, outcome)
 
     def _write_ended(self, transfer: Transfer | None, write: Write, outcome: TransferResult | BaseException) -> None:
-        if transfer is not None:
-            self.transfers.discard(transfer)
+        posting = None if transfer is None else self.transfers.pop(transfer)
         if isinstance(outcome, BaseException):
             if isinstance(outcome, PeerLost | TransportClosed):
                 self.owner_lost = True
@@ -153,6 +151,8 @@ class Passage:
                 self.outbox.put_nowait(_to_error(outcome))
             self._do(self.ferry.write_failed(f"writing failed: {outcome}"))
             return
+        assert posting is not None, "what was never posted cannot end well"
+        self.logbook.written(posting, outcome.queued_s, outcome.busy_s, outcome.nbytes)
         self.busy_s += outcome.busy_s
         self.num_bytes += outcome.nbytes
         self.path = outcome.path.name.lower()
@@ -228,11 +228,12 @@ class Passage:
         self.ferries.forget(self)
 
     def _committed(self, num_blocks: int) -> worker_pb2.Committed:
-        now_s, sequence = time.monotonic(), self.sequence
+        now_s, sequence, logbook = time.monotonic(), self.sequence, self.logbook
+        assert logbook.begun_s is not None
         return worker_pb2.Committed(
             prefill=common_pb2.PrefillStats(
-                queue_us=to_us((self.started_s or now_s) - self.added_s),
-                compute_us=to_us(self.compute_s),
+                queue_us=to_us(logbook.begun_s - self.received_s),
+                compute_us=to_us(logbook.compute_s),
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 num_chunks=sequence.num_chunks,
@@ -241,8 +242,10 @@ class Passage:
                 num_blocks=num_blocks,
                 num_bytes=self.num_bytes,
                 busy_us=to_us(self.busy_s),
-                exposed_us=to_us(now_s - self.computed_s),
+                exposed_us=to_us(now_s - logbook.computed_s),
                 path=self.path,
+                num_hidden_bytes=logbook.num_hidden_bytes(),
+                chunks=[_to_chunk_times(chunk, logbook.begun_s) for chunk in logbook.chunks(MAX_CHUNKS_TOLD)],
             ),
         )
 
@@ -333,6 +336,7 @@ class Ferries:
     async def _begin(
         self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
     ) -> Passage:
+        received_s = time.monotonic()
         worker, identity = self.worker, self.worker.identity
         if (ticket.writer_id, ticket.writer_incarnation) != (identity.worker_id, identity.incarnation):
             raise ConflictError(
@@ -367,7 +371,7 @@ class Ferries:
             worker.router.changed.set()
         try:
             self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
-            passage = Passage(self, ticket, sequence, ferry, remote, owner, added_s=time.monotonic())
+            passage = Passage(self, ticket, sequence, ferry, remote, owner, received_s)
             worker.router.subscribe(sequence.id, passage)
             worker.add(sequence)
         except Error:
@@ -376,6 +380,17 @@ class Ferries:
             raise
         self._passages[ticket.transfer_id] = passage
         return passage
+
+
+def _to_chunk_times(chunk: ChunkTimes, begun_s: float) -> common_pb2.ChunkTimes:
+    message = common_pb2.ChunkTimes(
+        compute_begin_us=to_us(chunk.compute_s[0] - begun_s),
+        compute_end_us=to_us(chunk.compute_s[1] - begun_s),
+        num_blocks=chunk.num_blocks,
+    )
+    if chunk.write_s is not None:
+        message.write_begin_us, message.write_end_us = (to_us(at_s - begun_s) for at_s in chunk.write_s)
+    return message
 
 
 def _to_error(failure: BaseException) -> Error:
