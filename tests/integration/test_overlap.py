@@ -32,3 +32,5 @@ def test_every_chunk_but_the_last_is_written_while_the_prompt_is_computed(cluste
     assert transfer.exposed_s >= last_s - computed_s > 0, "the last chunk's blocks can only follow its compute"
     assert decode.first_step_s is not None
     assert answer.timeline.handover_s == transfer.exposed_s + decode.first_step_s
+    assert answer.timeline.ticket_s is not None
+    assert 0 < answer.timeline.opened_s < answer.timeline.ticket_s < answer.timeline.ttft_s
