@@ -110,7 +110,7 @@ class ChunkTimes:
 class TransferStats:
     """What ferrying the prompt's KV took, measured by the writer.  ``busy_s`` sums the batches' durations;
     ``exposed_s`` is what the request waited for after the last chunk was computed, until the owner had accepted the
-    commit; ``num_hidden_bytes`` were in place before that; ``path`` names how the bytes went."""
+    commit; ``num_hidden_bytes`` were in place before that chunk was computed; ``path`` names how the bytes went."""
 
     num_blocks: int
     num_bytes: int

@@ -12,7 +12,7 @@ from kvferry.cli import output
 from kvferry.cli.phases import Phase, Span
 
 WIDTH = 80
-NAME_WIDTH = 18
+NAME_WIDTH = 20
 GLYPHS = "#="  # neighbouring spans in turn, so that one sees where a chunk ends
 BLOCKS = str.maketrans(GLYPHS, "█▒")
 STYLES = {"prefill compute": "cyan", "KV written": "green", "exposed transfer": "red", "decode compute": "magenta"}

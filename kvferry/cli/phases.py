@@ -53,6 +53,7 @@ def phases(timeline: Timeline) -> list[Phase]:
             decoding_s = ended_s + (timeline.handover_s or transfer.exposed_s)
         else:
             decoding_s = ended_s
+    made.append(Phase("first token (TTFT)", ((timeline.ttft_s, timeline.ttft_s),)))
     if decode is not None and decode.num_steps:
         made.append(Phase("decode compute", ((decoding_s, max(decoding_s, timeline.total_s)),)))
     return made

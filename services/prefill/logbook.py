@@ -61,17 +61,16 @@ class Logbook:
 
     def chunks(self, at_most: int) -> list[ChunkTimes]:
         """In order.  Where there are more than ``at_most``, neighbours are joined, equally many everywhere."""
-        each = [self._chunk(number) for number in range(len(self._computed))]
+        written: list[list[ChunkTimes]] = [[] for _ in self._computed]
+        for posting, begun_s, ended_s, _ in self._written:
+            compute_s = self._computed[posting.chunk]
+            written[posting.chunk].append(ChunkTimes(compute_s, posting.num_blocks, (begun_s, ended_s)))
+        each = [
+            _join([ChunkTimes(compute_s, 0, None), *batches])
+            for compute_s, batches in zip(self._computed, written, strict=True)
+        ]
         size = max(1, -(-len(each) // at_most))
         return [_join(each[start : start + size]) for start in range(0, len(each), size)]
-
-    def _chunk(self, number: int) -> ChunkTimes:
-        written = [w for w in self._written if w[0].chunk == number]
-        return ChunkTimes(
-            self._computed[number],
-            sum(posting.num_blocks for posting, *_ in written),
-            _hull([(begun_s, ended_s) for _, begun_s, ended_s, _ in written]),
-        )
 
 
 def _join(chunks: Sequence[ChunkTimes]) -> ChunkTimes:

@@ -91,10 +91,10 @@ def test_generate_timeline_draws_the_phases_on_one_axis(gateway: FakeGateway) ->
     drawn, _, _ = done.stdout.partition("timeline\n")[2].partition("where the time went\n")
     lines = drawn.splitlines()
     assert max(map(len, lines)) == 80
-    bars = {line[:18].strip(): line[18:] for line in lines}
-    # 400 ms on 62 columns: the prompt's from 7 to 77 ms, the first chunk's until 47 ms.
+    bars = {line[:20].strip(): line[20:] for line in lines}
+    # 400 ms on 60 columns: the prompt's from 7 to 77 ms, the first chunk's until 47 ms.
     assert bars["prefill compute"] == " ######====="
-    assert bars["KV written"] == "       #   =="
+    assert bars["KV written"] == "       #   ="
 
 
 def test_address_flag_wins_over_the_environment(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:

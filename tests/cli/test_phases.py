@@ -60,6 +60,7 @@ def test_a_split_request() -> None:
         "prefill compute": ((3.0, 5.0), (5.0, 7.0), (7.0, 9.0)),
         "KV written": ((5.0, 5.5), (9.0, 9.5)),
         "exposed transfer": ((9.0, 10.0),),
+        "first token (TTFT)": ((10.0, 10.0),),
         "decode compute": ((10.5, 20.0),),
     }
     assert SPLIT.handover_s == 1.5
@@ -75,6 +76,7 @@ def test_computed_where_it_is_decoded() -> None:
         "route": ((0.75, 1.0),),
         "prefill queue": ((1.0, 2.0),),
         "prefill compute": ((2.0, 8.0),),
+        "first token (TTFT)": ((10.0, 10.0),),
         "decode compute": ((8.0, 20.0),),
     }
 
@@ -104,7 +106,7 @@ def test_bars(spans: list[tuple[float, float]], drawn: str) -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 30), st.floats(0, 30))), st.floats(0, 20))
 def test_a_bar_never_leaves_its_cells(spans: list[tuple[float, float]], total_s: float) -> None:
-    assert len(bar([(min(s), max(s)) for s in spans], total_s, 62)) == 62
+    assert len(bar([(min(s), max(s)) for s in spans], total_s, 60)) == 60
 
 
 def test_the_axis() -> None:
