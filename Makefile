@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test-fast: $(STAMP) ## Run the tests that start no process
 
 bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--only tcp")
 	@python -m tests.bench.transport $(ARGS)
+
+bench-overlap: $(STAMP) ## Measure what splitting adds to a prompt of 2048 tokens (ARGS="--rounds 5")
+	@python -m tests.bench.overlap $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

@@ -69,6 +69,9 @@ class Trace:
     committed: worker_pb2.Committed | None = None
     finished: worker_pb2.DecodeFinished | None = None
     num_retries: int = 0
+    # By time.monotonic(), of the last attempt.
+    opened_s: float | None = None
+    ticket_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -125,8 +128,10 @@ class Dispatcher:
                         case ChooseRoute(excluded=excluded):
                             actions.extend(machine.on(self._choose(run, excluded)))
                         case OpenDecode(attempt=attempt):
+                            trace.opened_s, trace.ticket_s = time.monotonic(), None
                             self._start(run, attempt, Stream.DECODE, run.route.decode, self._decode(run, attempt))
                         case OpenPrefill(attempt=attempt, ticket=ticket):
+                            trace.ticket_s = time.monotonic()
                             work = self._prefill(run, attempt, ticket)
                             self._start(run, attempt, Stream.PREFILL, run.prefill, work)
                         case CancelAttempt(attempt=attempt):

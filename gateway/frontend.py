@@ -67,6 +67,10 @@ class Clock:
             timeline.route_reason = route.reason
             timeline.prefill_worker = route.prefill.key.worker_id if route.prefill else ""
             timeline.decode_worker = route.decode.key.worker_id
+        if trace.opened_s is not None:
+            timeline.opened_us = _us(trace.opened_s - self.arrived_s)
+        if trace.ticket_s is not None:
+            timeline.ticket_us = _us(trace.ticket_s - self.arrived_s)
         if trace.committed is not None:
             timeline.prefill.CopyFrom(trace.committed.prefill)
             timeline.transfer.CopyFrom(trace.committed.transfer)

@@ -135,6 +135,8 @@ def timeline(message: inference_pb2.Timeline) -> types.Timeline:
         decode=_decode(message.decode) if message.HasField("decode") else None,
         num_retries=message.num_retries,
         route_reason=message.route_reason,
+        opened_s=message.opened_us * _US,
+        ticket_s=message.ticket_us * _US if message.HasField("ticket_us") else None,
     )
 
 
@@ -203,6 +205,19 @@ def _transfer(message: common_pb2.TransferStats) -> types.TransferStats:
         exposed_s=message.exposed_us * _US,
         path=message.path,
         verify_s=message.verify_us * _US,
+        num_hidden_bytes=message.num_hidden_bytes,
+        chunks=tuple(map(_chunk_times, message.chunks)),
+    )
+
+
+def _chunk_times(message: common_pb2.ChunkTimes) -> types.ChunkTimes:
+    written = message.num_blocks > 0
+    return types.ChunkTimes(
+        compute_begin_s=message.compute_begin_us * _US,
+        compute_end_s=message.compute_end_us * _US,
+        num_blocks=message.num_blocks,
+        write_begin_s=message.write_begin_us * _US if written else None,
+        write_end_s=message.write_end_us * _US if written else None,
     )
 
 
@@ -214,6 +229,7 @@ def _decode(message: common_pb2.DecodeStats) -> types.DecodeStats:
         num_cached_tokens=message.num_cached_tokens,
         prefilled_locally=message.prefilled_locally,
         num_preemptions=message.num_preemptions,
+        first_step_s=message.first_step_us * _US if message.HasField("first_step_us") else None,
     )
 
 

@@ -95,10 +95,23 @@ class PrefillStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkTimes:
+    """One prefill chunk and the writing of its ``num_blocks`` blocks; offsets from the start of the prompt's first step,
+    by the writer's clock.  Without blocks the write is None."""
+
+    compute_begin_s: float
+    compute_end_s: float
+    num_blocks: int
+    write_begin_s: float | None
+    write_end_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class TransferStats:
     """What ferrying the prompt's KV took, measured by the writer.  ``busy_s`` sums the batches' durations;
-    ``exposed_s`` is what the request waited for after the last chunk was computed, and ``verify_s`` the part of it that
-    went into comparing digests, 0 when this transfer was not verified; ``path`` names how the bytes went."""
+    ``exposed_s`` is what the request waited for after the last chunk was computed, until the owner had accepted the
+    commit, and ``verify_s`` the part of it that went into comparing digests, 0 when this transfer was not verified;
+    ``num_hidden_bytes`` were in place before that chunk was computed; ``path`` names how the bytes went."""
 
     num_blocks: int
     num_bytes: int
@@ -106,6 +119,8 @@ class TransferStats:
     exposed_s: float
     path: str
     verify_s: float
+    num_hidden_bytes: int
+    chunks: tuple[ChunkTimes, ...]
 
     @property
     def bytes_per_s(self) -> float | None:
@@ -116,7 +131,8 @@ class TransferStats:
 @dataclass(frozen=True, slots=True)
 class DecodeStats:
     """``wait_for_kv_s`` runs from the ticket to the writer's commit; ``num_cached_tokens`` counts prompt tokens that
-    the decode worker held already, so that nobody had to send them."""
+    the decode worker held already, so that nobody had to send them; ``first_step_s`` runs from the commit to the first
+    step, and is None where there was no commit or no step."""
 
     wait_for_kv_s: float
     compute_s: float
@@ -124,12 +140,14 @@ class DecodeStats:
     num_cached_tokens: int
     prefilled_locally: bool
     num_preemptions: int
+    first_step_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
     """Where a request's time went, seen from the gateway.  Offsets count from the request's arrival there.
-    ``prefill_worker`` is empty, and ``transfer`` None, when the decode worker computed the prompt itself."""
+    ``prefill_worker`` is empty, ``transfer`` and ``ticket_s`` None, when the decode worker computed the prompt itself.
+    ``opened_s`` and ``ticket_s`` are of the last attempt: its stream to the decode worker, and the ticket's arrival."""
 
     tokenize_s: float
     route_s: float
@@ -144,6 +162,16 @@ class Timeline:
     decode: DecodeStats | None
     num_retries: int
     route_reason: str
+    opened_s: float
+    ticket_s: float | None
+
+    @property
+    def handover_s(self) -> float | None:
+        """From the end of the last chunk's compute to the decode worker's first step, at most: what splitting adds between
+        the two.  Each worker measured its part by its own clock; the way back of the commit's answer is in both."""
+        if self.transfer is None or self.decode is None or self.decode.first_step_s is None:
+            return None
+        return self.transfer.exposed_s + self.decode.first_step_s
 
 
 @dataclass(frozen=True, slots=True)

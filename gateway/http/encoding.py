@@ -23,13 +23,18 @@ def sse_event(content: dict[str, Any]) -> bytes:
 
 
 def plain(message: Message) -> dict[str, Any]:
-    """A message of scalars and messages as a dict under the proto's field names.  Integers stay integers (protobuf's own
-    JSON makes strings of 64-bit ones); messages that are not set are left out."""
+    """A message of scalars and messages, and lists of messages, as a dict under the proto's field names.  Integers stay
+    integers (protobuf's own JSON makes strings of 64-bit ones); messages and optional fields that are not set are left
+    out."""
     content: dict[str, Any] = {}
     for field in message.DESCRIPTOR.fields:
         value = getattr(message, field.name)
-        if field.type != FieldDescriptor.TYPE_MESSAGE:
-            content[field.name] = value
-        elif message.HasField(field.name):
+        if field.has_presence and not message.HasField(field.name):
+            continue
+        if isinstance(value, Message):
             content[field.name] = plain(value)
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            content[field.name] = [plain(each) for each in value]
+        else:
+            content[field.name] = value
     return content

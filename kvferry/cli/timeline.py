@@ -1,15 +1,17 @@
-"""A request's timeline as rows of stage, time and detail."""
+"""A request's timeline: bars on one axis of time, then rows of stage, time and detail."""
 
 from __future__ import annotations
 
-from kvferry.cli import output
-from kvferry.types import Timeline, Usage
+from kvferry.cli import bars, output
+from kvferry.cli.phases import phases
+from kvferry.types import PrefillStats, Timeline, Usage
 
 HEADINGS = ("stage", "time", "detail")
 
 
 def show(timeline: Timeline, usage: Usage) -> None:
-    output.show_table("timeline", HEADINGS, rows(timeline, usage), numeric=frozenset({1}))
+    bars.show("timeline", phases(timeline), timeline.total_s)
+    output.show_table("where the time went", HEADINGS, rows(timeline, usage), numeric=frozenset({1}))
 
 
 def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
@@ -39,12 +41,21 @@ def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
                 "KV written",
                 duration(transfer.busy_s),
                 f"{transfer.num_blocks} blocks, {transfer.num_bytes:,} bytes ({size(transfer.num_bytes)}) "
-                f"by {transfer.path}{speed}",
+                f"by {transfer.path}{speed}; {_share(transfer.num_hidden_bytes, transfer.num_bytes)} while the prompt was "
+                "computed",
             ),
-            ("exposed transfer", duration(transfer.exposed_s), "not hidden behind compute"),
+            (
+                "exposed transfer",
+                duration(transfer.exposed_s),
+                f"from the last chunk to the commit{_of_compute(transfer.exposed_s, prefill)}",
+            ),
         ]
         if transfer.verify_s:
             made.append(("of it, verifying", duration(transfer.verify_s), "digests compared on both sides"))
+    if timeline.handover_s is not None:
+        made.append(
+            ("handover", duration(timeline.handover_s), "at most, from the last chunk to the first decode step")
+        )
     if decode is not None:
         if transfer is not None:
             made.append(("wait for KV", duration(decode.wait_for_kv_s), "from the ticket to the commit"))
@@ -77,6 +88,14 @@ def size(nbytes: float) -> str:
     while nbytes >= 1024 and power < len(units) - 1:
         nbytes, power = nbytes / 1024, power + 1
     return f"{nbytes:.1f} {units[power]}" if power else f"{nbytes:.0f} B"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.3g} %" if whole else "none"
+
+
+def _of_compute(seconds: float, prefill: PrefillStats | None) -> str:
+    return "" if prefill is None or not prefill.compute_s else f", {_share(seconds, prefill.compute_s)} of the compute"
 
 
 def _rate(timeline: Timeline, usage: Usage) -> str:

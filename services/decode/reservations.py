@@ -28,6 +28,7 @@ from services.decode.tickets import (
     Written,
 )
 from services.engine.engine import StepTime
+from services.engine.scheduler import Scheduler
 from services.engine.sequence import Event, FinishReason, Sequence, StepFailed, TokenDrawn
 from services.runtime.channels import Channels
 from services.runtime.process import ProcessIdentity, has_ended
@@ -85,6 +86,7 @@ class DecodeStream:
     opened_s: float
     events: asyncio.Queue[TokenDrawn | Finished | Exception] = field(default_factory=asyncio.Queue)
     kv_ready_s: float | None = None
+    first_step_s: float | None = None  # when its first step with delivered KV began
     started_s: float | None = None  # when its own prefill began
     prefill_s: float = 0.0
     decode_s: float = 0.0
@@ -94,6 +96,7 @@ class DecodeStream:
     def on_step(self, step: StepTime) -> None:
         self.started_s = self.started_s or step.started_s
         if self._has_token:
+            self.first_step_s = self.first_step_s or step.started_s
             self.decode_s += step.elapsed_s
             self.num_steps += 1
         else:
@@ -175,7 +178,7 @@ class Reservations:
                 if ticket is None:
                     return 0.0
                 if ticket.state is TicketState.COMMITTED:
-                    events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
+                    events = self._deliver(scheduler, ticket, first)
         except TicketRefusedError as e:
             if not self._book.is_pending(transfer_id):  # otherwise somebody spoke in the writer's name
                 self._fail(transfer_id, str(e))
@@ -218,8 +221,13 @@ class Reservations:
                 verify=bool(lent) and self._terms.verified.takes(self._draw()),
             )  # fmt: skip
 
+    def _deliver(self, scheduler: Scheduler, ticket: Ticket, first: common_pb2.Token) -> list[Event]:
+        # No step begins before the lock is let go.
+        self._streams[ticket.transfer_id].kv_ready_s = time.monotonic()
+        return scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
+
     def _accepted(self, ticket: Ticket, events: list[Event]) -> None:
-        self._streams.pop(ticket.transfer_id).kv_ready_s = time.monotonic()
+        del self._streams[ticket.transfer_id]
         self._worker.traffic.blocks_received += len(ticket.blocks)
         self._worker.traffic.bytes_received += len(ticket.blocks) * self._worker.layout.block_nbytes
         self._worker.router.deliver(events)
@@ -237,7 +245,7 @@ class Reservations:
         try:
             with self._worker.engine.exclusive() as scheduler:
                 self._book.conclude(ticket.transfer_id, found)
-                events = scheduler.deliver(ticket.sequence_id, list(ticket.blocks), to_drawn(first))
+                events = self._deliver(scheduler, ticket, first)
         except TicketRefusedError as e:
             refusal = e
         traffic = self._worker.traffic

@@ -118,6 +118,8 @@ def _finished_proto(stream: DecodeStream, reason: common_pb2.FinishReason.ValueT
             num_preemptions=sequence.num_preemptions,
         ),
     )
+    if stream.kv_ready_s is not None and stream.first_step_s is not None:
+        finished.decode.first_step_us = to_us(stream.first_step_s - stream.kv_ready_s)
     if stream.ticket is None:
         finished.prefill.MergeFrom(
             common_pb2.PrefillStats(

@@ -53,6 +53,9 @@ class StepTime:
 class Listener(Protocol):
     """Called on any thread, with the engine's lock held; must neither block nor call back."""
 
+    def on_started(self, events: list[Event]) -> None:
+        """Before the step that they start with: what their blocks hold already need not wait for it."""
+
     def on_events(self, events: list[Event], step: StepTime) -> None: ...
 
     def on_cache_changes(self, changes: list[CacheChange]) -> None: ...
@@ -103,8 +106,10 @@ class Engine:
         """Computes one step; False when there is nothing to compute."""
         with self._lock:
             plan = self._scheduler.plan()
-        if plan is None:
-            return False
+            if plan is None:
+                return False
+            if plan.started:
+                self._listener.on_started(list(plan.started))
         num_prefill, num_decode = plan.num_prefill_tokens, plan.num_decode_tokens
         started_s = time.monotonic()
         drawn, failure = self._compute(plan)

@@ -53,7 +53,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step computes: ``counts[i]`` tokens of ``sequences[i]``.  ``started`` happened while planning."""
+    """What one step computes: ``counts[i]`` tokens of ``sequences[i]``.  ``started`` happened while planning: to be told
+    whatever becomes of the step."""
 
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
@@ -203,7 +204,7 @@ class Scheduler:
     def complete(self, plan: Plan, drawn: Sequence_[Drawn | DrawFailed]) -> list[Event]:
         """Takes the step's result; ``drawn`` holds one token for each entry with a sampling, in order."""
         self._in_flight = frozenset()
-        events: list[Event] = list(plan.started)
+        events: list[Event] = []
         draws = iter(drawn)
         for sequence, count, entry in zip(plan.sequences, plan.counts, plan.entries, strict=True):
             token = next(draws) if entry.sampling is not None else None
@@ -230,7 +231,7 @@ class Scheduler:
         for sequence in plan.sequences:
             if sequence.aborted:
                 self._end(sequence)
-        return [*plan.started, *(self._fail(s, message) for s in plan.sequences if not s.aborted)]
+        return [self._fail(s, message) for s in plan.sequences if not s.aborted]
 
     def check_integrity(self, pinned: Mapping[int, int] = MappingProxyType({})) -> None:
         """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it and the

@@ -28,6 +28,7 @@ from services.engine.engine import StepTime
 from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
 from services.prefill.conversion import Converter, laid_out
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
+from services.prefill.logbook import ChunkTimes, Logbook
 from services.prefill.pieces import Pieces, Placement, pieces
 from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
@@ -51,6 +52,7 @@ log = structlog.get_logger(__name__)
 COMMIT_TIMEOUT_S = 10.0
 ABORT_TIMEOUT_S = 5.0
 REMEMBER_USED = 16384
+MAX_CHUNKS_TOLD = 32
 
 
 @dataclass(slots=True, eq=False)
@@ -64,18 +66,15 @@ class Passage:
     target: Placement
     remote: RemoteRegion
     owner: Owner
-    added_s: float
+    received_s: float
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     transfers: set[Transfer] = field(default_factory=set)
     source: Placement | None = None  # once compute has begun
-    digests: list[asyncio.Future[list[int]]] = field(
-        default_factory=list
-    )  # of each write, where the ticket asks for them
+    # Of each write, where the ticket asks for them.
+    digests: list[asyncio.Future[list[int]]] = field(default_factory=list)
+    logbook: Logbook = field(default_factory=Logbook)
     first_token: common_pb2.Token | None = None
-    started_s: float | None = None
-    computed_s: float = 0.0
-    compute_s: float = 0.0
     busy_s: float = 0.0
     num_bytes: int = 0
     path: str = ""
@@ -93,9 +92,7 @@ class Passage:
         return bound
 
     def on_step(self, step: StepTime) -> None:
-        self.started_s = self.started_s or step.started_s
-        self.computed_s = step.started_s + step.elapsed_s
-        self.compute_s += step.elapsed_s
+        self.logbook.computed(step.started_s, step.elapsed_s)
 
     def on_event(self, event: Event) -> None:
         match event:
@@ -145,12 +142,14 @@ class Passage:
         assert source is not None, "compute begins before there is anything to write"
         try:
             if source.layout.dtype == target.layout.dtype:
-                await self._transfer(worker.region, pieces(source, target, write.first_token, write.end_token))
+                batch = pieces(source, target, write.first_token, write.end_token)
+                await self._transfer(worker.region, batch, write.num_blocks)
             else:
                 for begin, end in converter.goes(target.layout, write.first_token, write.end_token):
                     self._require_going()
                     async with converter.converted(source, target.layout, begin, end, self) as scratch:
-                        await self._transfer(converter.region, pieces(scratch, target, begin, end))
+                        num_blocks = -(-(end - begin) // target.layout.block_size)
+                        await self._transfer(converter.region, pieces(scratch, target, begin, end), num_blocks)
         except Exception as e:
             self._write_failed(e)
             return
@@ -169,11 +168,12 @@ class Passage:
         make = partial(laid_out, self.ferries.worker.region, source, target, write.end_token)
         return digester.digest_made(make, layout, write.num_blocks, first, num_prompt)
 
-    async def _transfer(self, local: Region, batch: Pieces) -> None:
+    async def _transfer(self, local: Region, batch: Pieces, num_blocks: int) -> None:
         """Returns or raises when the transport has let go of both sides."""
         self._require_going()
         transport = self.ferries.worker.transport
         offsets = (batch.source_offsets, batch.target_offsets, batch.sizes)
+        posting = self.logbook.posting(num_blocks, time.monotonic())
         transfer = transport.post(Op.WRITE, local, self.remote, *offsets)
         self.transfers.add(transfer)
         try:
@@ -185,6 +185,7 @@ class Passage:
             raise
         finally:
             self.transfers.discard(transfer)
+        self.logbook.written(posting, result.queued_s, result.busy_s, result.nbytes)
         self.busy_s += result.busy_s
         self.num_bytes += result.nbytes
         self.path = result.path.name.lower()
@@ -297,11 +298,12 @@ class Passage:
         self.ferries.forget(self)
 
     def _committed(self, num_blocks: int) -> worker_pb2.Committed:
-        now_s, sequence = time.monotonic(), self.sequence
+        now_s, sequence, logbook = time.monotonic(), self.sequence, self.logbook
+        assert logbook.begun_s is not None
         return worker_pb2.Committed(
             prefill=common_pb2.PrefillStats(
-                queue_us=to_us((self.started_s or now_s) - self.added_s),
-                compute_us=to_us(self.compute_s),
+                queue_us=to_us(logbook.begun_s - self.received_s),
+                compute_us=to_us(logbook.compute_s),
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 num_chunks=sequence.num_chunks,
@@ -310,9 +312,11 @@ class Passage:
                 num_blocks=num_blocks,
                 num_bytes=self.num_bytes,
                 busy_us=to_us(self.busy_s),
-                exposed_us=to_us(now_s - self.computed_s),
+                exposed_us=to_us(now_s - logbook.computed_s),
                 path=self.path,
                 verify_us=to_us(self.verify_s),
+                num_hidden_bytes=logbook.num_hidden_bytes(),
+                chunks=[_to_chunk_times(chunk, logbook.begun_s) for chunk in logbook.chunks(MAX_CHUNKS_TOLD)],
             ),
         )
 
@@ -411,6 +415,7 @@ class Ferries:
     async def _begin(
         self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
     ) -> Passage:
+        received_s = time.monotonic()
         worker, identity = self.worker, self.worker.identity
         if (ticket.writer_id, ticket.writer_incarnation) != (identity.worker_id, identity.incarnation):
             raise ConflictError(
@@ -442,7 +447,7 @@ class Ferries:
             worker.router.changed.set()
         try:
             self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
-            passage = Passage(self, ticket, sequence, ferry, target, remote, owner, added_s=time.monotonic())
+            passage = Passage(self, ticket, sequence, ferry, target, remote, owner, received_s)
             worker.router.subscribe(sequence.id, passage)
             worker.add(sequence)
         except Error:
@@ -451,6 +456,17 @@ class Ferries:
             raise
         self._passages[ticket.transfer_id] = passage
         return passage
+
+
+def _to_chunk_times(chunk: ChunkTimes, begun_s: float) -> common_pb2.ChunkTimes:
+    message = common_pb2.ChunkTimes(
+        compute_begin_us=to_us(chunk.compute_s[0] - begun_s),
+        compute_end_us=to_us(chunk.compute_s[1] - begun_s),
+        num_blocks=chunk.num_blocks,
+    )
+    if chunk.write_s is not None:
+        message.write_begin_us, message.write_end_us = (to_us(at_s - begun_s) for at_s in chunk.write_s)
+    return message
 
 
 def _to_error(failure: BaseException) -> Error:

@@ -49,6 +49,9 @@ class EventRouter:
     def on_events(self, events: list[Event], step: StepTime) -> None:
         self._call(self._deliver_step, events, step)
 
+    def on_started(self, events: list[Event]) -> None:
+        self._call(self.deliver, events)
+
     def on_cache_changes(self, changes: list[CacheChange]) -> None:
         self._call(lambda: self.tell_directory(changes))
 

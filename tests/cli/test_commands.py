@@ -76,12 +76,26 @@ def test_generate_timeline_tells_every_stage(gateway: FakeGateway) -> None:
     assert "24 tokens in 2 chunk(s), 16 found in the cache" in rows["prefill compute"]
     assert rows["first token (TTFT)"].startswith("80.0 ms")
     assert "3 blocks, 6,000,000 bytes (5.7 MiB) by mapped at 3.00 GB/s" in rows["KV written"]
+    assert rows["KV written"].endswith("66.7 % while the prompt was computed")
     assert rows["exposed transfer"].startswith("900 us")
     assert rows["of it, verifying"].startswith("250 us")
+    assert "1.29 % of the compute" in rows["exposed transfer"]
+    assert rows["handover"].startswith("1.5 ms")
     assert "decode-0, 12 steps" in rows["decode compute"]
     assert rows["ITL p50"].startswith("20.0 ms")
     assert rows["ITL p99"].startswith("31.0 ms")
     assert "3 tokens" in rows["total"]
+
+
+def test_generate_timeline_draws_the_phases_on_one_axis(gateway: FakeGateway) -> None:
+    done = CliRunner().invoke(APP, ["generate", "x", "--timeline"])
+    drawn, _, _ = done.stdout.partition("timeline\n")[2].partition("where the time went\n")
+    lines = drawn.splitlines()
+    assert max(map(len, lines)) == 80
+    bars = {line[:20].strip(): line[20:] for line in lines}
+    # 400 ms on 60 columns: the prompt's from 7 to 77 ms, the first chunk's until 47 ms.
+    assert bars["prefill compute"] == " ######====="
+    assert bars["KV written"] == "       #   ="
 
 
 def test_address_flag_wins_over_the_environment(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:

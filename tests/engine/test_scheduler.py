@@ -248,15 +248,15 @@ def test_a_halted_prefill_keeps_its_blocks_and_computes_no_more() -> None:
     assert s.pool.counts().active == 0
 
 
-def test_a_failed_step_still_tells_what_started_with_it() -> None:
+def test_a_failed_step_ends_its_own_sequences_and_no_other_that_started_with_it() -> None:
     s, model = scheduler(40, max_step_tokens=8), FakeModel(40)
     s.add(sequence("first", list(range(20)), 1, prefill_only=True))
     s.add(sequence("second", list(range(20, 40)), 1, prefill_only=True))
     plan = s.plan()
     assert plan is not None
     assert [q.id for q in plan.sequences] == ["first"]
-    events = s.fail(plan, "broken")
-    assert [type(e).__name__ + " " + e.id for e in events] == ["Started first", "Started second", "StepFailed first"]
+    assert [started.id for started in plan.started] == ["first", "second"]
+    assert [type(e).__name__ + " " + e.id for e in s.fail(plan, "broken")] == ["StepFailed first"]
     assert "second" in run_to_end(s, model)
 
 

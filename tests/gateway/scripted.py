@@ -52,7 +52,11 @@ def finished(reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASO
             timeline=inference_pb2.Timeline(
                 ttft_us=2**40,
                 decode_worker="decode-0",
-                transfer=common_pb2.TransferStats(num_blocks=2, path="mapped"),
+                transfer=common_pb2.TransferStats(
+                    num_blocks=2,
+                    path="mapped",
+                    chunks=[common_pb2.ChunkTimes(compute_end_us=end) for end in (5, 9)],
+                ),
             ),
         )
     )

@@ -514,6 +514,8 @@ async def test_the_timeline_comes_when_asked_for() -> None:
     assert (timeline["transfer"]["num_blocks"], timeline["transfer"]["path"]) == (2, "mapped")
     assert timeline["num_retries"] == 0
     assert "prefill" not in timeline
+    assert "ticket_us" not in timeline
+    assert [chunk["compute_end_us"] for chunk in timeline["transfer"]["chunks"]] == [5, 9]
     *_, last, _ = events_of(await post(answering(), CHAT, chat(stream=True), x_kvferry_timeline="1"))
     assert last["choices"][0]["finish_reason"] == "stop"
     assert last["kvferry"] == whole["kvferry"]

@@ -31,10 +31,24 @@ TIMELINE = inference_pb2.Timeline(
         queue_us=3_000, compute_us=70_000, num_prompt_tokens=40, num_cached_tokens=16, num_chunks=2
     ),
     transfer=common_pb2.TransferStats(
-        num_blocks=3, num_bytes=6_000_000, busy_us=2_000, exposed_us=900, verify_us=250, path="mapped"
+        num_blocks=3,
+        num_bytes=6_000_000,
+        busy_us=2_000,
+        exposed_us=900,
+        verify_us=250,
+        path="mapped",
+        num_hidden_bytes=4_000_000,
+        chunks=[
+            common_pb2.ChunkTimes(compute_end_us=40_000, num_blocks=2, write_begin_us=40_500, write_end_us=41_900),
+            common_pb2.ChunkTimes(
+                compute_begin_us=40_000, compute_end_us=70_000, num_blocks=1, write_begin_us=70_100, write_end_us=70_700
+            ),
+        ],
     ),
-    decode=common_pb2.DecodeStats(wait_for_kv_us=75_000, compute_us=300_000, num_steps=12),
+    decode=common_pb2.DecodeStats(wait_for_kv_us=75_000, compute_us=300_000, num_steps=12, first_step_us=600),
     route_reason="shipping pays",
+    opened_us=2_000,
+    ticket_us=4_000,
 )
 MODEL = common_pb2.ModelInfo(name="tiny", revision="r1", context_length=2048, vocab_size=49152)
 

@@ -302,6 +302,7 @@ class PrefillStats(google.protobuf.message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     NUM_CHUNKS_FIELD_NUMBER: builtins.int
     queue_us: builtins.int
+    """From the prompt's receipt to its first step."""
     compute_us: builtins.int
     num_prompt_tokens: builtins.int
     num_cached_tokens: builtins.int
@@ -333,6 +334,8 @@ class TransferStats(google.protobuf.message.Message):
     EXPOSED_US_FIELD_NUMBER: builtins.int
     PATH_FIELD_NUMBER: builtins.int
     VERIFY_US_FIELD_NUMBER: builtins.int
+    NUM_HIDDEN_BYTES_FIELD_NUMBER: builtins.int
+    CHUNKS_FIELD_NUMBER: builtins.int
     num_blocks: builtins.int
     num_bytes: builtins.int
     busy_us: builtins.int
@@ -345,6 +348,12 @@ class TransferStats(google.protobuf.message.Message):
     """The part of exposed_us that went into comparing digests: the writer's where writing did not hide it, and the owner's.
     0: this transfer was not verified.
     """
+    num_hidden_bytes: builtins.int
+    """Of batches whose last byte was in place before the last chunk was computed: nothing waited for them."""
+    @property
+    def chunks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChunkTimes]:
+        """In order; at most 32, neighbours are joined when there were more."""
+
     def __init__(
         self,
         *,
@@ -354,11 +363,47 @@ class TransferStats(google.protobuf.message.Message):
         exposed_us: builtins.int = ...,
         path: builtins.str = ...,
         verify_us: builtins.int = ...,
+        num_hidden_bytes: builtins.int = ...,
+        chunks: collections.abc.Iterable[Global___ChunkTimes] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["busy_us", b"busy_us", "exposed_us", b"exposed_us", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "path", b"path", "verify_us", b"verify_us"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["busy_us", b"busy_us", "chunks", b"chunks", "exposed_us", b"exposed_us", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "num_hidden_bytes", b"num_hidden_bytes", "path", b"path", "verify_us", b"verify_us"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___TransferStats: typing_extensions.TypeAlias = TransferStats
+
+@typing.final
+class ChunkTimes(google.protobuf.message.Message):
+    """One prefill chunk and the writing of its blocks. Microseconds from the start of the prompt's first step, all by the
+    writer's clock.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COMPUTE_BEGIN_US_FIELD_NUMBER: builtins.int
+    COMPUTE_END_US_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    WRITE_BEGIN_US_FIELD_NUMBER: builtins.int
+    WRITE_END_US_FIELD_NUMBER: builtins.int
+    compute_begin_us: builtins.int
+    compute_end_us: builtins.int
+    num_blocks: builtins.int
+    """What was written when this chunk had been computed; 0 where the owner had it all, or no block was full yet."""
+    write_begin_us: builtins.int
+    """First byte and last; unset without blocks."""
+    write_end_us: builtins.int
+    def __init__(
+        self,
+        *,
+        compute_begin_us: builtins.int = ...,
+        compute_end_us: builtins.int = ...,
+        num_blocks: builtins.int = ...,
+        write_begin_us: builtins.int = ...,
+        write_end_us: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_begin_us", b"compute_begin_us", "compute_end_us", b"compute_end_us", "num_blocks", b"num_blocks", "write_begin_us", b"write_begin_us", "write_end_us", b"write_end_us"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ChunkTimes: typing_extensions.TypeAlias = ChunkTimes
 
 @typing.final
 class DecodeStats(google.protobuf.message.Message):
@@ -370,6 +415,7 @@ class DecodeStats(google.protobuf.message.Message):
     NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     PREFILLED_LOCALLY_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
+    FIRST_STEP_US_FIELD_NUMBER: builtins.int
     wait_for_kv_us: builtins.int
     """From the ticket to the writer's commit."""
     compute_us: builtins.int
@@ -379,6 +425,12 @@ class DecodeStats(google.protobuf.message.Message):
     prefilled_locally: builtins.bool
     """True when this worker computed the prompt itself."""
     num_preemptions: builtins.int
+    first_step_us: builtins.int
+    """From the acceptance of the commit to the start of the first step that decodes this request, by the decode worker's
+    clock. Unset when no such step was needed, or this worker computed the prompt itself. Added to the writer's
+    exposed_us, it bounds from above the time between the end of the last chunk's compute and that step, whatever hosts
+    the workers run on: what is counted twice is the way back of the commit's answer.
+    """
     def __init__(
         self,
         *,
@@ -388,8 +440,14 @@ class DecodeStats(google.protobuf.message.Message):
         num_cached_tokens: builtins.int = ...,
         prefilled_locally: builtins.bool = ...,
         num_preemptions: builtins.int = ...,
+        first_step_us: builtins.int | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_us", b"compute_us", "num_cached_tokens", b"num_cached_tokens", "num_preemptions", b"num_preemptions", "num_steps", b"num_steps", "prefilled_locally", b"prefilled_locally", "wait_for_kv_us", b"wait_for_kv_us"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_step_us", b"_first_step_us", "first_step_us", b"first_step_us"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_step_us", b"_first_step_us", "compute_us", b"compute_us", "first_step_us", b"first_step_us", "num_cached_tokens", b"num_cached_tokens", "num_preemptions", b"num_preemptions", "num_steps", b"num_steps", "prefilled_locally", b"prefilled_locally", "wait_for_kv_us", b"wait_for_kv_us"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_step_us: typing_extensions.TypeAlias = typing.Literal["first_step_us"]
+    _WhichOneofArgType__first_step_us: typing_extensions.TypeAlias = typing.Literal["_first_step_us", b"_first_step_us"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_step_us) -> _WhichOneofReturnType__first_step_us | None: ...
 
 Global___DecodeStats: typing_extensions.TypeAlias = DecodeStats

@@ -273,6 +273,8 @@ class Timeline(google.protobuf.message.Message):
     DECODE_FIELD_NUMBER: builtins.int
     NUM_RETRIES_FIELD_NUMBER: builtins.int
     ROUTE_REASON_FIELD_NUMBER: builtins.int
+    OPENED_US_FIELD_NUMBER: builtins.int
+    TICKET_US_FIELD_NUMBER: builtins.int
     tokenize_us: builtins.int
     route_us: builtins.int
     ttft_us: builtins.int
@@ -288,6 +290,10 @@ class Timeline(google.protobuf.message.Message):
     """How often the request was started over on other workers."""
     route_reason: builtins.str
     """Why the workers were chosen, in words."""
+    opened_us: builtins.int
+    """Arrival to the opening of the decode worker's stream, in the last attempt."""
+    ticket_us: builtins.int
+    """Arrival to the decode worker's ticket, at which the prompt was sent to the prefill worker. Unset without one."""
     @property
     def prefill(self) -> kvferry.api.common.v1.common_pb2.PrefillStats: ...
     @property
@@ -310,11 +316,16 @@ class Timeline(google.protobuf.message.Message):
         decode: kvferry.api.common.v1.common_pb2.DecodeStats | None = ...,
         num_retries: builtins.int = ...,
         route_reason: builtins.str = ...,
+        opened_us: builtins.int = ...,
+        ticket_us: builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["decode", b"decode", "prefill", b"prefill", "transfer", b"transfer"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_ticket_us", b"_ticket_us", "decode", b"decode", "prefill", b"prefill", "ticket_us", b"ticket_us", "transfer", b"transfer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decode", b"decode", "decode_worker", b"decode_worker", "itl_p50_us", b"itl_p50_us", "itl_p99_us", b"itl_p99_us", "num_retries", b"num_retries", "prefill", b"prefill", "prefill_worker", b"prefill_worker", "route_reason", b"route_reason", "route_us", b"route_us", "tokenize_us", b"tokenize_us", "total_us", b"total_us", "transfer", b"transfer", "ttft_us", b"ttft_us"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_ticket_us", b"_ticket_us", "decode", b"decode", "decode_worker", b"decode_worker", "itl_p50_us", b"itl_p50_us", "itl_p99_us", b"itl_p99_us", "num_retries", b"num_retries", "opened_us", b"opened_us", "prefill", b"prefill", "prefill_worker", b"prefill_worker", "route_reason", b"route_reason", "route_us", b"route_us", "ticket_us", b"ticket_us", "tokenize_us", b"tokenize_us", "total_us", b"total_us", "transfer", b"transfer", "ttft_us", b"ttft_us"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__ticket_us: typing_extensions.TypeAlias = typing.Literal["ticket_us"]
+    _WhichOneofArgType__ticket_us: typing_extensions.TypeAlias = typing.Literal["_ticket_us", b"_ticket_us"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__ticket_us) -> _WhichOneofReturnType__ticket_us | None: ...
 
 Global___Timeline: typing_extensions.TypeAlias = Timeline
 
