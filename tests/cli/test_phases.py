@@ -28,6 +28,7 @@ SPLIT = Timeline(
         busy_s=1.5,
         exposed_s=1.0,
         path="mapped",
+        verify_s=0,
         num_hidden_bytes=100,
         chunks=(
             ChunkTimes(0.0, 2.0, 1, 2.0, 2.5),
