@@ -13,7 +13,7 @@ help: ## Show this list
 
 setup: $(STAMP) ## Create .venv with everything (torch CPU build, UCX, the default model)
 
-$(STAMP): pyproject.toml constraints.txt transport/ucp.c transport/copy.c transport/copy.h transport/build.py
+$(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h) transport/build.py
 	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding: apt-get install gcc"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvferry needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "could not create $(VENV): on Debian, apt-get install python3-venv"; exit 1; }

@@ -1,4 +1,4 @@
-"""Compiles ucp.c and copy.c against the UCX in use, into build/.  Run by `make setup`: python -m transport.build"""
+"""Compiles the C files here against the UCX in use, into build/.  Run by `make setup`: python -m transport.build"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("ucp.c", "copy.c", "copy.h"))
+SOURCES = tuple(HERE / name for name in ("ferry.c", "ferry.h", "ucp.c", "copy.c", "copy.h"))
 BUILD = HERE.parent / "build"
 
 
@@ -56,7 +56,8 @@ def build() -> Path:
     partial = target.with_suffix(f".{os.getpid()}")
     libraries = ucx_libraries()
     # By soname and rpath: the wheel holds libucp.so and libucp.so.0 as two files, and loading both crashes at exit.
-    command = [compiler, "-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-shared", "-fPIC", "-pthread",
+    command = [compiler, "-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-fvisibility=hidden",
+               "-shared", "-fPIC", "-pthread",
                f"-I{ucx_home() / 'include'}", *(str(source) for source in SOURCES if source.suffix == ".c"),
                "-o", str(partial), f"-L{libraries}", "-l:libucp.so.0", "-l:libucs.so.0",
                f"-Wl,-rpath,{libraries}"]  # fmt: skip

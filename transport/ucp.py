@@ -1,4 +1,4 @@
-"""The backend over UCX: ucp.c by ctypes.  Regions, remote keys and endpoints as in ucx-py, without its event loop."""
+"""The backend over UCX: ferry.c and ucp.c by ctypes.  Regions, remote keys and endpoints as in ucx-py, without its loop."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ class UcpTransport:
             )  # fmt: skip
             if status == _INVALID_PARAM:
                 error = pieces.out_of_bounds(local.nbytes, remote.nbytes)
-                assert error is not None, "ucp.c and pieces.py disagree"
+                assert error is not None, "ferry.c and pieces.py disagree"
                 raise error
             if status != _OK:
                 raise TransportError(f"UCX did not take the batch: {self._text(status)}")
@@ -418,7 +418,7 @@ def _load() -> ctypes.CDLL:
     ):
         function = getattr(lib, f"kvf_{name}")
         function.restype, function.argtypes = result, arguments
-    assert lib.kvf_completion_size() == ctypes.sizeof(_CompletionStruct), "ucp.c and ucp.py disagree"
+    assert lib.kvf_completion_size() == ctypes.sizeof(_CompletionStruct), "ferry.h and ucp.py disagree"
     version = _version(lib)
     if version < OLDEST_UCX:
         raise BackendUnavailable(
