@@ -16,10 +16,11 @@ import structlog
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import AbortedError, ConflictError, InternalError
+from kvferry.errors import AbortedError, ConflictError, InternalError, InvalidRequestError
 from services.decode.distrust import Distrust
 from services.decode.tickets import (
     ChecksumMismatchError,
+    DoubtfulCommitError,
     Ticket,
     TicketBook,
     TicketRefusedError,
@@ -42,6 +43,7 @@ T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0  # for one question to a writer
 STOP_BACKOFF_S = (0.2, 5.0)
+FENCE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +168,12 @@ class Reservations:
         self, transfer_id: str, epoch: int, writer: WriterId, written: Written, first: common_pb2.Token
     ) -> float:
         """The writer says that every byte is in place.  Returns once the commit is accepted: how many seconds of that went
-        into verifying, 0 when the ticket did not ask for it.  Raises ConflictError.  Cancelling does not end a check: its
-        verdict stands, and a repeated commit gets it."""
+        into verifying, 0 when the ticket did not ask for it.  Raises ConflictError, or InvalidRequestError, with nothing
+        changed, when ``first`` is no token.  Cancelling does not end a check: its verdict stands, and a repeated commit
+        gets it."""
+        if first.id >= self._worker.model.vocab_size:  # it would end the step that computes it, and all others in it
+            what = f"the first token, {first.id}, is outside the vocabulary of {self._worker.model.vocab_size}"
+            raise InvalidRequestError(what)
         try:
             with self._worker.engine.exclusive() as scheduler:
                 ticket = self._book.commit(transfer_id, epoch, writer, written, now_s=time.monotonic())
@@ -178,6 +184,8 @@ class Reservations:
         except TicketRefusedError as e:
             if not self._book.is_pending(transfer_id):  # otherwise somebody spoke in the writer's name
                 self._fail(transfer_id, str(e))
+            elif isinstance(e, DoubtfulCommitError):
+                self._give_up(self._streams[transfer_id], AbortedError(str(e), reason="TRANSFER_ABORTED"))
             raise _to_error(e) from e
         if ticket.state is TicketState.COMMITTED:
             self._accepted(ticket, events)
@@ -270,7 +278,7 @@ class Reservations:
             lent = self._book.lent_to(writer)
         why = f"blocks of another transfer from {writer.worker_id} arrived damaged"
         for other in lent:
-            self._give_up(other, AbortedError(why, reason="PAIR_QUARANTINED"))
+            self._give_up(self._streams[other.transfer_id], AbortedError(why, reason="PAIR_QUARANTINED"))
 
     def _abandon(self, stream: DecodeStream) -> None:
         with self._worker.engine.exclusive() as scheduler:
@@ -287,9 +295,8 @@ class Reservations:
         if stream := self._streams.pop(transfer_id, None):
             stream.events.put_nowait(AbortedError(why, reason=reason))
 
-    def _give_up(self, ticket: Ticket, error: AbortedError) -> None:
-        """Fails the request of a LENT ticket and takes its blocks back from the writer."""
-        stream = self._streams[ticket.transfer_id]
+    def _give_up(self, stream: DecodeStream, error: AbortedError) -> None:
+        """Fails a request whose ticket is LENT and takes its blocks back from the writer."""
         stream.events.put_nowait(error)
         self._abandon(stream)
 
@@ -302,7 +309,7 @@ class Reservations:
             for ticket in late:
                 lifetime_s = self._terms.ticket_lifetime_s
                 why = f"the writer {ticket.writer.worker_id} did not commit within {lifetime_s:g} s"
-                self._give_up(ticket, AbortedError(why, reason="TICKET_EXPIRED"))
+                self._give_up(self._streams[ticket.transfer_id], AbortedError(why, reason="TICKET_EXPIRED"))
             if late:
                 continue
             wait_s = None if next_s is None else max(0.0, next_s - time.monotonic()) + 0.001
@@ -332,7 +339,7 @@ class Reservations:
 
     async def _has_stopped(self, ticket: Ticket, writer: Writer) -> bool:
         if has_ended(writer.process):
-            return True
+            return await self._nothing_follows()
         stub = worker_pb2_grpc.WorkerServiceStub(self._channels.get(writer.control_address))
         identity = self._worker.identity
         try:
@@ -349,9 +356,16 @@ class Reservations:
             )
         except grpc.aio.AioRpcError as e:
             log.info("stop_transfer_failed", transfer_id=ticket.transfer_id, error=e.details())
-            return bool(has_ended(writer.process))
+            return bool(has_ended(writer.process)) and await self._nothing_follows()
+        if answer.incarnation == writer.id.incarnation:
+            return True
         # A successor may answer while its predecessor is still in its last moments.
-        return answer.incarnation == writer.id.incarnation or has_ended(writer.process) is not False
+        return has_ended(writer.process) is not False and await self._nothing_follows()
+
+    async def _nothing_follows(self) -> bool:
+        """Of a writer whose process has ended: whether what it had sent has arrived.  Over a network, bytes outlive whoever
+        sent them."""
+        return await asyncio.to_thread(self._worker.transport.fence, FENCE_TIMEOUT_S)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
