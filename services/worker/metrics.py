@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from services.worker.worker import Worker
+from transport import Path
 
 
 def publish_metrics(worker: Worker, registry: prometheus_client.CollectorRegistry = prometheus_client.REGISTRY) -> None:
@@ -50,6 +51,13 @@ class _WorkerCollector(Collector):
         transfer_bytes.add_metric(["written"], traffic.bytes_written)
         transfer_bytes.add_metric(["received"], traffic.bytes_received)
         yield transfer_bytes
+        by_path = CounterMetricFamily(
+            "kvferry_transport_bytes", "Bytes that this process moved by one-sided operations", labels=["path"]
+        )
+        moved = worker.transport.counters().bytes_by_path
+        for path in Path:
+            by_path.add_metric([path.name.lower()], moved.get(path, 0))
+        yield by_path
         checks = CounterMetricFamily(
             "kvferry_transfer_checks", "Transfers into this worker's pool that were verified", labels=["result"]
         )
