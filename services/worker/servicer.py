@@ -13,12 +13,12 @@ from kvferry.errors import ConflictError
 from services.worker.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]
-StopTransfer = Callable[[str], Awaitable[None]]
+StopTransfer = Callable[[worker_pb2.StopTransferRequest], Awaitable[None]]
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, worker: Worker, stop_transfer: StopTransfer) -> None:
-        """``stop_transfer(transfer_id)`` returns once nothing is written under that ticket."""
+        """``stop_transfer`` returns once nothing is written under the ticket that is asked about."""
         self._worker = worker
         self._stop_transfer = stop_transfer
 
@@ -30,7 +30,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             raise ConflictError(f"this is {identity.worker_id}, not {request.writer_id}", reason="OTHER_WORKER")
         # Another incarnation was asked for: that process has ended, this one has taken its place.
         if request.writer_incarnation == identity.incarnation:
-            await self._stop_transfer(request.transfer_id)
+            await self._stop_transfer(request)
         return worker_pb2.StopTransferResponse(incarnation=identity.incarnation)
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainResponse:
