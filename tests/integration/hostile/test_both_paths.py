@@ -38,6 +38,18 @@ def test_silent_slow_path(siege: Siege, greedy: Reference) -> None:
     assert slow == ([("warning", "the owner's UCX_TLS allows no shared memory")] if siege.path == "rma" else [])
 
 
+def take_all(siege: Siege, writer: Peer, requests: ExitStack) -> list[int]:
+    """Asks for blocks until there are none; those that were lent have been written into."""
+    taken: list[int] = []
+    while True:
+        try:
+            asked = requests.enter_context(siege.ask(range(2000, 2100), writer.writer()))
+        except OverloadedError:
+            return taken
+        assert writer.write(asked.ticket, range(7)) == ""
+        taken += asked.ticket.blocks
+
+
 def test_no_block_of_a_writer_that_hangs_goes_to_anybody(siege: Siege, peer: Peer, greedy: Reference) -> None:
     """Its request is cancelled, the question whether it has stopped is not answered, others need every block; then it goes
     on, and what it writes is seen in its own blocks and in no other."""
@@ -52,12 +64,8 @@ def test_no_block_of_a_writer_that_hangs_goes_to_anybody(siege: Siege, peer: Pee
         peer.hang()
     with siege.peer(worker_id="bystander") as bystander, ExitStack() as others:
         assert greedy.continuation_is_greedy(prompt, siege.answer(prompt))
-        taken: list[int] = []
-        with pytest.raises(OverloadedError):
-            while True:
-                other = others.enter_context(siege.ask(range(2000, 2100), bystander.writer()))
-                bystander.write(other.ticket, range(7))
-                taken += other.ticket.blocks
+        taken = take_all(siege, bystander, others)
+        assert len(taken) > 35, "hardly a request got through"
         assert not set(taken) & set(lent)
         asked_in_vain = f'"transfer_id": "{asked.ticket.transfer_id}"'
         siege.running.wait_until(
