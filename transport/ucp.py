@@ -90,7 +90,7 @@ class UcpTransport:
         self._lib = _load()
         self.incarnation = int.from_bytes(os.urandom(8), "little")
         self._control = threading.Condition(threading.RLock())  # one call into the library's control side at a time
-        self._num_connecting = 0  # threads that wait for a peer's answer, without the lock
+        self._num_waiting = 0  # threads that wait in the library, without the lock
         self._connections: dict[int, _Connection] = {}  # by the peer's incarnation
         self._opened: dict[RemoteRegion, _Opened] = {}
         self._regions: dict[Region, tuple[c_void_p, Segment]] = {}
@@ -190,10 +190,10 @@ class UcpTransport:
             )
             self._check_reached(status)
             connection.num_remotes += 1
-            self._num_connecting += 1
+            self._num_waiting += 1
         status = self._lib.kvf_wait_peer(self._ferry, connection.handle, CONNECT_TIMEOUT_MS)
         with self._control:
-            self._num_connecting -= 1
+            self._num_waiting -= 1
             self._control.notify_all()
             if status != _OK or self._closed:
                 connection.num_remotes -= 1
@@ -240,8 +240,14 @@ class UcpTransport:
         return self._completions.poll(timeout_s)
 
     def fence(self, timeout_s: float) -> bool:
-        self._check_open()
-        return bool(self._lib.kvf_fence(self._ferry, int(timeout_s * 1000)) == _OK)
+        with self._control:
+            self._check_open()
+            self._num_waiting += 1
+        status = self._lib.kvf_fence(self._ferry, int(timeout_s * 1000))
+        with self._control:
+            self._num_waiting -= 1
+            self._control.notify_all()
+        return bool(status == _OK)
 
     def counters(self) -> Counters:
         return self._completions.counters()
@@ -251,7 +257,7 @@ class UcpTransport:
             return
         with self._control:
             self._closed = True
-            while self._num_connecting:
+            while self._num_waiting:
                 self._control.wait()
             self._lib.kvf_stop(self._ferry)
             self._completions.close()

@@ -33,7 +33,7 @@ async def _serve(
             yield _writes_nowhere
 
 
-async def _writes_nowhere(transfer_id: str) -> None:
+async def _writes_nowhere(request: worker_pb2.StopTransferRequest) -> None:
     """A decode worker never holds another's ticket."""
 
 

@@ -16,10 +16,11 @@ import structlog
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import AbortedError, ConflictError, InternalError
+from kvferry.errors import AbortedError, ConflictError, InternalError, InvalidRequestError
 from services.decode.distrust import Distrust
 from services.decode.tickets import (
     ChecksumMismatchError,
+    DoubtfulCommitError,
     Ticket,
     TicketBook,
     TicketRefusedError,
@@ -170,8 +171,12 @@ class Reservations:
         self, transfer_id: str, epoch: int, writer: WriterId, written: Written, first: common_pb2.Token
     ) -> float:
         """The writer says that every byte is in place.  Returns once the commit is accepted: how many seconds of that went
-        into verifying, 0 when the ticket did not ask for it.  Raises ConflictError.  Cancelling does not end a check: its
-        verdict stands, and a repeated commit gets it."""
+        into verifying, 0 when the ticket did not ask for it.  Raises ConflictError, or InvalidRequestError, with nothing
+        changed, when ``first`` is no token.  Cancelling does not end a check: its verdict stands, and a repeated commit
+        gets it."""
+        if first.id >= self._worker.model.vocab_size:  # it would end the step that computes it, and all others in it
+            what = f"the first token, {first.id}, is outside the vocabulary of {self._worker.model.vocab_size}"
+            raise InvalidRequestError(what)
         try:
             with self._worker.engine.exclusive() as scheduler:
                 ticket = self._book.commit(transfer_id, epoch, writer, written, now_s=time.monotonic())
@@ -182,6 +187,8 @@ class Reservations:
         except TicketRefusedError as e:
             if not self._book.is_pending(transfer_id):  # otherwise somebody spoke in the writer's name
                 self._fail(transfer_id, str(e))
+            elif isinstance(e, DoubtfulCommitError):
+                self._give_up(self._streams[transfer_id], AbortedError(str(e), reason="TRANSFER_ABORTED"))
             raise _to_error(e) from e
         if ticket.state is TicketState.COMMITTED:
             self._accepted(ticket, events)
@@ -279,7 +286,7 @@ class Reservations:
             lent = self._book.lent_to(writer)
         why = f"blocks of another transfer from {writer.worker_id} arrived damaged"
         for other in lent:
-            self._give_up(other, AbortedError(why, reason="PAIR_QUARANTINED"))
+            self._give_up(self._streams[other.transfer_id], AbortedError(why, reason="PAIR_QUARANTINED"))
 
     def _abandon(self, stream: DecodeStream) -> None:
         with self._worker.engine.exclusive() as scheduler:
@@ -296,9 +303,8 @@ class Reservations:
         if stream := self._streams.pop(transfer_id, None):
             stream.events.put_nowait(AbortedError(why, reason=reason))
 
-    def _give_up(self, ticket: Ticket, error: AbortedError) -> None:
-        """Fails the request of a LENT ticket and takes its blocks back from the writer."""
-        stream = self._streams[ticket.transfer_id]
+    def _give_up(self, stream: DecodeStream, error: AbortedError) -> None:
+        """Fails a request whose ticket is LENT and takes its blocks back from the writer."""
         stream.events.put_nowait(error)
         self._abandon(stream)
 
@@ -311,7 +317,7 @@ class Reservations:
             for ticket in late:
                 lifetime_s = self._terms.ticket_lifetime_s
                 why = f"the writer {ticket.writer.worker_id} did not commit within {lifetime_s:g} s"
-                self._give_up(ticket, AbortedError(why, reason="TICKET_EXPIRED"))
+                self._give_up(self._streams[ticket.transfer_id], AbortedError(why, reason="TICKET_EXPIRED"))
             if late:
                 continue
             wait_s = None if next_s is None else max(0.0, next_s - time.monotonic()) + 0.001

@@ -6,10 +6,11 @@
      │                                          ├─digests differ──▶ CLOSED
      │                                          └─given up by the owner──▶ DISCARDING ──check ended──▶ CLOSED
      ├─abort by the writer (its word that it has stopped)──▶ CLOSED
-     └─expiry, or given up by the owner──▶ REVOKING ──proof──▶ CLOSED
+     └─expiry, given up by the owner, or a doubtful commit──▶ REVOKING ──proof──▶ CLOSED
 
 A ticket leaves LENT once.  REVOKING holds its blocks in quarantine until ``prove_stopped``; a commit that arrives then
-is refused, but tells that the writer has stopped, so it is proof as well.  In VERIFYING and DISCARDING the writer has
+is refused, but tells that the writer has stopped, so it is proof as well, unless it contradicts the ticket: such a
+commit proves nothing, and its writer is asked.  In VERIFYING and DISCARDING the writer has
 said its last word, and a check of ours reads the blocks: they go to nobody else before it has ended.
 """
 
@@ -41,6 +42,11 @@ class TicketState(Enum):
 class TicketRefusedError(Exception):
     """The message is not for a ticket in a state that allows it; nothing was changed, save that a commit or abort for a
     revoked ticket proves its writer has stopped."""
+
+
+class DoubtfulCommitError(TicketRefusedError):
+    """The commit contradicts its ticket: whoever miscounts its writes is not believed to have ended them.  A ticket that
+    was LENT still is; its owner gives it up."""
 
 
 class ChecksumMismatchError(TicketRefusedError):
@@ -125,8 +131,8 @@ class TicketBook:
     ) -> Ticket | None:
         """The ticket, now COMMITTED: its blocks may be settled; or VERIFYING: digest them and ``conclude``, once, also
         when the commit is repeated meanwhile.  None when this very commit was accepted before.  Raises TicketRefusedError
-        when the ticket is unknown, another's, expired, given up, not wholly written or without the digests it asked
-        for."""
+        when the ticket is unknown, another's, expired or given up, DoubtfulCommitError when not everything was written or
+        the digests it asked for are not there."""
         ticket = self._find(transfer_id, epoch, writer)
         if ticket.state is TicketState.COMMITTED:
             return None
@@ -134,26 +140,15 @@ class TicketBook:
             return ticket
         if ticket.wrong:
             raise _mismatch(ticket)
+        if ticket.state is not TicketState.CLOSED:
+            self._require_whole(ticket, written)
         if ticket.state is TicketState.REVOKING:
             self.prove_stopped(transfer_id)
         if ticket.state is not TicketState.LENT:
             raise TicketRefusedError(f"transfer {transfer_id} was given up before it was committed")
-        if not self._is_whole(ticket, written):
-            self._close_lent(ticket)
-            raise TicketRefusedError(
-                f"transfer {transfer_id} asked for {ticket.num_tokens} tokens of {self._layout.token_nbytes} bytes in "
-                f"{len(ticket.blocks)} blocks, its writer says that it wrote {written.num_tokens} tokens in "
-                f"{written.num_blocks} blocks and {written.num_bytes} bytes"
-            )
         if now_s > ticket.expires_s:
             self._close_lent(ticket)
             raise TicketRefusedError(f"transfer {transfer_id} expired {now_s - ticket.expires_s:.3f} s ago")
-        num_digests = len(ticket.blocks) if ticket.verify else 0
-        if len(written.digests) != num_digests:
-            self._close_lent(ticket)
-            raise TicketRefusedError(
-                f"transfer {transfer_id} asked for {num_digests} block digests, its writer sent {len(written.digests)}"
-            )
         if ticket.verify:
             ticket.digests = written.digests
             ticket.state = TicketState.VERIFYING
@@ -257,11 +252,23 @@ class TicketBook:
             )
         return ticket
 
-    def _is_whole(self, ticket: Ticket, written: Written) -> bool:
-        """Of a last block that the prompt fills in part, writers send all bytes or those of the tokens only."""
+    def _require_whole(self, ticket: Ticket, written: Written) -> None:
+        """Raises DoubtfulCommitError.  Of a last block that the prompt fills in part, writers send all bytes or those of
+        the tokens only."""
         nbytes = (ticket.num_tokens * self._layout.token_nbytes, len(ticket.blocks) * self._layout.block_nbytes)
         asked = (len(ticket.blocks), ticket.num_tokens)
-        return (written.num_blocks, written.num_tokens) == asked and written.num_bytes in nbytes
+        if (written.num_blocks, written.num_tokens) != asked or written.num_bytes not in nbytes:
+            raise DoubtfulCommitError(
+                f"transfer {ticket.transfer_id} asked for {ticket.num_tokens} tokens of {self._layout.token_nbytes} bytes "
+                f"in {len(ticket.blocks)} blocks, its writer says that it wrote {written.num_tokens} tokens in "
+                f"{written.num_blocks} blocks and {written.num_bytes} bytes"
+            )
+        num_digests = len(ticket.blocks) if ticket.verify else 0
+        if len(written.digests) != num_digests:
+            raise DoubtfulCommitError(
+                f"transfer {ticket.transfer_id} asked for {num_digests} block digests, "
+                f"its writer sent {len(written.digests)}"
+            )
 
     def _close_lent(self, ticket: Ticket) -> None:
         """Its writer spoke for the last time: no proof is needed beyond that."""

@@ -360,10 +360,11 @@ class Ferries:
         self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
     ) -> AsyncGenerator[common_pb2.Token | worker_pb2.Committed, None]:
         """The first token, then the commit's figures.  Leaving early stops compute and writing.  Raises ConflictError,
-        having written nothing, when the ticket is not for this worker, is for blocks of other content, or was stopped
-        before it came."""
-        passage = await self._begin(prompt, params, ticket, salt)
-        expiry = self.loop.call_later(ticket.expires_in_ms / 1000, passage.stop, "the ticket expired")
+        having written nothing, when the ticket is not for this worker, is for blocks of other content or outside the
+        owner's pool, was used or stopped before, or has expired."""
+        expires_s = self.loop.time() + ticket.expires_in_ms / 1000
+        passage = await self._begin(prompt, params, ticket, salt, expires_s)
+        expiry = self.loop.call_at(expires_s, passage.stop, "the ticket expired")
         try:
             while True:
                 item = await passage.outbox.get()
@@ -376,13 +377,22 @@ class Ferries:
             expiry.cancel()
             passage.stop("the request was cancelled")
 
-    async def stop_transfer(self, transfer_id: str) -> None:
+    async def stop_transfer(self, request: worker_pb2.StopTransferRequest) -> None:
         """Returns once nothing is written under this ticket any more, nor ever will be.  Raises UnavailableError when that
-        cannot be promised."""
+        cannot be promised, ConflictError when the ticket is another owner's."""
+        transfer_id = request.transfer_id
         passage = self._passages.get(transfer_id) or self._used.get(transfer_id)
         if passage is None:
             self._use_up(transfer_id, None)
             return
+        ticket = passage.ticket
+        asks = (request.owner_id, request.owner_incarnation, request.epoch)
+        if asks != (ticket.owner_id, ticket.owner_incarnation, ticket.epoch):
+            raise ConflictError(
+                f"transfer {transfer_id} is of {ticket.owner_id}/{ticket.owner_incarnation}, epoch {ticket.epoch}, "
+                f"not of {request.owner_id}/{request.owner_incarnation}, epoch {request.epoch}",
+                reason="TICKET_REFUSED",
+            )
         passage.stop("the pool's owner took its blocks back")
         await passage.ended.wait()
         if passage.may_still_arrive:
@@ -412,8 +422,18 @@ class Ferries:
         if transfer_id in self._passages or transfer_id in self._used:
             raise ConflictError(f"ticket {transfer_id} was used or stopped before", reason="TICKET_REFUSED")
 
+    def _require_unexpired(self, ticket: worker_pb2.Ticket, expires_s: float) -> None:
+        if (late_s := self.loop.time() - expires_s) >= 0:
+            what = f"ticket {ticket.transfer_id} expired {late_s:.3f} s before the first write"
+            raise ConflictError(what, reason="TICKET_REFUSED")
+
     async def _begin(
-        self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
+        self,
+        prompt: list[int],
+        params: common_pb2.SamplingParams,
+        ticket: worker_pb2.Ticket,
+        salt: bytes,
+        expires_s: float,
     ) -> Passage:
         received_s = time.monotonic()
         worker, identity = self.worker, self.worker.identity
@@ -447,6 +467,8 @@ class Ferries:
             worker.router.changed.set()
         try:
             self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
+            self._require_unexpired(ticket, expires_s)
+            _require_inside(ticket, remote.nbytes // layout.block_nbytes)
             passage = Passage(self, ticket, sequence, ferry, target, remote, owner, received_s)
             worker.router.subscribe(sequence.id, passage)
             worker.add(sequence)
@@ -467,6 +489,14 @@ def _to_chunk_times(chunk: ChunkTimes, begun_s: float) -> common_pb2.ChunkTimes:
     if chunk.write_s is not None:
         message.write_begin_us, message.write_end_us = (to_us(at_s - begun_s) for at_s in chunk.write_s)
     return message
+
+
+def _require_inside(ticket: worker_pb2.Ticket, num_blocks: int) -> None:
+    if max(ticket.blocks, default=-1) >= num_blocks or len(set(ticket.blocks)) < len(ticket.blocks):
+        raise ConflictError(
+            f"ticket {ticket.transfer_id} names blocks outside its owner's pool of {num_blocks}, or one of them twice",
+            reason="TICKET_REFUSED",
+        )
 
 
 def _to_error(failure: BaseException) -> Error:

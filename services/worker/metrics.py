@@ -56,10 +56,10 @@ class _WorkerCollector(Collector):
         transfer_bytes.add_metric(["received"], traffic.bytes_received)
         yield transfer_bytes
         by_path = CounterMetricFamily(
-            "kvferry_transport_bytes", "Bytes that this worker's transfers moved, by the way they took", labels=["path"]
+            "kvferry_transport_bytes", "Bytes that this process moved by one-sided operations", labels=["path"]
         )
         moved = worker.transport.counters().bytes_by_path
-        for path in (Path.MAPPED, Path.RMA):
+        for path in Path:
             by_path.add_metric([path.name.lower()], moved.get(path, 0))
         yield by_path
         checks = CounterMetricFamily(

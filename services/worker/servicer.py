@@ -18,12 +18,12 @@ from services.worker.pins import ReaderId
 from services.worker.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]
-StopTransfer = Callable[[str], Awaitable[None]]
+StopTransfer = Callable[[worker_pb2.StopTransferRequest], Awaitable[None]]
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     def __init__(self, worker: Worker, stop_transfer: StopTransfer, holdings: Holdings) -> None:
-        """``stop_transfer(transfer_id)`` returns once nothing is written under that ticket."""
+        """``stop_transfer`` returns once nothing is written under the ticket that is asked about."""
         self._worker = worker
         self._stop_transfer = stop_transfer
         self._holdings = holdings
@@ -35,7 +35,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if request.writer_id != identity.worker_id:
             raise ConflictError(f"this is {identity.worker_id}, not {request.writer_id}", reason="OTHER_WORKER")
         if request.writer_incarnation == identity.incarnation:
-            await self._stop_transfer(request.transfer_id)
+            await self._stop_transfer(request)
         # Another incarnation was asked for: that process has ended, this one has taken its place; unless it has not yet.
         elif has_ended(ProcessIdentity.from_proto(request.writer_process)) is False:
             raise UnavailableError(f"the process before this one, of {identity.worker_id}, still runs")

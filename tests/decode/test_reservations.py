@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
+import grpc
 import pytest
 
 from kvferry.api.common.v1 import common_pb2
-from kvferry.errors import AbortedError, ConflictError
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.errors import AbortedError, ConflictError, InvalidRequestError
 from services.decode.reservations import DecodeStream, Reservations, Terms, Writer
 from services.decode.tickets import Ticket, WriterId, Written
 from services.engine.sequence import TokenDrawn
 from services.runtime.channels import Channels
-from services.worker.servicer import drain
+from services.runtime.process import this_process
+from services.worker.servicer import WorkerServicer, drain
 from services.worker.share import Share
 from services.worker.worker import Worker
 from tests.worker.tiny import LAYOUT, NO_PROCESS, NUM_BLOCKS, SAMPLING, HeldDigester, make_worker
 from transport import Transport, create
+from transport.loopback import LoopbackTransport
 
 PROMPT = list(range(10))
 FIRST = common_pb2.Token(index=0, id=7)
@@ -231,3 +237,72 @@ async def test_a_check_that_breaks_fails_the_transfer_and_blames_nobody(
     assert (worker.traffic.checks_ok, worker.traffic.checks_mismatch) == (0, 0)
     async with opened(reservations):
         pass
+
+
+async def test_a_doubtful_commit_fails_the_request_and_its_blocks_wait_for_proof(
+    reservations: Reservations, worker: Worker
+) -> None:
+    async with opened(reservations) as (stream, ticket):
+        half = Written(1, ticket.num_tokens, LAYOUT.block_nbytes, tuple(HONEST))
+        with pytest.raises(ConflictError, match="its writer says that it wrote 10 tokens in 1 blocks"):
+            await reservations.commit(ticket.transfer_id, ticket.epoch, ticket.writer, half, FIRST)
+        failed = stream.events.get_nowait()
+        assert isinstance(failed, AbortedError)
+        assert "in 1 blocks" in failed.message
+        await settle()
+        assert num_free(worker) == NUM_BLOCKS - 3
+        reservations.abort_by_writer(ticket.transfer_id, ticket.epoch, ticket.writer, "that was the last one")
+        assert num_free(worker) == NUM_BLOCKS
+
+
+async def test_a_first_token_that_is_none_is_refused_and_changes_nothing(
+    reservations: Reservations, drawn: deque[float]
+) -> None:
+    drawn[0] = 0.9
+    async with opened(reservations) as (stream, ticket):
+        written = Written(len(ticket.blocks), ticket.num_tokens, len(ticket.blocks) * LAYOUT.block_nbytes)
+        with pytest.raises(InvalidRequestError, match="the first token, 100, is outside the vocabulary of 100"):
+            await reservations.commit(
+                ticket.transfer_id, ticket.epoch, ticket.writer, written, common_pb2.Token(index=0, id=100)
+            )
+        assert stream.events.empty()
+        await commit(reservations, ticket)
+        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+
+
+@pytest.mark.parametrize("successor_answers", [False, True])
+async def test_blocks_of_a_dead_writer_come_back_behind_a_fence(
+    reservations: Reservations, worker: Worker, monkeypatch: pytest.MonkeyPatch, successor_answers: bool
+) -> None:
+    arrived = threading.Event()
+    asked = asyncio.Queue[None]()
+    loop = asyncio.get_running_loop()
+
+    def fence(self: LoopbackTransport, timeout_s: float) -> bool:
+        loop.call_soon_threadsafe(asked.put_nowait, None)
+        return arrived.is_set()
+
+    monkeypatch.setattr(LoopbackTransport, "fence", fence)
+    if successor_answers:  # from a place where nobody can see whether its predecessor has ended
+        server = grpc.aio.server()
+        successor = make_worker(worker.transport, "prefill-0", common_pb2.WORKER_ROLE_PREFILL)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(successor, writes_nothing), server)
+        writer = replace(WRITER, control_address=f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+        await server.start()
+    else:
+        writer = replace(WRITER, process=replace(this_process(), start_time_ticks=1))
+    async with opened(reservations, writer) as (_, ticket):
+        pass
+    for _ in range(2):
+        await asyncio.wait_for(asked.get(), 10)
+    assert num_free(worker) == NUM_BLOCKS - len(ticket.blocks)
+    arrived.set()
+    async with asyncio.timeout(10):
+        await drain(worker)
+    assert num_free(worker) == NUM_BLOCKS
+    if successor_answers:
+        await server.stop(None)
+
+
+async def writes_nothing(request: worker_pb2.StopTransferRequest) -> None:
+    pytest.fail("another incarnation was asked for")

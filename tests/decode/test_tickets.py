@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from services.decode.tickets import (
     ChecksumMismatchError,
+    DoubtfulCommitError,
     Ticket,
     TicketBook,
     TicketRefusedError,
@@ -102,6 +103,22 @@ class TicketMachine(RuleBasedStateMachine):
         else:
             assert was is ticket.state, "a commit that is repeated while it is checked changes nothing"
             assert ticket.transfer_id in self.reading
+
+    @rule(data=st.data())
+    def writer_commits_while_it_writes(self, data: st.DataObject) -> None:
+        """It counts what it has written so far."""
+        counted = [t for t in self.all if t.transfer_id in self.writing and t.blocks]
+        if not counted:
+            return
+        ticket = data.draw(st.sampled_from(counted))
+        was = ticket.state
+        written = Written(len(ticket.blocks) - 1, ticket.num_tokens, NBYTES * len(ticket.blocks), sent(ticket))
+        with pytest.raises(TicketRefusedError) as refused:
+            commit(self.tickets, ticket, self.now_s, written=written)
+        assert ticket.state is was
+        if was is TicketState.LENT:
+            assert isinstance(refused.value, DoubtfulCommitError)
+            assert self.tickets.give_up(ticket.transfer_id) is ticket
 
     def settle(self, ticket: Ticket) -> None:
         assert ticket.state is TicketState.COMMITTED
@@ -230,13 +247,19 @@ def test_a_whole_commit_is_accepted(nbytes: int) -> None:
         Written(0, 0, 0),
     ],
 )
-def test_an_incomplete_commit_ends_the_ticket(written: Written) -> None:
+def test_an_incomplete_commit_is_refused_and_proves_nothing(written: Written) -> None:
     pool, tickets = book()
     ticket = open_ticket(pool, tickets, "t", 3)
-    with pytest.raises(TicketRefusedError, match=r"9 tokens of \d+ bytes in 3 blocks"):
+    with pytest.raises(DoubtfulCommitError, match=r"9 tokens of \d+ bytes in 3 blocks"):
         commit(tickets, ticket, written=written)
-    assert ticket.state is TicketState.CLOSED
-    assert pool.counts().free == 8
+    assert (ticket.state, pool.counts().lent) == (TicketState.LENT, 3)
+    tickets.give_up("t")
+    with pytest.raises(DoubtfulCommitError):
+        commit(tickets, ticket, written=written)
+    assert pool.counts().quarantined == 3
+    tickets.prove_stopped("t")
+    with pytest.raises(TicketRefusedError, match="given up"):
+        commit(tickets, ticket, written=written)
 
 
 def test_a_late_commit_is_refused_and_proves_that_the_writer_stopped() -> None:
@@ -309,9 +332,9 @@ def test_a_message_about_a_long_prompt_stays_short() -> None:
 def test_a_commit_without_a_digest_of_each_block_is_refused(digests: tuple[int, ...]) -> None:
     pool, tickets = book()
     ticket = open_ticket(pool, tickets, "t", 3, verify=True)
-    with pytest.raises(TicketRefusedError, match=f"asked for 3 block digests, its writer sent {len(digests)}"):
+    with pytest.raises(DoubtfulCommitError, match=f"asked for 3 block digests, its writer sent {len(digests)}"):
         commit(tickets, ticket, written=Written(3, 9, 3 * NBYTES, digests))
-    assert pool.counts().free == 8
+    assert (ticket.state, pool.counts().lent) == (TicketState.LENT, 3)
 
 
 def test_blocks_of_a_cancelled_request_stay_until_their_check_has_ended() -> None:

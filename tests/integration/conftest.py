@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.cli.cluster import LocalCluster
-from kvferry.cli.members import ClusterConfig
+from kvferry.cli.members import ClusterConfig, clone_root, plan
 from tests.integration.reference import Reference
 
 # Small chunks, so that prompts of a few hundred tokens take several; everything is shipped, however short.  Which
@@ -87,14 +87,13 @@ class Running:
 
 
 @contextmanager
-def started(log_dir: Path, **settings: Any) -> Iterator[Running]:
-    """A cluster of a config's settings."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in ENVIRONMENT.items():
-            patch.setenv(name, value)
-        config = ClusterConfig(grpc_port=0, http_port=0, threads=1, kv_memory="512MiB", **settings)
-        local = LocalCluster.from_config(config, log_dir=log_dir)
-        local.start()
+def started(log_dir: Path, environment: Mapping[str, str] = ENVIRONMENT, **settings: Any) -> Iterator[Running]:
+    """A cluster of a config's settings; those of ``environment`` outlive a restart of a member."""
+    config = ClusterConfig(**{"grpc_port": 0, "http_port": 0, "threads": 1, "kv_memory": "512MiB", **settings})
+    planned = plan(config, clone_root())
+    members = [replace(m, environment={**m.environment, **environment}) for m in planned.members]
+    local = LocalCluster(members, log_dir, grpc_address=planned.grpc_address, http_url=planned.http_url)
+    local.start()
     try:
         yield Running(local)
     finally:

@@ -16,9 +16,17 @@ from services.worker.start import start
 _write = Passage._write
 
 
-def _write_garbled(passage: Passage, write: Write) -> None:
-    garbled = "garbled" in passage.ticket.request_id
-    _write(passage, replace(write, target=write.target[::-1]) if garbled else write)
+async def _write_garbled(passage: Passage, write: Write) -> None:
+    target = passage.target
+    if "garbled" in passage.ticket.request_id:
+        first = (write.first_token - target.first_token) // target.layout.block_size
+        before, chunk, behind = (
+            target.blocks[:first],
+            target.blocks[first : first + write.num_blocks],
+            target.blocks[first + write.num_blocks :],
+        )
+        passage.target = replace(target, blocks=[*before, *reversed(chunk), *behind])
+    await _write(passage, write)
 
 
 if __name__ == "__main__":

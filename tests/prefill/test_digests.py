@@ -18,6 +18,7 @@ from services.prefill.conversion import Converter
 from services.prefill.ferries import Ferries
 from services.runtime.channels import Channels
 from services.worker.worker import Worker
+from tests.prefill.two_workers import stop_request
 from tests.worker.tiny import LAYOUT, SAMPLING, HeldDigester, make_worker
 from transport import Region, Transport, create
 
@@ -153,7 +154,7 @@ async def test_a_transfer_that_was_stopped_is_never_committed(
         if digested_at_last:  # in the very turn of the loop in which it is stopped
             for found in digester.found:
                 found.set_result([0])
-        await ferries.stop_transfer("t")
+        await ferries.stop_transfer(stop_request(ticket))
         with pytest.raises(AbortedError):
             await anext(steps)
     assert all(found.cancelled() != digested_at_last for found in digester.found), "nobody wants it any more"

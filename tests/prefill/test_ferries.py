@@ -6,15 +6,17 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 
+from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import AbortedError, ConflictError
 from services.engine.weights import DTYPES
 from services.prefill import conversion
-from tests.prefill.two_workers import SALT, TwoWorkers, layout, sampling, token_kv, two_workers
+from tests.prefill.two_workers import SALT, TwoWorkers, layout, sampling, stop_request, token_kv, two_workers
 from transport.loopback import LoopbackTransport
 
 
@@ -125,7 +127,7 @@ async def test_stopping_waits_for_the_conversion_under_way(monkeypatch: pytest.M
 
         request = asyncio.create_task(run())
         await gate.wait_reached()
-        stopping = asyncio.create_task(two.ferries.stop_transfer(ticket.transfer_id))
+        stopping = asyncio.create_task(two.ferries.stop_transfer(stop_request(ticket)))
         with pytest.raises(AbortedError, match="took its blocks back"):
             await request
         await asyncio.sleep(0.05)  # it would have said so by now
@@ -149,7 +151,7 @@ async def test_a_write_that_waits_for_room_is_stopped_at_once(monkeypatch: pytes
         async with two.ticket(list(range(50, 66))) as (ticket, _):
             steps = two.ferries.run(list(range(50, 66)), sampling(), ticket, SALT)
             assert (await anext(steps)).id == 7  # computed, and now it waits for room
-            await asyncio.wait_for(two.ferries.stop_transfer(ticket.transfer_id), 5)
+            await asyncio.wait_for(two.ferries.stop_transfer(stop_request(ticket)), 5)
             await steps.aclose()
         assert not gate.open.is_set()
         gate.open.set()
@@ -172,7 +174,7 @@ async def test_scratch_memory_is_held_until_its_write_has_ended(monkeypatch: pyt
         steps = two.ferries.run(prompt, sampling(), ticket, SALT)
         await anext(steps)
         assert await asyncio.to_thread(writing.wait, 30)
-        stopping = asyncio.create_task(two.ferries.stop_transfer(ticket.transfer_id))
+        stopping = asyncio.create_task(two.ferries.stop_transfer(stop_request(ticket)))
         await asyncio.sleep(0.05)  # it would have said so by now
         assert not stopping.done()
         assert not two.ferries.converter.is_unused, "given back while a write reads it"
@@ -203,3 +205,52 @@ async def test_other_content_is_refused_with_both_layouts_named(change: dict[str
     assert refused.value.reason == "LAYOUTS_DIFFER"
     assert two.writer.worker.layout.fingerprint in refused.value.message
     assert ticket.layout.fingerprint in refused.value.message
+
+
+@pytest.mark.parametrize("change", [{"blocks": [0, 60]}, {"blocks": [5, 5]}, {"expires_in_ms": 0}])
+async def test_a_ticket_that_cannot_be_used_is_refused_before_anything_is_computed(change: dict[str, Any]) -> None:
+    """Outside the owner's pool of 60 blocks, one block twice, or too late."""
+    prompt = list(range(8))
+    async with two_workers(layout("float32", 4), layout("float32", 4)) as two, two.ticket(prompt) as (ticket, _):
+        before = two.owner.pool.clone()
+        for name, value in change.items():
+            ticket.ClearField(name)
+            ticket.MergeFrom(worker_pb2.Ticket(**{name: value}))
+        with pytest.raises(
+            ConflictError, match=r"outside its owner's pool of 60, or one of them twice|expired"
+        ) as refused:
+            await anext(two.ferries.run(prompt, sampling(), ticket, SALT))
+        assert refused.value.reason == "TICKET_REFUSED"
+        assert two.writer.worker.engine.work.prefill_tokens == 0
+        assert torch.equal(two.owner.pool.view(torch.uint8), before.view(torch.uint8))
+        two.writer.assert_quiet()
+
+
+async def test_a_ticket_expires_by_its_receipt_however_long_opening_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = list(range(8))
+    async with two_workers(layout("float32", 4), layout("float32", 4)) as two, two.ticket(prompt) as (ticket, _):
+        ticket.expires_in_ms = 50
+        opened = LoopbackTransport.open
+
+        def slowly(self: LoopbackTransport, descriptor: bytes) -> Any:
+            time.sleep(0.1)
+            return opened(self, descriptor)
+
+        monkeypatch.setattr(LoopbackTransport, "open", slowly)
+        with pytest.raises(ConflictError, match=r"expired 0\.\d+ s before the first write"):
+            await anext(two.ferries.run(prompt, sampling(), ticket, SALT))
+        two.writer.assert_quiet()
+
+
+@pytest.mark.parametrize("change", [{"owner_id": "decode-9"}, {"owner_incarnation": 9}, {"epoch": 9}])
+async def test_only_its_owner_stops_a_transfer(change: dict[str, Any]) -> None:
+    prompt = list(range(8))
+    async with two_workers(layout("float32", 4), layout("float32", 4)) as two, two.ticket(prompt) as (ticket, _):
+        steps = two.ferries.run(prompt, sampling(), ticket, SALT)
+        await anext(steps)
+        request = stop_request(ticket)
+        for name, value in change.items():
+            setattr(request, name, value)
+        with pytest.raises(ConflictError, match=f"is of {ticket.owner_id}/{ticket.owner_incarnation}, epoch"):
+            await two.ferries.stop_transfer(request)
+        assert isinstance(await anext(steps), worker_pb2.Committed)

@@ -6,6 +6,7 @@ import grpc
 import pytest
 
 from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2
 from services.prefill.__main__ import ROLE
 from services.runtime.channels import Channels
 from services.runtime.startup import StartupError
@@ -30,5 +31,5 @@ async def test_the_least_memory_to_convert_in_will_do() -> None:
     config = WorkerConfig(convert_memory="128")
     async with Channels() as channels, side(common_pb2.WORKER_ROLE_PREFILL, "", layout("bfloat16", 4), 8) as prefill:
         async with ROLE.serve(grpc.aio.server(), prefill.worker, channels, config) as stop_transfer:
-            await stop_transfer("never heard of")
+            await stop_transfer(worker_pb2.StopTransferRequest(transfer_id="never heard of"))
         prefill.assert_quiet()

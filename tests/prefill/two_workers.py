@@ -118,6 +118,15 @@ async def side(role: common_pb2.WorkerRole.ValueType, address: str, own: KvLayou
         yield Side(Worker(identity, MODEL, own, transport, region, engine, router, pins), pool, runner)
 
 
+def stop_request(ticket: worker_pb2.Ticket) -> worker_pb2.StopTransferRequest:
+    """As the ticket's owner would ask."""
+    return worker_pb2.StopTransferRequest(
+        transfer_id=ticket.transfer_id, epoch=ticket.epoch, owner_id=ticket.owner_id,
+        owner_incarnation=ticket.owner_incarnation, writer_id=ticket.writer_id,
+        writer_incarnation=ticket.writer_incarnation,
+    )  # fmt: skip
+
+
 def sampling() -> common_pb2.SamplingParams:
     return common_pb2.SamplingParams(max_tokens=1, temperature=0, top_p=1, top_k=0, seed=0)
 

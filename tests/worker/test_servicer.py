@@ -27,9 +27,9 @@ async def ask(worker: Worker, writer_id: str, incarnation: int, process: Process
     """The transfers that the worker stopped."""
     stopped: list[str] = []
 
-    async def stop(transfer_id: str) -> None:
+    async def stop(request: worker_pb2.StopTransferRequest) -> None:
         await asyncio.sleep(0)
-        stopped.append(transfer_id)
+        stopped.append(request.transfer_id)
 
     servicer = WorkerServicer(worker, stop, None)  # type: ignore[arg-type]
     request = worker_pb2.StopTransferRequest(
