@@ -286,7 +286,7 @@ async def test_blocks_of_a_dead_writer_come_back_behind_a_fence(
     if successor_answers:  # from a place where nobody can see whether its predecessor has ended
         server = grpc.aio.server()
         successor = make_worker(worker.transport, "prefill-0", common_pb2.WORKER_ROLE_PREFILL)
-        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(successor, writes_nothing), server)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(successor, writes_nothing, None), server)  # type: ignore[arg-type]
         writer = replace(WRITER, control_address=f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
         await server.start()
     else:
