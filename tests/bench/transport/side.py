@@ -46,7 +46,7 @@ class Commands:
     """What the controlling process may ask, by name."""
 
     def __init__(self, side: Side) -> None:
-        self._side: Any = side  # path and allocation_s are kvferry's alone
+        self._side: Any = side  # path and times of pools are kvferry's alone
         load()
 
     def describe(self) -> Any:
@@ -60,6 +60,9 @@ class Commands:
 
     def allocation_s(self) -> Any:
         return self._side.allocation_s
+
+    def opening_s(self) -> Any:
+        return self._side.opening_s
 
     def fill(self, role: str, salt: int, blocks: Sequence[int] | None = None) -> None:
         pattern.fill(self._side.pool(role), salt, blocks)

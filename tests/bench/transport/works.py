@@ -37,5 +37,5 @@ def works(missing: Collection[Library]) -> Mapping[str, Work]:
         "write-tcp": bandwidth_of("write", 1024, 65536, over_tcp, TCP),
         "read-tcp": bandwidth_of("read", 1024, 65536, over_tcp, TCP),
         "writers": lambda num_rounds: [writers.measure(num_rounds)],
-        "allocation": lambda num_rounds: [allocation.measure(num_rounds)],
+        "allocation": allocation.measure,
     }

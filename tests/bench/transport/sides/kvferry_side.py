@@ -32,7 +32,9 @@ class KvferrySide:
         return self.region.descriptor.hex()
 
     def connect(self, description: str) -> str:
+        began = time.monotonic()
         self._remote = self._transport.open(bytes.fromhex(description))
+        self.opening_s = time.monotonic() - began
         return ""
 
     def path(self) -> str:
