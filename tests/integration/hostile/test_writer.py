@@ -192,6 +192,21 @@ def test_restart_of_a_peer(siege: Siege, peer: Peer, greedy: Reference) -> None:
             assert greedy.continuation_is_greedy(prompt, asked.tokens())
 
 
+def test_a_peers_crash_spreads(siege: Siege, peer: Peer, greedy: Reference) -> None:
+    """A writer that has lost its mind commits a token that there is not: others who decode beside it do not notice."""
+    prompt = siege.prompt("Mindless")
+    slots, first_token = siege.learn(peer, prompt)
+    with siege.ask(prompt, peer.writer(), max_tokens=60) as beside, siege.ask(prompt, peer.writer()) as asked:
+        for request in (beside, asked):
+            assert peer.write(request.ticket, slots) == ""
+        assert peer.commit(beside.ticket, slots, first_token)["error"] == ""
+        answer = peer.commit(asked.ticket, slots, first_token=2**31)
+        tokens = beside.tokens()
+        assert (answer["error"], asked.ticket.verify) == ("InvalidRequestError", True)
+        assert greedy.continuation_is_greedy(prompt, tokens)
+        assert len(tokens) == 60
+
+
 def test_receiver_leaks_in_push_mode(siege: Siege, peer: Peer, greedy: Reference) -> None:
     """The request is aborted and its writer never says a word: its blocks wait, everything else goes on, and the end of
     its process ends the waiting."""

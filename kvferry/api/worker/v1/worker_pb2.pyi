@@ -3,6 +3,9 @@
 isort:skip_file
 What the gateway asks of workers, and workers of each other. KV bytes never travel here: only who may write which
 blocks.
+
+What workers send each other names the incarnation of the sender and of the one that is meant, which refuses when it is
+another: a process that took a dead one's name or address is told apart by the first message.
 """
 
 import builtins

@@ -50,7 +50,8 @@ class PrefillServiceServicer(object):
         """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
         ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
         then tells the owner that it has stopped.
-        FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
+        FAILED_PRECONDITION  the ticket is not for this worker, has expired, was used or stopped before, names blocks outside
+        the owner's pool, or the layouts hold different content: nothing was written
         UNAVAILABLE          the pool's owner was lost
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -154,7 +155,9 @@ class DecodeServiceServicer(object):
         """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
         the owner has compared the blocks' digests.
         FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
-        arrived is not what was sent (reason CHECKSUM_MISMATCH)
+        arrived is not what was sent (reason CHECKSUM_MISMATCH). A commit that contradicts its ticket is
+        no proof that the writer has stopped: the owner takes the ticket back and asks it.
+        INVALID_ARGUMENT     the first token is none of the model's; nothing has changed
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -323,7 +326,9 @@ class WorkerServiceServicer(object):
     def StopTransfer(self, request, context):
         """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
         the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
-        of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
+        of. Idempotent.
+        UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+        FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

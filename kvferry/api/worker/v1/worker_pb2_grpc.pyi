@@ -3,6 +3,9 @@
 isort:skip_file
 What the gateway asks of workers, and workers of each other. KV bytes never travel here: only who may write which
 blocks.
+
+What workers send each other names the incarnation of the sender and of the one that is meant, which refuses when it is
+another: a process that took a dead one's name or address is told apart by the first message.
 """
 
 import abc
@@ -33,7 +36,8 @@ class PrefillServiceStub:
     """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
     ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
     then tells the owner that it has stopped.
-      FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
+      FAILED_PRECONDITION  the ticket is not for this worker, has expired, was used or stopped before, names blocks outside
+                           the owner's pool, or the layouts hold different content: nothing was written
       UNAVAILABLE          the pool's owner was lost
     """
 
@@ -46,7 +50,8 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
     ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
     then tells the owner that it has stopped.
-      FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
+      FAILED_PRECONDITION  the ticket is not for this worker, has expired, was used or stopped before, names blocks outside
+                           the owner's pool, or the layouts hold different content: nothing was written
       UNAVAILABLE          the pool's owner was lost
     """
 
@@ -62,7 +67,8 @@ class PrefillServiceServicer(metaclass=abc.ABCMeta):
         """Computes the prompt, writes its blocks where the ticket says while it computes, draws the first token, commits the
         ticket with the pool's owner. One FirstToken, then one Committed. Cancelling stops compute and writing; the writer
         then tells the owner that it has stopped.
-          FAILED_PRECONDITION  the ticket is not for this worker, or the layouts hold different content: nothing was written
+          FAILED_PRECONDITION  the ticket is not for this worker, has expired, was used or stopped before, names blocks outside
+                               the owner's pool, or the layouts hold different content: nothing was written
           UNAVAILABLE          the pool's owner was lost
         """
 
@@ -89,7 +95,9 @@ class DecodeServiceStub:
     """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
     the owner has compared the blocks' digests.
       FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
-                           arrived is not what was sent (reason CHECKSUM_MISMATCH)
+                           arrived is not what was sent (reason CHECKSUM_MISMATCH). A commit that contradicts its ticket is
+                           no proof that the writer has stopped: the owner takes the ticket back and asks it.
+      INVALID_ARGUMENT     the first token is none of the model's; nothing has changed
     """
     AbortTransfer: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.AbortTransferRequest, kvferry.api.worker.v1.worker_pb2.AbortTransferResponse]
     """By the writer: it has stopped and will never write under this ticket again. Idempotent."""
@@ -113,7 +121,9 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
     the owner has compared the blocks' digests.
       FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
-                           arrived is not what was sent (reason CHECKSUM_MISMATCH)
+                           arrived is not what was sent (reason CHECKSUM_MISMATCH). A commit that contradicts its ticket is
+                           no proof that the writer has stopped: the owner takes the ticket back and asks it.
+      INVALID_ARGUMENT     the first token is none of the model's; nothing has changed
     """
     AbortTransfer: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.AbortTransferRequest, kvferry.api.worker.v1.worker_pb2.AbortTransferResponse]  # type: ignore[assignment]
     """By the writer: it has stopped and will never write under this ticket again. Idempotent."""
@@ -146,7 +156,9 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
         """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
         the owner has compared the blocks' digests.
           FAILED_PRECONDITION  unknown, expired, aborted, of another epoch or writer, not every block was written, or what
-                               arrived is not what was sent (reason CHECKSUM_MISMATCH)
+                               arrived is not what was sent (reason CHECKSUM_MISMATCH). A commit that contradicts its ticket is
+                               no proof that the writer has stopped: the owner takes the ticket back and asks it.
+          INVALID_ARGUMENT     the first token is none of the model's; nothing has changed
         """
 
     @abc.abstractmethod
@@ -169,7 +181,9 @@ class WorkerServiceStub:
     StopTransfer: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.StopTransferRequest, kvferry.api.worker.v1.worker_pb2.StopTransferResponse]
     """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
     the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
-    of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
+    of. Idempotent.
+      UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+      FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
     """
     PinBlocks: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.PinBlocksRequest, kvferry.api.worker.v1.worker_pb2.PinBlocksResponse]
     """By a reader: keep the blocks of a prefix in place while I read them from your pool, one-sided. The pin ends when its
@@ -200,7 +214,9 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     StopTransfer: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.StopTransferRequest, kvferry.api.worker.v1.worker_pb2.StopTransferResponse]  # type: ignore[assignment]
     """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
     the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
-    of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
+    of. Idempotent.
+      UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+      FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
     """
     PinBlocks: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.PinBlocksRequest, kvferry.api.worker.v1.worker_pb2.PinBlocksResponse]  # type: ignore[assignment]
     """By a reader: keep the blocks of a prefix in place while I read them from your pool, one-sided. The pin ends when its
@@ -234,7 +250,9 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.StopTransferResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.StopTransferResponse]]:
         """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
         the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
-        of. Idempotent. UNAVAILABLE: what was sent may still arrive, and only the writer's end can prove otherwise.
+        of. Idempotent.
+          UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+          FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
         """
 
     @abc.abstractmethod
