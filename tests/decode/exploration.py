@@ -2,7 +2,7 @@
 
 The world is a small immutable value; ``actions`` lists all that can happen next.  TicketBook, BlockPool and Ferry are the
 real ones; ``Owner`` and the writers' part of ``Explorer`` stand for their shells (services/decode/reservations.py,
-services/prefill/ferries.py).
+services/prefill/passage.py).
 
 A message that was sent may arrive now, later, again or never, in any order; a lost one is one that never arrives.  What is
 asked again until it is answered, such as whether a writer has stopped, is asked and answered in one action: an answer

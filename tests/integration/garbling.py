@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 
 from services.prefill.__main__ import ROLE
-from services.prefill.ferries import Passage
+from services.prefill.passage import Passage
 from services.prefill.ferry import Write
 from services.worker.start import start
 
