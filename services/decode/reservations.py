@@ -236,7 +236,7 @@ class Reservations:
     def _accepted(self, ticket: Ticket, events: list[Event]) -> None:
         del self._streams[ticket.transfer_id]
         self._worker.traffic.blocks_received += len(ticket.blocks)
-        self._worker.traffic.bytes_received += len(ticket.blocks) * self._worker.layout.block_nbytes
+        self._worker.traffic.bytes_received += ticket.num_bytes
         self._worker.router.deliver(events)
 
     async def _check(self, ticket: Ticket, stream: DecodeStream, first: common_pb2.Token) -> _Verdict:

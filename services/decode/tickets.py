@@ -81,7 +81,8 @@ class Ticket:
     expires_s: float
     verify: bool
     state: TicketState = field(default=TicketState.LENT)
-    digests: tuple[int, ...] = ()  # of each block, by its writer; set by the commit
+    num_bytes: int = 0  # written; set by the commit, like the next
+    digests: tuple[int, ...] = ()  # of each block, by its writer
     wrong: tuple[int, ...] = ()  # indices in the prompt of blocks whose digests differ; set by ``conclude``
 
 
@@ -149,6 +150,7 @@ class TicketBook:
         if now_s > ticket.expires_s:
             self._close_lent(ticket)
             raise TicketRefusedError(f"transfer {transfer_id} expired {now_s - ticket.expires_s:.3f} s ago")
+        ticket.num_bytes = written.num_bytes
         if ticket.verify:
             ticket.digests = written.digests
             ticket.state = TicketState.VERIFYING
