@@ -9,8 +9,8 @@ import sys
 from dataclasses import replace
 
 from services.prefill.__main__ import ROLE
-from services.prefill.passage import Passage
 from services.prefill.ferry import Write
+from services.prefill.passage import Passage
 from services.worker.start import start
 
 _write = Passage._write
