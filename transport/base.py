@@ -20,7 +20,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Protocol, Self
 
-from transport.errors import TransportClosed
+from transport.errors import TransportClosed, TransportError
 from transport.pieces import Offsets
 
 
@@ -73,25 +73,47 @@ class Transfer:
     end of the peer's process.
     """
 
-    def __init__(self, num_blocks: int, cancel: Callable[[], None], wait: Callable[[Transfer, float], None]) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        cancel: Callable[[], None],
+        wait: Callable[[Transfer, float], None],
+        outcome: TransferResult | TransportError | None = None,
+    ) -> None:
+        """With an ``outcome`` it has ended already."""
         self.num_blocks = num_blocks
-        self.future: Future[TransferResult] = Future()
-        self.future.set_running_or_notify_cancel()  # so that only the transport can end it
         self._cancel = cancel
         self._wait = wait
+        self._outcome = outcome
+        self._future = _new_future() if outcome is None else None
+
+    @property
+    def future(self) -> Future[TransferResult]:
+        if self._future is None:  # ended from the start: most never need one, and it costs more than a small transfer
+            assert self._outcome is not None
+            self._future = _new_future()
+            _settle(self._future, self._outcome)
+        return self._future
+
+    def end(self, outcome: TransferResult | TransportError) -> None:
+        """For the transport."""
+        self._outcome = outcome
+        _settle(self.future, outcome)  # made with the transfer
 
     @property
     def done(self) -> bool:
-        return self.future.done()
+        return self._outcome is not None
 
     def cancel(self) -> None:
         """Asks the writer to stop at the next piece and returns.  The future resolves only once it did; a transfer that
         had already got to its end succeeds."""
-        if not self.future.done():
+        if not self.done:
             self._cancel()
 
     def wait(self, timeout_s: float) -> TransferResult:
         """Blocks.  Raises TimeoutError when the outcome is still open; the transfer then goes on."""
+        if isinstance(self._outcome, TransferResult):
+            return self._outcome
         self._wait(self, timeout_s)
         return self.future.result(0)
 
@@ -244,3 +266,16 @@ class Transport(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
     ) -> None: ...
+
+
+def _new_future() -> Future[TransferResult]:
+    future: Future[TransferResult] = Future()
+    future.set_running_or_notify_cancel()  # so that only the transport can end it
+    return future
+
+
+def _settle(future: Future[TransferResult], outcome: TransferResult | TransportError) -> None:
+    if isinstance(outcome, TransferResult):
+        future.set_result(outcome)
+    else:
+        future.set_exception(outcome)

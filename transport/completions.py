@@ -67,12 +67,11 @@ class Completions:
             cookie = self._next_cookie
             done = submit(cookie)  # the outcome cannot be delivered before the lock is let go
             self._next_cookie += 1
-            transfer = Transfer(num_blocks, lambda: self._cancel_one(cookie), self._wait)
             self._counters.num_posted += 1
             if done is not None:
                 self._count(op, done)
-                _resolve(transfer, done)
-                return transfer
+                return Transfer(num_blocks, lambda: None, self._wait, _outcome(num_blocks, done))
+            transfer = Transfer(num_blocks, lambda: self._cancel_one(cookie), self._wait)
             self._pending[cookie] = _Pending(transfer, op, local, remote)
             local.num_in_flight += 1
             remote.num_in_flight += 1
@@ -141,7 +140,7 @@ class Completions:
                 self._count(pending.op, completion)
                 resolved.append((pending, completion))
         for pending, completion in resolved:
-            _resolve(pending.transfer, completion)
+            pending.transfer.end(_outcome(pending.transfer.num_blocks, completion))
         return len(resolved)
 
     def poll(self, timeout_s: float) -> int:
@@ -227,13 +226,10 @@ class Completions:
             counters.num_failed += 1
 
 
-def _resolve(transfer: Transfer, c: Completion) -> None:
-    if c.error is None:
-        transfer.future.set_result(
-            TransferResult(c.nbytes, transfer.num_blocks, c.num_pieces, c.queued_s, c.busy_s, c.path)
-        )
-    else:
-        transfer.future.set_exception(c.error)
+def _outcome(num_blocks: int, c: Completion) -> TransferResult | TransportError:
+    if c.error is not None:
+        return c.error
+    return TransferResult(c.nbytes, num_blocks, c.num_pieces, c.queued_s, c.busy_s, c.path)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

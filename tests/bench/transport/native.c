@@ -25,5 +25,8 @@ uint64_t watch(_Atomic uint64_t *word, uint64_t value, uint64_t timeout_ns)
         uint64_t now = now_ns();
         if (seen) return now;
         if (now > end) return 0;
+#if defined(__x86_64__)
+        __builtin_ia32_pause(); /* a neighbour on the same core is to be measured, not this */
+#endif
     }
 }
