@@ -75,9 +75,19 @@ class Commands:
         time.sleep(max(0, at_ns - time.monotonic_ns()) / 1e9)
         return dataclasses.asdict(self._side.run(op, local, remote))
 
-    def watch(self, block: int, word: int) -> int:
-        """When the last eight bytes of the target's block were first seen to be ``word``; takes a core until then."""
-        return watch(self._side.pool("target")[block, -8:].ctypes.data, word, timeout_s=5)
+    def run_each(self, op: str, local: Sequence[int], remote: Sequence[int], pause_s: float) -> list[dict[str, int]]:
+        """One block after the other, with a pause before each."""
+        stamps = []
+        for here, there in zip(local, remote, strict=True):
+            time.sleep(pause_s)
+            stamps.append(dataclasses.asdict(self._side.run(op, [here], [there])))
+        return stamps
+
+    def watch_each(self, blocks: Sequence[int], words: Sequence[int]) -> list[int]:
+        """When the last eight bytes of each of the target's blocks, in turn, were first seen to be its word; takes a core
+        until then."""
+        ends = [self._side.pool("target")[block, -8:].ctypes.data for block in blocks]
+        return [watch(end, word, timeout_s=5) for end, word in zip(ends, words, strict=True)]
 
     def counting(self, local: Sequence[int], remote: Sequence[int], alone_s: float) -> list[float]:
         """Millions of counts per second of a Python thread: while this one sleeps, and while it posts a batch and waits."""
