@@ -24,8 +24,8 @@ def test_late_write_from_a_dead_source_behind_a_handshake(siege: Siege, peer: Pe
     peer.hang()
     with siege.prefilling(ticket, prompt):
         time.sleep(0.3)  # it is on its way
+    peer.go_on()  # before it counts as lost
     assert greedy.continuation_is_greedy(other, siege.answer(other))
-    peer.go_on()
     time.sleep(0.5)
     assert peer.hashes() == before
     assert peer.heard("CommitTransfer") == []

@@ -65,20 +65,19 @@ def test_restart_of_a_peer(siege: Siege, peer: Peer) -> None:
     """The owner comes back under its name and at its address, with another pool."""
     prompt = siege.prompt("Owner restarted")
     slots, first_token = siege.learn(peer, prompt)
-    kv = peer.hashes(slots)
+    kv = peer.hashes(slots[:-1])
     info = siege.running.info("prefill-0")
     stale = peer.ticket(info, prompt, range(7))
     peer.kill()
     with siege.peer(listen=peer.control_address) as successor:
-        for ticket in (stale, worker_pb2.Ticket.FromString(stale.SerializeToString())):
-            ticket.transfer_id += "again" if ticket is not stale else ""
-            with pytest.raises(UnavailableError) as lost:
-                siege.prefill(ticket, prompt)
-            assert lost.value.reason == "OWNER_LOST"
-        assert siege.learn(successor, prompt)[1] == first_token
+        assert siege.learn(successor, prompt) == (slots, first_token)
+        assert successor.hashes(slots[:-1]) == kv, "of whole blocks, that were cached"
+        with pytest.raises(UnavailableError) as lost:
+            siege.prefill(stale, prompt)
+        assert lost.value.reason == "OWNER_LOST"
+        assert siege.learn(successor, prompt) == (slots, first_token)
         heard = successor.heard("CommitTransfer")
-        assert [int(commit["owner_incarnation"]) for commit in heard] == [successor.incarnation]
-        assert successor.hashes(slots) == kv
+        assert [int(commit["owner_incarnation"]) for commit in heard] == [successor.incarnation] * 2
 
 
 def test_a_peers_crash_spreads(siege: Siege, peer: Peer, greedy: Reference) -> None:
@@ -123,13 +122,12 @@ def test_incompatible_pair(siege: Siege, peer: Peer, layout: str) -> None:
 def test_timings_that_lie(siege: Siege, peer: Peer) -> None:
     """The owner takes its time to accept: the request waits for that, and no byte moves meanwhile."""
     prompt = siege.prompt("Slow to accept")
-    peer.behave(commit_delay_s=0.5)
+    peer.behave(commit_delay_s=1.0)
     began_s = time.monotonic()
     _, committed = siege.prefill(peer.ticket(siege.running.info("prefill-0"), prompt, range(7)), prompt)
     took_us = (time.monotonic() - began_s) * 1e6
-    assert committed.transfer.exposed_us >= 500_000
+    assert 0 < committed.transfer.busy_us < 1_000_000 <= committed.transfer.exposed_us
     assert committed.transfer.exposed_us + committed.prefill.compute_us <= took_us
-    assert 0 < committed.transfer.busy_us <= took_us - 500_000
 
 
 CHANGES: dict[str, dict[str, Any]] = {
