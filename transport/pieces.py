@@ -14,6 +14,8 @@ from transport.errors import OutOfBounds
 U64 = npt.NDArray[np.uint64]
 Offsets = Sequence[int] | npt.NDArray[np.integer]
 
+FEW = 64  # up to so many numbers, numpy's way to an address costs more than another copy
+
 
 class Numbers(NamedTuple):
     """Unsigned 64-bit numbers at ``address``, for as long as ``owner`` lives."""
@@ -86,19 +88,21 @@ class Pieces(NamedTuple):
 
 
 def _numbers(name: str, values: Offsets) -> Numbers:
-    if not isinstance(values, np.ndarray):
-        try:
-            own = array("Q", values)
-        except TypeError as e:
-            raise TypeError(f"{name}: {e}; offsets and sizes are integers") from e
-        except OverflowError as e:
-            raise OutOfBounds(f"{name} holds a number below 0 or above 2**64 - 1") from e
-        return Numbers(*own.buffer_info(), own)
-    if values.ndim != 1:
-        raise ValueError(f"{name} has {values.ndim} dimensions, not one")
-    if values.dtype.kind not in "iu":
-        raise TypeError(f"{name} holds {values.dtype}, not integers below 2**64")
-    if values.dtype.kind == "i" and len(values) and values.min() < 0:
-        raise OutOfBounds(f"{name} holds {values.min()}")
-    copy = np.ascontiguousarray(values, np.uint64)
-    return Numbers(copy.ctypes.data, len(copy), copy)
+    if isinstance(values, np.ndarray):
+        if values.ndim != 1:
+            raise ValueError(f"{name} has {values.ndim} dimensions, not one")
+        if values.dtype.kind not in "iu" and len(values):
+            raise TypeError(f"{name} holds {values.dtype}, not integers below 2**64")
+        if len(values) > FEW:
+            if values.dtype.kind == "i" and values.min() < 0:
+                raise OutOfBounds(f"{name} holds {values.min()}")
+            copy = np.ascontiguousarray(values, np.uint64)
+            return Numbers(copy.ctypes.data, len(copy), copy)
+        values = values.tolist()
+    try:
+        own = array("Q", values)
+    except TypeError as e:
+        raise TypeError(f"{name}: {e}; offsets and sizes are integers") from e
+    except OverflowError as e:
+        raise OutOfBounds(f"{name} holds a number below 0 or above 2**64 - 1") from e
+    return Numbers(*own.buffer_info(), own)
