@@ -60,7 +60,9 @@ ServedModel = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="Type of weights and KV, such as float32 or bfloat16.", show_default=False, rich_help_panel=_RUN),
+    typer.Option(
+        help="Type of the model's numbers: float32, bfloat16 or int8.", show_default=False, rich_help_panel=_RUN
+    ),
 ]
 NumPrefill = Annotated[int, typer.Option("--prefill", min=0, help="Prefill workers.", rich_help_panel=_RUN)]
 NumDecode = Annotated[int, typer.Option("--decode", min=1, help="Decode workers.", rich_help_panel=_RUN)]

@@ -23,7 +23,7 @@ class WorkerConfig:
         "smollm2-135m-instruct",
         help="a .gguf file, a Hugging Face directory or id, or a name that ships with a package",
     )
-    dtype: str = option("float32", help="type of weights and KV: float32 or bfloat16")
+    dtype: str = option("float32", help="type of weights and KV: float32, bfloat16, or int8 (weights; KV is bfloat16)")
     threads: int = option(1, help="CPU threads for the model", minimum=1)
     kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
     block_size: int = option(16, help="tokens in a KV block", minimum=1)
