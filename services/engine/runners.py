@@ -15,7 +15,7 @@ from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig, ModelError
 from services.engine.runner import TorchRunner
-from services.engine.weights import Weights, WeightsReader, load_weights
+from services.engine.weights import DTYPES, Weights, WeightsReader, load_weights
 
 log = structlog.get_logger(__name__)
 
@@ -33,6 +33,8 @@ def kv_dtype(dtype: str) -> str:
 def load_for_runner(config: ModelConfig, path: Path, dtype: str) -> Weights | PackedWeights:
     """Weights in the form that the fastest runner there is wants; blocks.  Raises ModelError.  Where the kernels cannot be
     had one line of log says why, and int8, which only they compute, is refused."""
+    if dtype not in DTYPES and dtype not in FORMATS:
+        raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join({**DTYPES, **FORMATS})}")
     reason = _kernels_missing(config) if dtype in FORMATS else None
     if reason is not None:
         if dtype == "int8":

@@ -17,9 +17,13 @@ typedef struct {
     const kvf_tile *tile;
     const char *layer; /* the arena's first block, at this layer */
     long block_nbytes, token_nbytes, value_offset;
-    long head, head_offset; /* KV head, and how far its numbers are into a token's */
-    long first_row, first_position; /* of the sequence's new tokens */
-    const char *tokens[CHUNK]; /* where the chunk's keys are, all heads; values are value_offset further */
+    long first_head, end_head, head; /* KV heads: those to do, and the one in hand */
+    long head_offset;                /* how far its numbers are into a token's */
+    long first_row, first_position;  /* of the sequence's new tokens */
+    /* Where the keys of a chunk's tokens are, all heads; values are value_offset further.  Of the chunk that comes next
+     * the first num_asked have been asked for. */
+    const char **tokens, **coming, *room[2][CHUNK];
+    long num_coming, num_asked;
     uint32_t queries[QUERIES * MAX_HEAD_DIM];
     uint32_t panel[NR * MAX_HEAD_DIM]; /* keys of 32 tokens */
     float scores[QUERIES * CHUNK];
@@ -31,10 +35,11 @@ typedef struct {
 static long least(long a, long b) { return a < b ? a : b; }
 static long most(long a, long b) { return a > b ? a : b; }
 
-static float *partial_of(const kvf_step *step, long slot, long head, long query)
+static float *partial_of(const kvf_step *step, const kvf_tile *tile, long slot, long head, long query)
 {
     const kvf_model *model = step->model;
-    return step->partials + ((slot * model->num_kv_heads + head) * QUERIES + query) * (model->head_dim + PARTIAL_HEAD);
+    long number = ((slot - tile->slot) * model->num_kv_heads + head) * tile->count + query;
+    return step->partials + (tile->first_partial + number) * (model->head_dim + PARTIAL_HEAD);
 }
 
 /* from joins to: both are partial results, from of later tokens. */
@@ -75,14 +80,38 @@ static void take_queries(attending *a)
     }
 }
 
-/* Asks for keys and values of NR tokens from number at on, from the head in hand on.  Blocks lie anywhere, which defeats
- * the processor's own prefetching.  Inlined: gcc takes a function that only asks for one that does nothing. */
-static ALWAYS_INLINE void fetch(const attending *a, long at, long count, long nbytes)
+/* Chunk's tokens: begin..end of the context, whole panels from a multiple of NR on, so that a token has the same place in
+ * all sums whoever looks at it. */
+static long chunk_begin(const attending *a, long chunk) { return most(chunk * CHUNK, sees_from(a, 0) / NR * NR); }
+
+static long chunk_end(const attending *a, long chunk)
 {
-    for (long i = at; i < least(at + NR, count); i++)
-        for (long line = 0; line < nbytes; line += 64) {
-            __builtin_prefetch(a->tokens[i] + a->head_offset + line);
-            __builtin_prefetch(a->tokens[i] + a->value_offset + a->head_offset + line);
+    return least((chunk + 1) * CHUNK, position_of(a, a->tile->count - 1) + 1);
+}
+
+/* Finds the tokens of the chunk that comes next. */
+static void locate(attending *a, long chunk)
+{
+    const kvf_batch *batch = a->step->batch;
+    const int32_t *blocks = batch->kv_indices + batch->kv_indptr[a->tile->sequence];
+    long begin = chunk_begin(a, chunk), end = chunk_end(a, chunk);
+    for (long i = 0; i < end - begin; i++) {
+        long block = (begin + i) / batch->block_size, offset = (begin + i) % batch->block_size;
+        a->coming[i] = a->layer + blocks[block] * a->block_nbytes + offset * a->token_nbytes;
+    }
+    a->num_coming = end - begin;
+    a->num_asked = 0;
+}
+
+/* Asks memory for some more tokens of the chunk that comes next: blocks lie anywhere, which defeats the processor's own
+ * foresight.  Inlined: gcc takes a function that only asks for one that does nothing. */
+static ALWAYS_INLINE void ask(attending *a, long count)
+{
+    long head_nbytes = a->step->model->head_dim * (a->step->batch->kv_half ? 2 : 4);
+    for (long end = least(a->num_asked + count, a->num_coming); a->num_asked < end; a->num_asked++)
+        for (long at = a->first_head * head_nbytes; at < a->end_head * head_nbytes; at += 64) {
+            __builtin_prefetch(a->coming[a->num_asked] + at, 0, 2);
+            __builtin_prefetch(a->coming[a->num_asked] + a->value_offset + at, 0, 2);
         }
 }
 
@@ -101,11 +130,12 @@ static void pack_keys(attending *a, long at, long count, long num_units)
 
 /* Values of tokens skip..end as [panel of 32 dimensions][count tokens, in pairs where they are bfloat16].  Others are zero:
  * their slots hold anything, and a weight of zero would not undo a NaN. */
-static void pack_values(attending *a, long skip, long end, long count, long dim, long half)
+static void pack_values(attending *a, long skip, long end, long count, long ahead)
 {
     static const char zeros[4 * MAX_HEAD_DIM];
-    long offset = a->value_offset + a->head_offset;
+    long dim = a->step->model->head_dim, half = a->step->batch->kv_half, offset = a->value_offset + a->head_offset;
     for (long at = 0; at < count; at += 1 + half) {
+        if (at % NR == 0) ask(a, ahead);
         const char *token = at < skip || at >= end ? zeros : a->tokens[at] + offset;
         const char *next = at + 1 < skip || at + 1 >= end ? zeros : a->tokens[at + 1] + offset;
         for (long d = 0; d < dim; d += NR) {
@@ -138,18 +168,17 @@ static float weigh(float *scores, long from, long to, long count, float scale, f
     return sum_of(sums);
 }
 
-/* Tokens begin..end of the context and one KV head.  num_fetched: bytes of each token's keys to ask memory for, from this
- * head's on. */
-static void attend_head(attending *a, long begin, long end, long slot, long num_fetched)
+/* Tokens begin..end of the context and one KV head. */
+static void attend_head(attending *a, long begin, long end, long slot)
 {
     const kvf_step *step = a->step;
     long dim = step->model->head_dim, half = step->batch->kv_half, num_queries = a->tile->count;
     long count = padded(end - begin, NR), skip = most(0, sees_from(a, 0) - begin);
+    const long ahead = NR / 2 / (a->end_head - a->first_head) + 1; /* all of them, before the last panel of the last head */
     take_queries(a);
     operand queries = {a->queries, NULL, dim >> half, 0, dim >> half};
-    fetch(a, 0, end - begin, num_fetched);
     for (long at = 0; at < count; at += NR) {
-        fetch(a, at + NR, end - begin, num_fetched);
+        ask(a, ahead);
         pack_keys(a, at, end - begin, dim >> half);
         target scores = {a->scores + at, CHUNK, NULL, 0};
         if (half)
@@ -169,7 +198,7 @@ static void attend_head(attending *a, long begin, long end, long slot, long num_
         else
             memcpy(a->weights + i * CHUNK, scores, count * 4);
     }
-    pack_values(a, skip, end - begin, count, dim, half);
+    pack_values(a, skip, end - begin, count, ahead);
     operand weights = {a->weights, NULL, CHUNK >> half, 0, count >> half};
     for (long d = 0; d < dim; d += NR) {
         target sums = {a->results + PARTIAL_HEAD + d, stride, NULL, 0};
@@ -180,25 +209,24 @@ static void attend_head(attending *a, long begin, long end, long slot, long num_
             multiply_f32(num_queries, weights, panel, sums);
     }
     for (long i = 0; i < num_queries; i++)
-        if (a->results[i * stride + 1] != 0) merge(partial_of(step, slot, a->head, i), a->results + i * stride, dim);
+        if (a->results[i * stride + 1] != 0) merge(partial_of(step, a->tile, slot, a->head, i), a->results + i * stride, dim);
 }
 
-/* Adds one chunk of context to the partial results of a slot, for some KV heads. */
-static void attend_chunk(attending *a, long chunk, long slot, long first_head, long end_head)
+/* Adds chunks of context, which follow each other, to the partial results of a slot. */
+static void attend_chunks(attending *a, long chunk, long end_chunk, long slot)
 {
-    const kvf_batch *batch = a->step->batch;
-    /* Whole panels from a multiple of NR on, so that a token has the same place in all sums whoever looks at it. */
-    long begin = most(chunk * CHUNK, sees_from(a, 0) / NR * NR);
-    long end = least((chunk + 1) * CHUNK, position_of(a, a->tile->count - 1) + 1);
-    const int32_t *blocks = batch->kv_indices + batch->kv_indptr[a->tile->sequence];
-    for (long i = 0; i < end - begin; i++) {
-        long block = (begin + i) / batch->block_size, offset = (begin + i) % batch->block_size;
-        a->tokens[i] = a->layer + blocks[block] * a->block_nbytes + offset * a->token_nbytes;
-    }
-    long head_nbytes = a->step->model->head_dim * (batch->kv_half ? 2 : 4);
-    for (a->head = first_head; a->head < end_head; a->head++) {
-        a->head_offset = a->head * head_nbytes;
-        attend_head(a, begin, end, slot, a->head == first_head ? (end_head - first_head) * head_nbytes : 0);
+    locate(a, chunk);
+    ask(a, CHUNK);
+    for (; chunk < end_chunk; chunk++) {
+        const char **tokens = a->tokens;
+        a->tokens = a->coming;
+        a->coming = tokens;
+        a->num_coming = 0;
+        if (chunk + 1 < end_chunk) locate(a, chunk + 1);
+        for (a->head = a->first_head; a->head < a->end_head; a->head++) {
+            a->head_offset = a->head * a->step->model->head_dim * (a->step->batch->kv_half ? 2 : 4);
+            attend_head(a, chunk_begin(a, chunk), chunk_end(a, chunk), slot);
+        }
     }
 }
 
@@ -211,6 +239,10 @@ static void attend(const kvf_step *step, long layer, long slot, long first_head,
     attending a;
     a.step = step;
     a.tile = tile;
+    a.first_head = first_head;
+    a.end_head = end_head;
+    a.tokens = a.room[0];
+    a.coming = a.room[1];
     a.token_nbytes = model->num_kv_heads * model->head_dim * (batch->kv_half ? 2 : 4);
     a.value_offset = batch->block_size * a.token_nbytes;
     a.block_nbytes = model->num_layers * 2 * a.value_offset;
@@ -219,14 +251,12 @@ static void attend(const kvf_step *step, long layer, long slot, long first_head,
     a.first_position = batch->positions[a.first_row];
     for (long head = first_head; head < end_head; head++)
         for (long i = 0; i < tile->count; i++) {
-            float *partial = partial_of(step, slot, head, i);
+            float *partial = partial_of(step, tile, slot, head, i);
             memset(partial, 0, (model->head_dim + PARTIAL_HEAD) * 4);
             partial[0] = -INFINITY;
         }
-    if (tile->num_slots > 1)
-        attend_chunk(&a, tile->first_chunk + slot - tile->slot, slot, first_head, end_head);
-    else
-        for (long i = 0; i < tile->num_chunks; i++) attend_chunk(&a, tile->first_chunk + i, slot, first_head, end_head);
+    long chunk = tile->first_chunk + (slot - tile->slot);
+    attend_chunks(&a, chunk, chunk + (tile->num_slots > 1 ? 1 : tile->num_chunks), slot);
 }
 
 /* to: [heads, head_dim], a row's result, from the partial results of all its slots. */
@@ -240,9 +270,10 @@ static void gather_row(const kvf_step *step, long row, float *to)
         const kvf_tile *tile = &step->tiles[step->first_tile[sequence] + query / QUERIES];
         memset(sum, 0, sizeof sum);
         sum[0] = -INFINITY;
-        for (long slot = tile->slot; slot < tile->slot + tile->num_slots; slot++)
-            if (partial_of(step, slot, head / sharing, query % QUERIES)[1] != 0)
-                merge(sum, partial_of(step, slot, head / sharing, query % QUERIES), dim);
+        for (long slot = tile->slot; slot < tile->slot + tile->num_slots; slot++) {
+            const float *partial = partial_of(step, tile, slot, head / sharing, query % QUERIES);
+            if (partial[1] != 0) merge(sum, partial, dim);
+        }
         for (long i = 0; i < dim; i += VL) store(to + head * dim + i, load(sum + PARTIAL_HEAD + i) / sum[1]);
     }
 }

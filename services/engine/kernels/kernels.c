@@ -70,6 +70,7 @@ void kvf_close(kvf_engine *engine)
 }
 
 static long padded(long n, long to) { return (n + to - 1) / to * to; }
+static long least(long a, long b) { return a < b ? a : b; }
 static long most(long a, long b) { return a > b ? a : b; }
 
 /* Gives a part its place; without memory it only counts. */
@@ -99,8 +100,7 @@ static size_t lay_out(kvf_step *step, char *memory, int num_threads)
     step->input_scales = take(memory, &at, rows * inputs / 64 * sizeof(float));
     step->rows = take(memory, &at, num_threads * inputs * sizeof(float));
     step->turns = take(memory, &at, rows * model->head_dim * sizeof(float));
-    step->partials = take(memory, &at, step->num_slots * model->num_kv_heads * QUERIES *
-                                           (model->head_dim + PARTIAL_HEAD) * sizeof(float));
+    step->partials = take(memory, &at, step->num_partials * (model->head_dim + PARTIAL_HEAD) * sizeof(float));
     return at;
 }
 
@@ -110,7 +110,7 @@ static long plan(kvf_step *step, long max_chunks)
     const kvf_model *model = step->model;
     const kvf_batch *batch = step->batch;
     long sharing = model->num_heads / model->num_kv_heads, total_chunks = 0;
-    step->num_tiles = step->num_slots = 0;
+    step->num_tiles = step->num_slots = step->num_partials = 0;
     for (int s = 0; s < batch->num_sequences; s++) {
         long first_row = batch->qo_indptr[s], num_rows = batch->qo_indptr[s + 1] - first_row;
         if (step->tiles) {
@@ -118,11 +118,12 @@ static long plan(kvf_step *step, long max_chunks)
             for (long row = 0; row < num_rows; row++) step->row_sequence[first_row + row] = s;
         }
         for (long first = 0; first < num_rows * sharing; first += QUERIES) {
-            long count = most(0, num_rows * sharing - first) < QUERIES ? num_rows * sharing - first : QUERIES;
-            long begin = batch->positions[first_row] + first / sharing, end = begin;
-            end = batch->positions[first_row] + (first + count - 1) / sharing;
+            long count = least(num_rows * sharing - first, QUERIES);
+            long begin = batch->positions[first_row] + first / sharing;
+            long end = batch->positions[first_row] + (first + count - 1) / sharing;
             begin = model->window ? most(0, begin + 1 - model->window) : 0;
-            kvf_tile tile = {s, first, count, begin / CHUNK, end / CHUNK - begin / CHUNK + 1, step->num_slots, 1};
+            kvf_tile tile = {s, first, count, begin / CHUNK, end / CHUNK - begin / CHUNK + 1, step->num_slots, 1,
+                             step->num_partials};
             /* A context that is more than its share would keep one thread busy while the others wait. */
             if (tile.num_chunks > max_chunks) tile.num_slots = tile.num_chunks;
             if (step->tiles) {
@@ -131,6 +132,7 @@ static long plan(kvf_step *step, long max_chunks)
             }
             step->num_tiles++;
             step->num_slots += tile.num_slots;
+            step->num_partials += tile.num_slots * model->num_kv_heads * count;
             total_chunks += tile.num_chunks;
         }
     }

@@ -139,7 +139,7 @@ static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf
 {
     const long block = 8 * MR, num_blocks = (rows + block - 1) / block; /* few rows: a share is a panel */
     const long num_shares = matrix->num_rows / NR * num_blocks;
-    for (long share, end; (share = kvf_claim_range(pool, num_shares, &end)) < num_shares;)
+    for (long share, end; (share = kvf_claim(pool, num_shares, &end)) < num_shares;)
         for (; share < end; share++) {
             long number = share / num_blocks, begin = share % num_blocks * block;
             const float *scales;

@@ -54,9 +54,7 @@ static void wait_for_round(kvf_pool *pool, int round)
     atomic_fetch_sub(&pool->num_sleeping, 1);
 }
 
-long kvf_claim(kvf_pool *pool) { return atomic_fetch_add_explicit(&pool->next, 1, memory_order_relaxed); }
-
-long kvf_claim_range(kvf_pool *pool, long total, long *end)
+long kvf_claim(kvf_pool *pool, long total, long *end)
 {
     long begin = atomic_load_explicit(&pool->next, memory_order_relaxed), count;
     do {

@@ -12,10 +12,9 @@ int kvf_pool_size(const kvf_pool *pool);
 /* Calls work on every thread, the caller being number 0, and returns when all have.  One caller at a time. */
 void kvf_pool_run(kvf_pool *pool, kvf_work *work, void *argument);
 
-/* Within work: the next number, 0 onward, each given to one thread.  Starts over at each barrier. */
-long kvf_claim(kvf_pool *pool);
-/* Within work: numbers below total that follow each other, given to one thread; returns the first, and total or more when
- * there is none.  Long ranges at first, short ones at the end, so that memory is read in order and nobody waits long. */
-long kvf_claim_range(kvf_pool *pool, long total, long *end);
+/* Within work: some of the numbers 0 to total - 1 that nobody else gets, the first of them returned and what is behind the
+ * last put into end; total or more when there are none.  Starts over at each barrier.  Long ranges come first and short
+ * ones last, so that memory is read in order and nobody waits long. */
+long kvf_claim(kvf_pool *pool, long total, long *end);
 /* Within work: returns when all threads have called it; what each stored before is seen by all. */
 void kvf_barrier(kvf_pool *pool);

@@ -41,7 +41,8 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     const long wanted = (4 * kvf_pool_size(pool) + step->num_slots - 1) / step->num_slots;
     const long num_groups = least(wanted, model->num_kv_heads);
     float *own = step->rows + thread * step->row_stride;
-#define EACH(i, count) for (long i; (i = kvf_claim(pool)) < (count);)
+#define EACH(i, count) \
+    for (long i = 0, i##_end = 0; i < i##_end || (i = kvf_claim(pool, count, &i##_end)) < (count); i++)
 
     EACH(row, num_rows) {
         unpack_row(format, &model->embedding, batch->token_ids[row], hidden_size, step->hidden + row * stride);

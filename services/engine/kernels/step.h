@@ -51,13 +51,14 @@ typedef struct {
     int32_t sequence, first, count;
     int32_t first_chunk, num_chunks;
     int32_t slot, num_slots; /* of partial results: one for all chunks, or one for each */
+    int32_t first_partial;   /* [slots, kv_heads, count] of them, one behind the other */
 } kvf_tile;
 
 /* A step with the memory it works in: see step.c. */
 typedef struct {
     const kvf_model *model;
     const kvf_batch *batch;
-    int64_t num_tiles, num_slots;
+    int64_t num_tiles, num_slots, num_partials;
     kvf_tile *tiles;       /* [num_tiles] */
     int32_t *slot_tile;    /* [num_slots] */
     int32_t *row_sequence; /* [num_tokens] */
@@ -69,11 +70,11 @@ typedef struct {
     int64_t row_stride;
     float *rows;           /* [threads, row_stride]: a row on its way into inputs */
     float *turns;          /* [num_tokens, 2, head_dim / 2]: cosines, sines */
-    float *partials;       /* [num_slots, kv_heads, QUERIES, head_dim + PARTIAL_HEAD] */
+    float *partials;       /* [num_partials, head_dim + PARTIAL_HEAD] */
 } kvf_step;
 
-#define QUERIES 12       /* most queries of a tile */
-#define CHUNK 256        /* tokens of context that a partial result is over: multiples of it are where chunks begin */
+#define QUERIES 48       /* most queries of a tile: the more, the less often keys and values are packed */
+#define CHUNK 128        /* tokens of context that a partial result is over: multiples of it are where chunks begin */
 #define PARTIAL_HEAD 16  /* before its numbers: the greatest score, the sum of weights, padding */
 
 kvf_work kvf_step_avx512bf16, kvf_step_avx512, kvf_step_avx2, kvf_step_portable;
