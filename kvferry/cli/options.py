@@ -61,7 +61,9 @@ ServedModel = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Type of weights and KV: float32, bfloat16 or float16.", show_default=False, rich_help_panel=_RUN
+        help="Type of weights and KV: float32, bfloat16, float16 or int8 (weights).",
+        show_default=False,
+        rich_help_panel=_RUN,
     ),
 ]
 RoleDtype = Annotated[

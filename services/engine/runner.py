@@ -1,6 +1,8 @@
-"""Runs batches on this machine's processor, over a KV pool that somebody else owns."""
+"""Runs batches by torch, over a KV pool that somebody else owns."""
 
 from __future__ import annotations
+
+from math import prod
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from services.engine.model_config import ModelConfig
 from services.engine.sampler import F32, draw
 from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 from services.engine.weights import DTYPES, Weights
+
+WARM_UP_BLOCKS = 4
 
 
 class TorchRunner:
@@ -33,19 +37,14 @@ class TorchRunner:
     ) -> None:
         """``arena_buffer``: writable, at least ``num_blocks * layout.block_nbytes`` bytes.  ``num_threads`` holds for all
         of torch in this process."""
-        nbytes = num_blocks * layout.block_nbytes
-        if arena_buffer.nbytes < nbytes or arena_buffer.readonly:
-            raise ValueError(f"{num_blocks} blocks need {nbytes} writable bytes; the buffer has {arena_buffer.nbytes}")
-        stated = (config.revision, config.num_layers, config.num_kv_heads, config.head_dim)
-        if stated != (layout.model_revision, layout.num_layers, layout.num_kv_heads, layout.head_dim):
-            raise ValueError("the layout is of another model")
+        check_pool(config, layout, arena_buffer, num_blocks)
         if weights.embedding.dtype != DTYPES[layout.dtype]:
             raise ValueError(f"the weights are {weights.embedding.dtype}, the layout says {layout.dtype}")
         torch.set_num_threads(num_threads)
         self._layout = layout
         self._model = LlamaModel(config, weights)
         self._attention = TorchAttention(block_size=layout.block_size, sliding_window=config.sliding_window)
-        flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=nbytes // weights.embedding.itemsize)
+        flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=num_blocks * prod(layout.block_shape))
         self._arena = flat.view(num_blocks, *layout.block_shape)
 
     def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
@@ -58,14 +57,28 @@ class TorchRunner:
 
     def warm_up(self) -> None:
         """Computes a few steps on a pool of its own, so that the first request does not pay for torch's first-call work."""
-        block_size = self._layout.block_size
-        scratch = torch.zeros((4, *self._layout.block_shape), dtype=self._arena.dtype)
-        prompt = Entry([0] * (3 * block_size), 0, [0, 1, 2], Sampling())
-        step = Entry([0], 3 * block_size, [0, 1, 2, 3], Sampling())
-        for entries in ([prompt], [step], [step, step]):
-            self._forward(build_batch(entries, block_size), scratch)
+        scratch = torch.zeros((WARM_UP_BLOCKS, *self._layout.block_shape), dtype=self._arena.dtype)
+        for batch in warm_up_batches(self._layout.block_size):
+            self._forward(batch, scratch)
 
     def _forward(self, batch: Batch, arena: torch.Tensor) -> F32:
         with torch.inference_mode():
             logits = self._model.forward(batch, arena, self._attention)
             return np.asarray(logits.float().numpy(), dtype=np.float32)
+
+
+def check_pool(config: ModelConfig, layout: KvLayout, arena_buffer: memoryview, num_blocks: int) -> None:
+    """Raises ValueError when the buffer is too small for the blocks, or the layout is not the model's."""
+    nbytes = num_blocks * layout.block_nbytes
+    if arena_buffer.nbytes < nbytes or arena_buffer.readonly:
+        raise ValueError(f"{num_blocks} blocks need {nbytes} writable bytes; the buffer has {arena_buffer.nbytes}")
+    stated = (config.revision, config.num_layers, config.num_kv_heads, config.head_dim)
+    if stated != (layout.model_revision, layout.num_layers, layout.num_kv_heads, layout.head_dim):
+        raise ValueError("the layout is of another model")
+
+
+def warm_up_batches(block_size: int) -> list[Batch]:
+    """A prompt, a step and a step of two, within ``WARM_UP_BLOCKS`` blocks."""
+    prompt = Entry([0] * (3 * block_size), 0, [0, 1, 2], Sampling())
+    step = Entry([0], 3 * block_size, [0, 1, 2, 3], Sampling())
+    return [build_batch(entries, block_size) for entries in ([prompt], [step], [step, step])]

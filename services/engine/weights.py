@@ -5,7 +5,7 @@ Reads through one seam: a ``TensorSource`` gives any tensor by its Hugging Face 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,23 +53,47 @@ def load_weights(
 ) -> Weights:
     """Reads the weights at ``path`` (a ``.gguf`` file or a Hugging Face directory) into memory as ``dtype``, one of
     ``DTYPES``.  Blocks; ``progress`` is called on this thread with the share that is done, 0 to 1.  Raises ModelError."""
-    if dtype not in DTYPES:
-        raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
-    source: TensorSource = GgufTensors(path, config) if path.is_file() else SafetensorsTensors(path)
+    reader = WeightsReader(config, path, dtype)
     report = progress or (lambda _: None)
-    reader = _Reader(source, DTYPES[dtype])
     report(0.0)
-    embedding = reader.stacked((config.hidden_size,), ("model.embed_tokens.weight", config.vocab_size))
+    embedding = reader.embedding()
     layers = []
-    for number in range(config.num_layers):
-        layers.append(_read_layer(reader, config, f"model.layers.{number}"))
-        report((number + 1) / (config.num_layers + 1))
-    norm = reader.stacked((), ("model.norm.weight", config.hidden_size))
-    head = embedding
-    if not config.tied_embeddings:
-        head = reader.stacked((config.hidden_size,), ("lm_head.weight", config.vocab_size))
+    for layer in reader.layers():
+        layers.append(layer)
+        report(len(layers) / (config.num_layers + 1))
+    norm, head = reader.norm(), reader.head()
     report(1.0)
-    return Weights(embedding, tuple(layers), norm, head)
+    return Weights(embedding, tuple(layers), norm, embedding if head is None else head)
+
+
+class WeightsReader:
+    """Part by part, for whoever keeps them in another form."""
+
+    def __init__(self, config: ModelConfig, path: Path, dtype: str) -> None:
+        """As ``load_weights``.  Raises ModelError."""
+        if dtype not in DTYPES:
+            raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
+        source: TensorSource = GgufTensors(path, config) if path.is_file() else SafetensorsTensors(path)
+        self._config = config
+        self._reader = _Reader(source, DTYPES[dtype])
+
+    def embedding(self) -> torch.Tensor:
+        config = self._config
+        return self._reader.stacked((config.hidden_size,), ("model.embed_tokens.weight", config.vocab_size))
+
+    def layers(self) -> Iterator[LayerWeights]:
+        for number in range(self._config.num_layers):
+            yield _read_layer(self._reader, self._config, f"model.layers.{number}")
+
+    def norm(self) -> torch.Tensor:
+        return self._reader.stacked((), ("model.norm.weight", self._config.hidden_size))
+
+    def head(self) -> torch.Tensor | None:
+        """None where the model ties it to the embedding."""
+        config = self._config
+        if config.tied_embeddings:
+            return None
+        return self._reader.stacked((config.hidden_size,), ("lm_head.weight", config.vocab_size))
 
 
 def _read_layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:

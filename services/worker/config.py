@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from enum import Enum
 
 from kvferry.errors import InvalidRequestError
 from services.runtime.config import option
@@ -11,6 +12,11 @@ from services.runtime.logs import LogLevel
 from services.worker.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class Kernels(Enum):
+    TORCH = "torch"
+    COMPILED = "compiled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +30,12 @@ class WorkerConfig:
         "smollm2-135m-instruct",
         help="a .gguf file, a Hugging Face directory or id, or a name that ships with a package",
     )
-    dtype: str = option("float32", help="type of weights and KV: float32, bfloat16 or float16")
+    dtype: str = option(
+        "float32", help="type of weights and KV: float32, bfloat16, float16, or int8 (weights alone; KV is bfloat16)"
+    )
+    kernels: Kernels = option(
+        Kernels.TORCH, help="what computes: torch, or compiled, the faster one on CPUs; int8 needs the latter"
+    )
     threads: int = option(1, help="CPU threads for the model", minimum=1)
     kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
     convert_memory: str = option(

@@ -19,16 +19,15 @@ from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine
 from services.engine.layout import KvLayout
 from services.engine.model_files import open_model
-from services.engine.runner import TorchRunner
+from services.engine.runners import create_runner, kv_dtype, load_for_runner
 from services.engine.scheduler import Limits, Scheduler
-from services.engine.weights import load_weights
 from services.runtime.channels import Channels
 from services.runtime.membership import Membership
 from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_server, running, split_address
 from services.runtime.startup import StartupError
-from services.worker.config import WorkerConfig, parse_nbytes
+from services.worker.config import Kernels, WorkerConfig, parse_nbytes
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
@@ -91,14 +90,15 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     """Model, pool, transport and engine.  The engine is not started yet."""
     try:
         files = await asyncio.to_thread(open_model, config.model)
-        weights = await asyncio.to_thread(load_weights, files.config, files.path, config.dtype)
+        compiled = config.kernels is Kernels.COMPILED
+        weights = await asyncio.to_thread(load_for_runner, files.config, files.path, config.dtype, compiled=compiled)
         transport = create("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e
     model = files.config
     layout = KvLayout(
         model_revision=model.revision,
-        dtype=config.dtype,
+        dtype=kv_dtype(config.dtype),
         block_size=config.block_size,
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
@@ -112,7 +112,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             region = transport.allocate(num_blocks * layout.block_nbytes)
         except TransportError as e:
             raise StartupError(str(e)) from e
-        runner = TorchRunner(model, weights, layout, region.view, num_blocks, config.threads)
+        runner = create_runner(model, weights, layout, region.view, num_blocks, config.threads)
         await asyncio.to_thread(runner.warm_up)
         loop = asyncio.get_running_loop()
         transport.attach(loop)

@@ -9,9 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from services.engine.batch import Entry, build_batch
+from services.engine.kernels.model import why_not
+from services.engine.kernels.packing import pack
+from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
 from services.engine.runner import TorchRunner
+from services.engine.runners import kv_dtype
 from services.engine.sampling_params import Sampling
 from services.engine.weights import Weights
 
@@ -22,13 +26,20 @@ class PagedModel:
     """Every slot of the pool is NaN at first: what attention should not read would show."""
 
     def __init__(self, config: ModelConfig, weights: Weights, *, num_blocks: int, block_size: int = 16,
-                 dtype: str = "float32", seed: int = 0) -> None:  # fmt: skip
+                 dtype: str = "float32", seed: int = 0, kernels: bool | str = True) -> None:  # fmt: skip
+        """``kernels``: the compiled ones where they know the model (a name: that instruction set), or else torch."""
         self.block_size = block_size
         self.layout = KvLayout(
-            config.revision, dtype, block_size, config.num_layers, config.num_kv_heads, config.head_dim
+            config.revision, kv_dtype(dtype), block_size, config.num_layers, config.num_kv_heads, config.head_dim
         )
         self.arena = bytearray(b"\xff" * (num_blocks * self.layout.block_nbytes))
-        self.runner = TorchRunner(config, weights, self.layout, memoryview(self.arena), num_blocks, 1)
+        pool = (self.layout, memoryview(self.arena), num_blocks, 1)
+        self.runner: TorchRunner | CompiledRunner
+        if kernels and why_not(config) is None:
+            named = kernels if isinstance(kernels, str) else None
+            self.runner = CompiledRunner(config, pack(config, weights, dtype), *pool, instruction_set=named)
+        else:
+            self.runner = TorchRunner(config, weights, *pool)
         self._free = list(range(num_blocks))
         random.Random(seed).shuffle(self._free)
 

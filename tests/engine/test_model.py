@@ -26,9 +26,14 @@ PROMPTS = [
 ]
 
 
+@pytest.fixture(scope="module", params=["kernels", "torch"])
+def kernels(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param == "kernels")
+
+
 @pytest.fixture(scope="module")
-def paged(smollm2: ModelFiles, smollm2_weights: Weights) -> PagedModel:
-    return PagedModel(smollm2.config, smollm2_weights, num_blocks=256)
+def paged(smollm2: ModelFiles, smollm2_weights: Weights, kernels: bool) -> PagedModel:
+    return PagedModel(smollm2.config, smollm2_weights, num_blocks=256, kernels=kernels)
 
 
 def expected_logits(reference: Any, ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -45,8 +50,8 @@ def test_prefill_logits_equal_the_reference(prompt: str, chunk: int | None, smol
 
 
 def test_greedy_tokens_equal_the_reference_in_mixed_batches(smollm2: ModelFiles, smollm2_weights: Weights,
-                                                            reference: Any) -> None:  # fmt: skip
-    paged = PagedModel(smollm2.config, smollm2_weights, num_blocks=96, seed=7)
+                                                            reference: Any, kernels: bool) -> None:  # fmt: skip
+    paged = PagedModel(smollm2.config, smollm2_weights, num_blocks=96, seed=7, kernels=kernels)
     prompts = [smollm2.tokenizer.encode(prompt, add_special=True) for prompt in PROMPTS]
     answers = paged.greedy(prompts, num_tokens=40, chunk=24)
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -73,10 +78,12 @@ def test_a_changed_block_changes_the_answer(smollm2: ModelFiles, paged: PagedMod
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float16", 0.01)])
 def test_two_byte_types_agree_within_their_precision(
-    smollm2: ModelFiles, reference: Any, dtype: str, tolerance: float
+    smollm2: ModelFiles, reference: Any, dtype: str, tolerance: float, kernels: bool
 ) -> None:
+    if kernels and dtype == "float16":
+        pytest.skip("the kernels have no float16")
     weights = load_weights(smollm2.config, smollm2.path, dtype)
-    paged = PagedModel(smollm2.config, weights, num_blocks=16, dtype=dtype)
+    paged = PagedModel(smollm2.config, weights, num_blocks=16, dtype=dtype, kernels=kernels)
     ids = smollm2.tokenizer.encode(PROMPTS[3], add_special=True)
     assert relative_error(paged.prompt_logits(ids), expected_logits(reference, ids)[-1]) < tolerance
 

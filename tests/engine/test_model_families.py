@@ -27,6 +27,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 32,
     "max_position_embeddings": 512,
 }
 LLAMA3_ROPE = {
@@ -44,7 +45,7 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "llama2-linear": lambda: transformers.LlamaConfig(
         **SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
     ),
-    "llama3": lambda: transformers.LlamaConfig(**SIZES, head_dim=32, rope_parameters=LLAMA3_ROPE),
+    "llama3": lambda: transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES, tie_word_embeddings=True),
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=21, tie_word_embeddings=False),
     "mistral-no-window": lambda: transformers.MistralConfig(**SIZES, sliding_window=None),
@@ -71,12 +72,14 @@ def reference_logits(model: Any, ids: list[int]) -> np.ndarray[Any, np.dtype[np.
         return np.asarray(model(torch.tensor([ids])).logits[0, -1].numpy())
 
 
+@pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_tokens_equal_the_reference(family: str, tmp_path: Path) -> None:
+def test_logits_and_tokens_equal_the_reference(family: str, kernels: bool, tmp_path: Path) -> None:
     model = make_model(FAMILIES[family]())
     config = save(model, tmp_path, max_shard_size="100KB" if family == "llama2" else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == (family == "llama2")
-    paged = PagedModel(config, load_weights(config, tmp_path, "float32"), num_blocks=96, block_size=8)
+    weights = load_weights(config, tmp_path, "float32")
+    paged = PagedModel(config, weights, num_blocks=96, block_size=8, kernels=kernels)
     expected = reference_logits(model, PROMPT)
     assert relative_error(paged.prompt_logits(PROMPT), expected) < 1e-5
     assert relative_error(paged.prompt_logits(PROMPT, chunk=7), expected) < 1e-5
@@ -125,6 +128,7 @@ def write_gguf(model: Any, path: Path, architecture: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(32)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_tokenizer_model("gpt2")

@@ -3,87 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
-from collections.abc import Sequence
-from typing import Any
 
 import grpc
 import pytest
 
-from kvferry import AsyncClient, Client, Completion
+from kvferry import Client, Completion
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.engine.model_files import ModelFiles
+from tests.integration.answers import CHATS, NUM_TOKENS, RAW, lone_answers, split_answers
 from tests.integration.conftest import Running
 from tests.integration.reference import Reference
-
-NUM_TOKENS = 64
-
-RAW = [
-    "The",
-    "Once upon a time",
-    "def fibonacci(n):\n    ",
-    "1, 2, 3, 5, 8, 13,",
-    "The capital of France is Paris. The capital of Italy is",
-    "Ünïcödé: naïve façade, Straße, Ελληνικά, русский, 中文字符, 日本語",
-    "Emoji 🙂🚀👩‍👩‍👧‍👦 and then",
-    "   leading spaces\tand\ttabs\n\n\nand newlines",
-    "SELECT name, count(*) FROM users WHERE",
-    '{"name": "kvferry", "tags": ["a", "b"], "nested": {"x": 1',
-    "A" * 100,
-    "word " * 16,
-    "It was a bright cold day in April, and the clocks were striking thirteen. " * 4,
-    " ".join(str(i * i) for i in range(60)),
-    "Prefill is limited by compute, decode by memory bandwidth; so they want different machines. " * 12,
-    "<|im_start|>user\nWritten out by hand<|im_end|>\n<|im_start|>assistant\n",
-]
-CHATS = [
-    [{"role": "user", "content": "hi"}],
-    [{"role": "user", "content": "Why is the sky blue?"}],
-    [{"role": "system", "content": "You answer in French."}, {"role": "user", "content": "Good morning! 你好"}],
-    [
-        {"role": "user", "content": "Name a colour."},
-        {"role": "assistant", "content": "Blue."},
-        {"role": "user", "content": "Another one, and explain at length why you chose it over all others. " * 10},
-    ],
-]
-
-
-OPTIONS: dict[str, Any] = {"max_tokens": NUM_TOKENS, "temperature": 0.0, "ignore_eos": True}
-
-
-async def _split(address: str) -> list[Completion]:
-    async with AsyncClient(address) as client:
-        streams = [client.generate(text, **OPTIONS) for text in RAW] + [client.chat(c, **OPTIONS) for c in CHATS]
-        return list(await asyncio.gather(*(stream.result() for stream in streams)))
-
-
-async def _alone(address: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Prefill and decode in one process, sharing no cache with other requests."""
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub = worker_pb2_grpc.DecodeServiceStub(channel)
-
-        async def one(prompt: Sequence[int]) -> list[int]:
-            request = worker_pb2.DecodeRequest(
-                request_id="alone",
-                prompt_token_ids=prompt,
-                sampling=common_pb2.SamplingParams(
-                    max_tokens=NUM_TOKENS, temperature=0, top_p=1, top_k=0, seed=0, ignore_eos=True
-                ),
-                cache_salt=secrets.token_bytes(8),
-            )
-            responses = [response async for response in stub.Decode(request, timeout=120)]
-            assert responses[-1].finished.decode.prefilled_locally
-            return [r.token.id for r in responses if r.HasField("token")]
-
-        return list(await asyncio.gather(*map(one, prompts)))
 
 
 @pytest.fixture(scope="module")
 def split(running: Running) -> list[Completion]:
     """All at once: batching and chunking are part of what is tested."""
     running.wait_routable()
-    return asyncio.run(_split(running.address))
+    return asyncio.run(split_answers(running.address))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +31,7 @@ def prompts(running: Running) -> list[tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def alone(running: Running, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    return asyncio.run(_alone(running.local.address("decode-0"), prompts))
+    return asyncio.run(lone_answers(running.local.address("decode-0"), prompts))
 
 
 @pytest.mark.parametrize("number", range(len(RAW) + len(CHATS)))

@@ -1,0 +1,71 @@
+"""The compiled kernels by ctypes: the structs of step.h and the functions of kernels.c."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+
+from services.engine.kernels.build import build
+
+
+class KernelsUnavailable(Exception):
+    """The kernels could not be compiled or loaded; the message says what to do."""
+
+
+class MatrixStruct(ctypes.Structure):
+    _fields_ = (("values", c_void_p), ("scales", c_void_p), ("num_rows", c_int64), ("num_columns", c_int64))
+
+
+class LayerStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, MatrixStruct) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "qkv_bias")),
+    )
+
+
+class ModelStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("format", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
+                                       "intermediate_size", "window")),
+        ("norm_eps", c_float),
+        ("frequencies", c_void_p),
+        ("norm", c_void_p),
+        ("embedding", MatrixStruct),
+        ("head", MatrixStruct),
+        ("layers", ctypes.POINTER(LayerStruct)),
+    )  # fmt: skip
+
+
+class BatchStruct(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("num_tokens", "num_sequences", "num_sampled")),
+        *((name, c_void_p) for name in ("token_ids", "positions", "slots", "qo_indptr", "kv_indptr", "kv_indices",
+                                        "sampled", "arena")),
+        *((name, c_int64) for name in ("block_size", "kv_half")),
+        ("logits", c_void_p),
+    )  # fmt: skip
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """Compiles if need be.  Raises KernelsUnavailable."""
+    try:
+        library = ctypes.CDLL(str(build()))
+    except (RuntimeError, OSError) as error:
+        raise KernelsUnavailable(str(error)) from error
+    library.kvf_instruction_set.restype, library.kvf_instruction_set.argtypes = c_char_p, [c_int]
+    library.kvf_open.restype, library.kvf_open.argtypes = c_void_p, [c_char_p, c_int]
+    library.kvf_close.restype, library.kvf_close.argtypes = None, [c_void_p]
+    library.kvf_run.restype = c_int
+    library.kvf_run.argtypes = [c_void_p, ctypes.POINTER(ModelStruct), ctypes.POINTER(BatchStruct)]
+    return library
+
+
+def instruction_sets() -> list[str]:
+    """Those that this processor has, the fastest first; the last one is "portable"."""
+    library = load()
+    names: list[str] = []
+    while name := library.kvf_instruction_set(len(names)):
+        names.append(name.decode())
+    return names

@@ -1,0 +1,156 @@
+/* Products of a few rows with a matrix that was packed for it.
+ *
+ * A panel holds NR outputs, input by input: F32 as [inputs][NR]; BF16 and INT8 as [inputs / 2][NR][2], since processors
+ * multiply pairs.  So a product reads a panel once from its beginning to its end, whatever the number of rows, and sums
+ * nothing across lanes.  What is multiplied with it is stored row by row: F32 as numbers, BF16 as pairs, INT8 as pairs of
+ * int16 with one scale to each GROUP inputs (the weights stay 8 bits; 16 bits for the others cost nothing in quality).
+ *
+ * A unit is 32 bits of a row: one input of F32, two of the others.  An output sums its units in one order, the same for any
+ * number of rows: what a sequence gets does not depend on its company in a batch.
+ */
+#pragma once
+
+#include "step.h"
+#include "vector.h"
+
+#define NR 32
+#define NV (NR / VL)
+#define GROUP 64
+
+typedef struct {
+    const uint32_t *units; /* [rows][stride] */
+    const float *scales;   /* INT8: [rows][scale_stride] */
+    long stride, scale_stride, num_units;
+} operand;
+
+/* Where a tile's NR outputs per row go: stored, after the bias if there is one, or added to what is there. */
+typedef struct {
+    float *to; /* [rows][stride] */
+    long stride;
+    const float *bias; /* [NR] or NULL */
+    int add;
+} target;
+
+static ALWAYS_INLINE void sum_floats(const int format, const int rows, operand x, const char *panel, vf acc[][NV])
+{
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < NV; v++) acc[r][v] = splat(0);
+    for (long u = 0; u < x.num_units; u++, panel += 4 * NR) {
+        vf weights[NV];
+        UNROLL for (int v = 0; v < NV; v++) weights[v] = load(panel + 4 * VL * v);
+        UNROLL for (int r = 0; r < rows; r++) {
+            uint32_t unit = x.units[r * x.stride + u];
+            UNROLL for (int v = 0; v < NV; v++)
+                acc[r][v] = format == F32 ? acc[r][v] + as_float(unit) * weights[v]
+                                          : dot_bf16(acc[r][v], splat_bits(unit), (vi)weights[v]);
+        }
+    }
+}
+
+static ALWAYS_INLINE void sum_int8(const int rows, operand x, const char *panel, const float *scales, vf acc[][NV])
+{
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < NV; v++) acc[r][v] = splat(0);
+    for (long group = 0; group < x.num_units / (GROUP / 2); group++, scales += NR) {
+        vi sums[MR][NV]; /* 64 * 127 * 32767 fits */
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = splat_bits(0);
+        for (long u = group * (GROUP / 2); u < (group + 1) * (GROUP / 2); u++, panel += 2 * NR) {
+            vi weights[NV];
+            UNROLL for (int v = 0; v < NV; v++) weights[v] = widen_pairs(panel + 2 * VL * v);
+            UNROLL for (int r = 0; r < rows; r++) {
+                vi unit = splat_bits(x.units[r * x.stride + u]);
+                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = dot_i16(sums[r][v], unit, weights[v]);
+            }
+        }
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < NV; v++)
+                acc[r][v] += __builtin_convertvector(sums[r][v], vf) *
+                             (load(scales + VL * v) * x.scales[r * x.scale_stride + group]);
+    }
+}
+
+static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operand x, const char *panel,
+                                        const float *scales, target y)
+{
+    vf acc[MR][NV];
+    if (format == INT8)
+        sum_int8(rows, x, panel, scales, acc);
+    else
+        sum_floats(format, rows, x, panel, acc);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < NV; v++) {
+            float *to = y.to + r * y.stride + VL * v;
+            vf sum = acc[r][v];
+            if (y.bias) sum += load(y.bias + VL * v);
+            if (y.add) sum += load(to);
+            store(to, sum);
+        }
+}
+
+#define ROWS(n)                                                                                              \
+    case n:                                                                                                  \
+        if (n <= MR) multiply_tile(format, n <= MR ? n : MR, x, panel, scales, y);                           \
+        break;
+
+/* rows rows with one panel.  Tiles are of nearly equal height: 13 rows are 7 and 6, not 12 and 1. */
+static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, const char *panel, const float *scales,
+                                        target y)
+{
+    for (long num_tiles = (rows + MR - 1) / MR; num_tiles; num_tiles--) {
+        long height = (rows + num_tiles - 1) / num_tiles;
+        switch (height) {
+            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
+        }
+        rows -= height;
+        x.units += height * x.stride;
+        x.scales += format == INT8 ? height * x.scale_stride : 0;
+        y.to += height * y.stride;
+    }
+}
+
+static void multiply_f32(long rows, operand x, const char *panel, target y)
+{
+    multiply_rows(F32, rows, x, panel, NULL, y);
+}
+
+static void multiply_bf16(long rows, operand x, const char *panel, target y)
+{
+    multiply_rows(BF16, rows, x, panel, NULL, y);
+}
+
+static void multiply_int8(long rows, operand x, const char *panel, const float *scales, target y)
+{
+    multiply_rows(INT8, rows, x, panel, scales, y);
+}
+
+static int unit_inputs(int format) { return format == F32 ? 1 : 2; }
+
+/* The panel that begins with output 32 * number, and its scales. */
+static const char *panel_of(int format, const kvf_matrix *matrix, long number, const float **scales)
+{
+    static const int nbytes[] = {4, 2, 1};
+    *scales = format == INT8 ? matrix->scales + number * (matrix->num_columns / GROUP) * NR : NULL;
+    return (const char *)matrix->values + number * NR * matrix->num_columns * nbytes[format];
+}
+
+/* Within kvf_work: every thread takes part, panel by panel.  bias is [outputs, padded] or NULL. */
+static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf_matrix *matrix, target y)
+{
+    const long block = 8 * MR, num_blocks = (rows + block - 1) / block; /* few rows: a share is a panel */
+    const long num_shares = matrix->num_rows / NR * num_blocks;
+    for (long share, end; (share = kvf_claim(pool, num_shares, &end)) < num_shares;)
+        for (; share < end; share++) {
+            long number = share / num_blocks, begin = share % num_blocks * block;
+            const float *scales;
+            const char *panel = panel_of(format, matrix, number, &scales);
+            operand part = x;
+            part.units += begin * x.stride;
+            part.scales += format == INT8 ? begin * x.scale_stride : 0;
+            target to = {y.to + begin * y.stride + number * NR, y.stride, y.bias ? y.bias + number * NR : NULL, y.add};
+            long count = rows - begin < block ? rows - begin : block;
+            if (format == F32) multiply_f32(count, part, panel, to);
+            if (format == BF16) multiply_bf16(count, part, panel, to);
+            if (format == INT8) multiply_int8(count, part, panel, scales, to);
+        }
+}

@@ -1,0 +1,135 @@
+/* Threads that run one function together, phase by phase.
+ *
+ * A phase of a decode step takes microseconds, so whoever waits spins; a wait that lasts is a sign that the others have
+ * no processor, or that there is nothing to do, and then it sleeps on a futex.
+ */
+#define _GNU_SOURCE
+#include "pool.h"
+
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define SPINS 1000 /* some 20 to 50 microseconds */
+
+struct kvf_pool {
+    int num_threads;
+    kvf_work *work; /* NULL: end */
+    void *argument;
+    pthread_t *threads;
+    /* Each on a line of its own: they change hands all the time. */
+    _Alignas(64) atomic_int round; /* how many barriers there were */
+    atomic_int num_sleeping;
+    _Alignas(64) atomic_int num_arrived;
+    _Alignas(64) atomic_long next;
+};
+
+typedef struct {
+    kvf_pool *pool;
+    int number;
+} member;
+
+static void relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void wait_for_round(kvf_pool *pool, int round)
+{
+    for (int i = 0; i < SPINS; i++) {
+        if (atomic_load_explicit(&pool->round, memory_order_acquire) != round) return;
+        relax();
+    }
+    atomic_fetch_add(&pool->num_sleeping, 1);
+    while (atomic_load(&pool->round) == round)
+        syscall(SYS_futex, &pool->round, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
+    atomic_fetch_sub(&pool->num_sleeping, 1);
+}
+
+long kvf_claim(kvf_pool *pool, long total, long *end)
+{
+    long begin = atomic_load_explicit(&pool->next, memory_order_relaxed), count;
+    do {
+        count = (total - begin) / (2 * pool->num_threads);
+        *end = begin + (count > 1 ? count : 1);
+    } while (begin < total && !atomic_compare_exchange_weak_explicit(&pool->next, &begin, *end, memory_order_relaxed,
+                                                                     memory_order_relaxed));
+    return begin;
+}
+
+void kvf_barrier(kvf_pool *pool)
+{
+    int round = atomic_load_explicit(&pool->round, memory_order_relaxed);
+    if (atomic_fetch_add(&pool->num_arrived, 1) + 1 < pool->num_threads) {
+        wait_for_round(pool, round);
+        return;
+    }
+    atomic_store_explicit(&pool->num_arrived, 0, memory_order_relaxed);
+    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    atomic_store(&pool->round, round + 1);
+    /* Whoever counts itself sleeping after this load looks at the round once more before it sleeps. */
+    if (atomic_load(&pool->num_sleeping)) syscall(SYS_futex, &pool->round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+static void *serve(void *argument)
+{
+    member self = *(member *)argument;
+    free(argument);
+    for (;;) {
+        kvf_barrier(self.pool); /* the caller has set the work */
+        if (!self.pool->work) return NULL;
+        self.pool->work(self.pool->argument, self.pool, self.number);
+        kvf_barrier(self.pool);
+    }
+}
+
+void kvf_pool_run(kvf_pool *pool, kvf_work *work, void *argument)
+{
+    pool->work = work;
+    pool->argument = argument;
+    kvf_barrier(pool);
+    if (work) {
+        work(argument, pool, 0);
+        kvf_barrier(pool);
+    }
+}
+
+int kvf_pool_size(const kvf_pool *pool) { return pool->num_threads; }
+
+kvf_pool *kvf_pool_open(int num_threads)
+{
+    kvf_pool *pool = aligned_alloc(64, sizeof *pool);
+    if (!pool) return NULL;
+    *pool = (kvf_pool){.num_threads = num_threads, .threads = calloc(num_threads, sizeof(pthread_t))};
+    int started = 1;
+    for (; pool->threads && started < num_threads; started++) {
+        member *self = malloc(sizeof *self);
+        if (!self) break;
+        *self = (member){pool, started};
+        if (pthread_create(&pool->threads[started], NULL, serve, self)) {
+            free(self);
+            break;
+        }
+    }
+    if (pool->threads && started == num_threads) return pool;
+    while (atomic_load(&pool->num_arrived) + 1 < started) relax(); /* the first barrier is shared by those there are */
+    pool->num_threads = started;
+    kvf_pool_close(pool);
+    return NULL;
+}
+
+void kvf_pool_close(kvf_pool *pool)
+{
+    kvf_pool_run(pool, NULL, NULL);
+    for (int i = 1; i < pool->num_threads; i++) pthread_join(pool->threads[i], NULL);
+    free(pool->threads);
+    free(pool);
+}

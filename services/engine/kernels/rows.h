@@ -1,0 +1,104 @@
+/* What is done to one row, a token's vector, between the products. */
+#pragma once
+
+#include "matmul.h"
+
+#include <math.h>
+
+static long padded(long n, long to) { return (n + to - 1) / to * to; }
+
+/* to = x / rms(x) * weight, over n numbers; what is behind them in to is left. */
+static void normalize(const float *x, const float *weight, float eps, long n, float *to)
+{
+    vf squares = splat(0);
+    long i = 0;
+    for (; i + VL <= n; i += VL) squares += load(x + i) * load(x + i);
+    float sum = sum_of(squares);
+    for (; i < n; i++) sum += x[i] * x[i];
+    float scale = 1.0f / sqrtf(sum / n + eps);
+    for (i = 0; i < n; i++) to[i] = weight[i] * (x[i] * scale);
+}
+
+/* gate * sigmoid(gate) * up; whole vectors, so all three have room behind n numbers. */
+static void activate(const float *gate, const float *up, long n, float *to)
+{
+    for (long i = 0; i < n; i += VL) {
+        vf g = load(gate + i);
+        store(to + i, g / (1.0f + exp_of(-g)) * load(up + i));
+    }
+}
+
+/* Pairs of bfloat16 from n numbers, a multiple of 16. */
+static void pack_bf16(const float *x, long n, void *to)
+{
+    for (long i = 0; i < n; i += VL) {
+        vh halves = to_bf16(load(x + i));
+        memcpy((uint16_t *)to + i, &halves, sizeof halves);
+    }
+}
+
+/* Pairs of int16 from GROUP numbers; returns their scale.  A number that is not finite makes the scale NaN. */
+static float pack_group(const float *x, int16_t *to)
+{
+    vf most = splat(0), finite = splat(0);
+    for (long i = 0; i < GROUP; i += VL) {
+        vf v = load(x + i);
+        most = max_of(max_of(v, -v), most);
+        finite += v * 0.0f;
+    }
+    float top = greatest(most), inverse = top > 0 ? 32767.0f / top : 0;
+    for (long i = 0; i < GROUP; i += VL) {
+        vf shifted = load(x + i) * inverse + 12582912.0f; /* rounds to an integer, in the low bits */
+        vh low = __builtin_convertvector((vu)shifted, vh);
+        memcpy(to + i, &low, sizeof low);
+    }
+    return top / 32767.0f + sum_of(finite);
+}
+
+/* Row number row of an operand for products with a matrix of num_columns: x has n numbers, and zeros up to num_columns
+ * are put behind them, for which it must have room. */
+static void prepare(int format, float *x, long n, long num_columns, const operand *inputs, long row)
+{
+    memset(x + n, 0, (num_columns - n) * 4);
+    uint32_t *units = (uint32_t *)inputs->units + row * inputs->stride;
+    if (format == F32) memcpy(units, x, num_columns * 4);
+    if (format == BF16) pack_bf16(x, num_columns, units);
+    if (format == INT8)
+        for (long group = 0; group < num_columns / GROUP; group++)
+            ((float *)inputs->scales)[row * inputs->scale_stride + group] =
+                pack_group(x + group * GROUP, (int16_t *)units + group * GROUP);
+}
+
+/* A row of a packed matrix as numbers: a token's embedding. */
+static void unpack_row(int format, const kvf_matrix *matrix, long row, long n, float *to)
+{
+    const float *scales;
+    const char *panel = panel_of(format, matrix, row / NR, &scales);
+    long lane = row % NR;
+    for (long i = 0; i < n; i++) {
+        long pair = i / 2 * 2 * NR + lane * 2 + i % 2;
+        if (format == F32) to[i] = ((const float *)panel)[i * NR + lane];
+        if (format == BF16) to[i] = as_float((uint32_t)((const uint16_t *)panel)[pair] << 16);
+        if (format == INT8) to[i] = ((const int8_t *)panel)[pair] * scales[i / GROUP * NR + lane];
+    }
+}
+
+/* turns: [2, half], from the position; angles in float32, as the models were trained. */
+static void turn(const float *frequencies, long half, int64_t position, float *turns)
+{
+    for (long i = 0; i < half; i++) {
+        float angle = (float)position * frequencies[i];
+        turns[i] = cosf(angle);
+        turns[half + i] = sinf(angle);
+    }
+}
+
+/* Rotates a head in place: its i-th number and that of its other half are a pair. */
+static void rotate(float *head, const float *turns, long half)
+{
+    for (long i = 0; i < half; i += VL) { /* half is a multiple of 16 */
+        vf first = load(head + i), second = load(head + half + i), cos = load(turns + i), sin = load(turns + half + i);
+        store(head + i, first * cos - second * sin);
+        store(head + half + i, second * cos + first * sin);
+    }
+}

@@ -1,0 +1,105 @@
+/* One step, from token ids to logits: what each thread of the pool does, phase by phase.
+ *
+ * Compiled once for each instruction set, under the name KVF_STEP.
+ */
+#include "attention.h"
+
+static operand inputs_of(const kvf_step *step, int format, long num_columns)
+{
+    long num_units = num_columns / unit_inputs(format);
+    return (operand){step->inputs, step->input_scales, num_units, num_columns / GROUP, num_units};
+}
+
+static void append(const kvf_step *step, long layer, long row)
+{
+    const kvf_model *model = step->model;
+    const kvf_batch *batch = step->batch;
+    long dim = model->head_dim, num_kv = model->num_kv_heads * dim, item = batch->kv_half ? 2 : 4;
+    float *query = step->wide + row * padded(model->num_heads * dim + 2 * num_kv, NR);
+    const float *turns = step->turns + row * dim, *key = query + model->num_heads * dim;
+    for (long head = 0; head < model->num_heads + model->num_kv_heads; head++) rotate(query + head * dim, turns, dim / 2);
+    long block = batch->slots[row] / batch->block_size, offset = batch->slots[row] % batch->block_size;
+    for (long half = 0; half < 2; half++) {
+        char *to = batch->arena +
+                   (((block * model->num_layers + layer) * 2 + half) * batch->block_size + offset) * num_kv * item;
+        if (batch->kv_half)
+            pack_bf16(key + half * num_kv, num_kv, to);
+        else
+            memcpy(to, key + half * num_kv, num_kv * 4);
+    }
+}
+
+void KVF_STEP(void *argument, kvf_pool *pool, int thread)
+{
+    const kvf_step *step = argument;
+    const kvf_model *model = step->model;
+    const kvf_batch *batch = step->batch;
+    const int format = (int)model->format;
+    const long num_rows = batch->num_tokens, hidden_size = model->hidden_size, inner = model->intermediate_size;
+    const long stride = padded(hidden_size, NR), attended_size = model->num_heads * model->head_dim;
+    /* Groups of KV heads: one, where there are enough slots to share out. */
+    const long wanted = (4 * kvf_pool_size(pool) + step->num_slots - 1) / step->num_slots;
+    const long num_groups = least(wanted, model->num_kv_heads);
+    float *own = step->rows + thread * step->row_stride;
+#define EACH(i, count) \
+    for (long i = 0, i##_end = 0; i < i##_end || (i = kvf_claim(pool, count, &i##_end)) < (count); i++)
+
+    EACH(row, num_rows) {
+        unpack_row(format, &model->embedding, batch->token_ids[row], hidden_size, step->hidden + row * stride);
+        turn(model->frequencies, model->head_dim / 2, batch->positions[row], step->turns + row * model->head_dim);
+    }
+    kvf_barrier(pool);
+    for (long number = 0; number < model->num_layers; number++) {
+        const kvf_layer *layer = &model->layers[number];
+
+        operand x = inputs_of(step, format, layer->qkv.num_columns);
+        EACH(row, num_rows) {
+            normalize(step->hidden + row * stride, layer->attention_norm, model->norm_eps, hidden_size, own);
+            prepare(format, own, hidden_size, layer->qkv.num_columns, &x, row);
+        }
+        kvf_barrier(pool);
+        multiply(pool, format, num_rows, x, &layer->qkv, (target){step->wide, layer->qkv.num_rows, layer->qkv_bias, 0});
+        kvf_barrier(pool);
+        EACH(row, num_rows) append(step, number, row);
+        kvf_barrier(pool);
+        EACH(share, step->num_slots * num_groups) {
+            long group = share % num_groups;
+            attend(step, number, share / num_groups, model->num_kv_heads * group / num_groups,
+                   model->num_kv_heads * (group + 1) / num_groups);
+        }
+        kvf_barrier(pool);
+        x = inputs_of(step, format, layer->output.num_columns);
+        EACH(row, num_rows) {
+            gather_row(step, row, own);
+            prepare(format, own, attended_size, layer->output.num_columns, &x, row);
+        }
+        kvf_barrier(pool);
+        multiply(pool, format, num_rows, x, &layer->output, (target){step->hidden, stride, NULL, 1});
+        kvf_barrier(pool);
+
+        x = inputs_of(step, format, layer->gate_up.num_columns);
+        EACH(row, num_rows) {
+            normalize(step->hidden + row * stride, layer->mlp_norm, model->norm_eps, hidden_size, own);
+            prepare(format, own, hidden_size, layer->gate_up.num_columns, &x, row);
+        }
+        kvf_barrier(pool);
+        multiply(pool, format, num_rows, x, &layer->gate_up, (target){step->wide, layer->gate_up.num_rows, NULL, 0});
+        kvf_barrier(pool);
+        x = inputs_of(step, format, layer->down.num_columns);
+        EACH(row, num_rows) {
+            const float *gate = step->wide + row * layer->gate_up.num_rows;
+            activate(gate, gate + inner, inner, own);
+            prepare(format, own, inner, layer->down.num_columns, &x, row);
+        }
+        kvf_barrier(pool);
+        multiply(pool, format, num_rows, x, &layer->down, (target){step->hidden, stride, NULL, 1});
+        kvf_barrier(pool);
+    }
+    operand x = inputs_of(step, format, model->head.num_columns);
+    EACH(i, batch->num_sampled) {
+        normalize(step->hidden + batch->sampled[i] * stride, model->norm, model->norm_eps, hidden_size, own);
+        prepare(format, own, hidden_size, model->head.num_columns, &x, i);
+    }
+    kvf_barrier(pool);
+    multiply(pool, format, batch->num_sampled, x, &model->head, (target){batch->logits, model->head.num_rows, NULL, 0});
+}

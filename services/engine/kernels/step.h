@@ -1,0 +1,80 @@
+/* One step of a Llama-like model: what it is given.  kernels.py declares the same structs for ctypes. */
+#pragma once
+
+#include "pool.h"
+
+#include <stdint.h>
+
+/* How a matrix and what it is multiplied with are stored; see matmul.h. */
+enum format { F32 = 0, BF16 = 1, INT8 = 2 };
+
+/* [num_rows, num_columns] of a projection in panels, padded with zeros: rows (outputs) to 32, columns (inputs) to 64. */
+typedef struct {
+    const void *values;
+    const float *scales; /* INT8 only */
+    int64_t num_rows, num_columns;
+} kvf_matrix;
+
+typedef struct {
+    kvf_matrix qkv, output, gate_up, down;
+    const float *attention_norm, *mlp_norm; /* [hidden] */
+    const float *qkv_bias;                  /* [qkv rows, padded], or NULL */
+} kvf_layer;
+
+/* Everything is the caller's, constant, and stays for as long as steps run. */
+typedef struct {
+    int64_t format;
+    int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size;
+    int64_t window;           /* positions that a token sees, itself included; 0 is all */
+    float norm_eps;
+    const float *frequencies; /* [head_dim / 2], radians per position */
+    const float *norm;        /* [hidden] */
+    kvf_matrix embedding, head;
+    const kvf_layer *layers;
+} kvf_model;
+
+/* The new tokens of some sequences, back to back.  Indices are the caller's to check: none is checked here. */
+typedef struct {
+    int64_t num_tokens, num_sequences, num_sampled;
+    const int64_t *token_ids, *positions, *slots; /* [num_tokens]; slot = block * block_size + offset */
+    const int32_t *qo_indptr, *kv_indptr;         /* [num_sequences + 1]: ranges of tokens, and of kv_indices */
+    const int32_t *kv_indices;                    /* blocks of each sequence's context, the new tokens included */
+    const int64_t *sampled;                       /* [num_sampled]: tokens whose logits are wanted */
+    /* [blocks][layers][2][block_size][kv_heads][head_dim], F32 or (kv_half) bfloat16; new tokens' slots are written. */
+    char *arena;
+    int64_t block_size, kv_half;
+    float *logits;         /* [num_sampled, head rows padded to 32], written */
+} kvf_batch;
+
+/* Queries of one sequence that share a KV head, numbered row by row and head by head; chunks of its context. */
+typedef struct {
+    int32_t sequence, first, count;
+    int32_t first_chunk, num_chunks;
+    int32_t slot, num_slots; /* of partial results: one for all chunks, or one for each */
+    int32_t first_partial;   /* [slots, kv_heads, count] of them, one behind the other */
+} kvf_tile;
+
+/* A step with the memory it works in: see step.c. */
+typedef struct {
+    const kvf_model *model;
+    const kvf_batch *batch;
+    int64_t num_tiles, num_slots, num_partials;
+    kvf_tile *tiles;       /* [num_tiles] */
+    int32_t *slot_tile;    /* [num_slots] */
+    int32_t *row_sequence; /* [num_tokens] */
+    int32_t *first_tile;   /* [num_sequences] */
+    float *hidden;         /* [num_tokens, hidden, padded] */
+    float *wide;           /* [num_tokens, greatest number of outputs of a projection, padded] */
+    uint32_t *inputs;      /* [num_tokens, greatest number of inputs of a projection, padded], in the matrices' format */
+    float *input_scales;   /* [num_tokens, the same / 64] */
+    int64_t row_stride;
+    float *rows;           /* [threads, row_stride]: a row on its way into inputs */
+    float *turns;          /* [num_tokens, 2, head_dim / 2]: cosines, sines */
+    float *partials;       /* [num_partials, head_dim + PARTIAL_HEAD] */
+} kvf_step;
+
+#define QUERIES 48       /* most queries of a tile: the more, the less often keys and values are packed */
+#define CHUNK 128        /* tokens of context that a partial result is over: multiples of it are where chunks begin */
+#define PARTIAL_HEAD 16  /* before its numbers: the greatest score, the sum of weights, padding */
+
+kvf_work kvf_step_avx512bf16, kvf_step_avx512, kvf_step_avx2, kvf_step_portable;

@@ -1,0 +1,162 @@
+/* The few vector operations that the kernels are written in, over as many lanes as the instruction set has.
+ *
+ * Everything that includes this is compiled once for each instruction set (see build.py) and chosen at run time.
+ */
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+/* VL: lanes of 32 bits.  MR: rows of a matmul tile, so that MR * NR / VL accumulators and some operands fit the registers. */
+#if defined(__AVX512F__)
+#define VL 16
+#define MR 12
+#define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), \
+                    F(8, h), F(9, h), F(10, h), F(11, h), F(12, h), F(13, h), F(14, h), F(15, h)
+#elif defined(__AVX2__)
+#define VL 8
+#define MR 3
+#define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
+#else
+#define VL 4
+#define MR 1
+#define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
+#endif
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+typedef float vf __attribute__((vector_size(4 * VL)));
+typedef int32_t vi __attribute__((vector_size(4 * VL)));
+typedef uint32_t vu __attribute__((vector_size(4 * VL)));
+typedef uint16_t vh __attribute__((vector_size(2 * VL)));   /* VL numbers of 16 bits */
+typedef int8_t vb2 __attribute__((vector_size(2 * VL)));    /* VL pairs of 8 bits */
+typedef int16_t vs2 __attribute__((vector_size(4 * VL)));   /* VL pairs of 16 bits */
+
+/* Any address, any type behind it. */
+static ALWAYS_INLINE vf load(const void *p) { vf v; memcpy(&v, p, sizeof v); return v; }
+static ALWAYS_INLINE void store(void *p, vf v) { memcpy(p, &v, sizeof v); }
+static ALWAYS_INLINE vf splat(float x) { return x - (vf){0}; }
+static ALWAYS_INLINE vi splat_bits(uint32_t x) { return (vi)((vu){0} + x); }
+static ALWAYS_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static ALWAYS_INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+static ALWAYS_INLINE vf max_of(vf a, vf b) { return choose(a > b, a, b); }
+
+static ALWAYS_INLINE float sum_of(vf v)
+{
+    float sum = 0;
+    for (int i = 0; i < VL; i++) sum += v[i];
+    return sum;
+}
+
+static ALWAYS_INLINE float greatest(vf v)
+{
+    float best = v[0];
+    for (int i = 1; i < VL; i++) best = v[i] > best ? v[i] : best;
+    return best;
+}
+
+/* acc + a * b over pairs of bfloat16, first of the pair in the low half. */
+static ALWAYS_INLINE vf dot_bf16(vf acc, vi a, vi b)
+{
+#if defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+#else
+    acc += (vf)(a << 16) * (vf)(b << 16);
+    return acc + (vf)(a & (int)0xffff0000) * (vf)(b & (int)0xffff0000);
+#endif
+}
+
+/* acc + a * b over pairs of int16.  The same bits on every instruction set. */
+static ALWAYS_INLINE vi dot_i16(vi acc, vi a, vi b)
+{
+#if defined(__AVX512VNNI__)
+    return (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+    return acc + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+    return acc + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return acc + ((a << 16) >> 16) * ((b << 16) >> 16) + (a >> 16) * (b >> 16);
+#endif
+}
+
+/* Rounded to the nearest, ties to even; NaN stays NaN. */
+static ALWAYS_INLINE vh to_bf16(vf x)
+{
+#if defined(__AVX512BF16__)
+    return (vh)_mm512_cvtneps_pbh((__m512)x);
+#else
+    vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    vu nan = (vu)((vi)(bits & 0x7fffffff) > 0x7f800000);
+    return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+#endif
+}
+
+static ALWAYS_INLINE vu widen(const void *halves)
+{
+    vh v;
+    memcpy(&v, halves, sizeof v);
+#if defined(__AVX512F__) /* which gcc 12 makes of two halves */
+    return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#else
+    return __builtin_convertvector(v, vu);
+#endif
+}
+
+static ALWAYS_INLINE vi widen_pairs(const void *bytes)
+{
+    vb2 v;
+    memcpy(&v, bytes, sizeof v);
+#if defined(__AVX512BW__)
+    return (vi)_mm512_cvtepi8_epi16((__m256i)v);
+#else
+    return (vi)__builtin_convertvector(v, vs2);
+#endif
+}
+
+/* Within 2 units in the last place; exp(0) is 1, and what is below -87 gives 0.  After Cephes. */
+static ALWAYS_INLINE vf exp_of(vf x)
+{
+    const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer, which then lies in the low bits */
+    vf in = x;
+    x = choose(x > 88.0f, splat(88.0f), x);
+    vf shifted = x * 1.44269504f + magic, n = shifted - magic;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    vf result = choose(in < -87.0f, splat(0), (vf)((vi)p + ((vi)shifted << 23)));
+    return choose(in != in, in, result);
+}
+
+/* Exchanges rows and columns of VL x VL numbers, halving the distance: after the first round blocks of VL / 2 are in place. */
+#define LOW(lane, h) ((lane) & (h) ? VL + (lane) - (h) : (lane))
+#define HIGH(lane, h) ((lane) & (h) ? VL + (lane) : (lane) + (h))
+#define TRANSPOSE_ROUND(h)                                              \
+    UNROLL for (int i = 0; i < VL; i++)                                 \
+        if (!(i & (h))) {                                               \
+            vf a = rows[i], b = rows[i + (h)];                          \
+            rows[i] = __builtin_shuffle(a, b, (vi){LANES(LOW, h)});     \
+            rows[i + (h)] = __builtin_shuffle(a, b, (vi){LANES(HIGH, h)}); \
+        }
+
+static ALWAYS_INLINE void transpose(vf rows[VL])
+{
+#if VL >= 16
+    TRANSPOSE_ROUND(8)
+#endif
+#if VL >= 8
+    TRANSPOSE_ROUND(4)
+#endif
+    TRANSPOSE_ROUND(2)
+    TRANSPOSE_ROUND(1)
+}

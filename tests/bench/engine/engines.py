@@ -1,0 +1,164 @@
+"""Those who compute: ours, by kernels or by torch, and the peers.  One model, the same prompts."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from services.engine.batch import Batch, Entry, build_batch
+from services.engine.gguf_weights import GgufTensors
+from services.engine.kernels.packing import pack
+from services.engine.kernels.runner import CompiledRunner
+from services.engine.layout import KvLayout
+from services.engine.model_files import ModelFiles
+from services.engine.runner import TorchRunner
+from services.engine.runners import kv_dtype
+from services.engine.sampling_params import Sampling
+from services.engine.weights import load_weights
+from tests.bench.engine.limits import large_pages
+
+BLOCK_SIZE, CHUNK = 16, 256
+GREEDY = Sampling()
+
+
+class Engine(Protocol):
+    def decode(self, batch: int, context: int) -> float | None:
+        """Seconds for one step of ``batch`` sequences that have ``context`` tokens each; None where it cannot."""
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        """Seconds from a prompt to its first token."""
+
+
+class _Timed:
+    """The library, and how long its last step ran."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+        self.seconds = 0.0
+
+    def kvf_run(self, *arguments: Any) -> int:
+        began = time.perf_counter()
+        status: int = self._library.kvf_run(*arguments)
+        self.seconds = time.perf_counter() - began
+        return status
+
+
+class Ours:
+    """A runner over a pool; ``torch_only``: eager torch.  A step is all of it: metadata, model, draw."""
+
+    def __init__(self, files: ModelFiles, dtype: str, threads: int, *, torch_only: bool = False) -> None:
+        config = files.config
+        self.layout = KvLayout(config.revision, kv_dtype(dtype), BLOCK_SIZE, config.num_layers, config.num_kv_heads,
+                               config.head_dim)  # fmt: skip
+        self.num_blocks = 16 * (2048 // BLOCK_SIZE + 1)
+        self._arena = large_pages(self.num_blocks * self.layout.block_nbytes)
+        self._table = np.random.default_rng(0).permutation(self.num_blocks).tolist()
+        weights = load_weights(config, files.path, "float32" if dtype == "int8" else dtype)
+        self.weights_nbytes = sum(t.nbytes for t in _tensors(weights))
+        pool = (self.layout, memoryview(self._arena), self.num_blocks, threads)
+        self.runner: TorchRunner | CompiledRunner
+        if torch_only:
+            self.runner = TorchRunner(config, weights, *pool)
+        else:
+            packed = pack(config, weights, dtype)
+            self.weights_nbytes = packed.nbytes
+            self.runner = CompiledRunner(config, packed, *pool)
+            self.inside = self.runner.model._lib = _Timed(self.runner.model._lib)
+
+    def decode(self, batch: int, context: int) -> float:
+        entries = self._entries(batch, context)
+        began = time.perf_counter()
+        self.runner.run(build_batch(entries, BLOCK_SIZE))
+        return time.perf_counter() - began
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        began = time.perf_counter()
+        for start in range(0, len(prompt), CHUNK):
+            self.runner.run(self._chunk(prompt, start))
+        return time.perf_counter() - began
+
+    def _chunk(self, prompt: Sequence[int], start: int) -> Batch:
+        end = min(start + CHUNK, len(prompt))
+        return build_batch(
+            [Entry(prompt[start:end], start, self._table, GREEDY if end == len(prompt) else None)], BLOCK_SIZE
+        )
+
+    def _entries(self, batch: int, context: int) -> list[Entry]:
+        size = context // BLOCK_SIZE + 1
+        return [Entry([i + 5], context - 1, self._table[i * size : (i + 1) * size], GREEDY) for i in range(batch)]
+
+
+class Transformers:
+    """With weights of ``dtype``: what it makes of a GGUF file by itself keeps them packed, and is slower."""
+
+    def __init__(self, files: ModelFiles, dtype: torch.dtype, threads: int) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.set_num_threads(threads)
+        path, source = files.path, GgufTensors(files.path, files.config)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        self._model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(source.read(name))
+        self._caches: dict[tuple[int, int], Any] = {}
+
+    def decode(self, batch: int, context: int) -> float:
+        with torch.inference_mode():
+            if (batch, context) not in self._caches:
+                ids = torch.full((batch, context - 1), 5)
+                self._caches = {(batch, context): self._model(ids, use_cache=True, logits_to_keep=1).past_key_values}
+            cache = self._caches[batch, context]
+            began = time.perf_counter()
+            self._model(torch.full((batch, 1), 5), past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1)
+            elapsed = time.perf_counter() - began
+            cache.crop(-1)
+            return elapsed
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        with torch.inference_mode():
+            began = time.perf_counter()
+            self._model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
+            return time.perf_counter() - began
+
+
+class LlamaCpp:
+    """Where llama-cpp-python is installed; its Python interface decodes one sequence at a time."""
+
+    @staticmethod
+    def installed() -> bool:
+        return importlib.util.find_spec("llama_cpp") is not None
+
+    def __init__(self, files: ModelFiles, threads: int) -> None:
+        import llama_cpp
+
+        self._model: Any = llama_cpp.Llama(
+            str(files.path), n_ctx=2304, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+
+    def decode(self, batch: int, context: int) -> float | None:
+        if batch > 1:
+            return None
+        if self._model.n_tokens != context:
+            self._model.reset()
+            self._model.eval([5] * (context - 1))
+        self._model.n_tokens = context - 1
+        began = time.perf_counter()
+        self._model.eval([5])
+        return time.perf_counter() - began
+
+    def prefill(self, prompt: Sequence[int]) -> float:
+        self._model.reset()
+        began = time.perf_counter()
+        self._model.eval(list(prompt))
+        return time.perf_counter() - began
+
+
+def _tensors(weights: Any) -> list[torch.Tensor]:
+    found = [weights.embedding] if weights.head is weights.embedding else [weights.embedding, weights.head]
+    return found + [t for layer in weights.layers for t in (layer.qkv, layer.output, layer.gate_up, layer.down)]

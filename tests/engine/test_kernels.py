@@ -1,0 +1,314 @@
+"""The compiled kernels against plain torch over made-up models, on every instruction set that this processor has."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.engine.batch import Batch, Entry, build_batch
+from services.engine.kernels import build
+from services.engine.kernels.library import KernelsUnavailable, instruction_sets, load
+from services.engine.kernels.packing import pack
+from services.engine.kernels.runner import CompiledRunner
+from services.engine.layout import KvLayout
+from services.engine.model_config import ModelConfig
+from services.engine.runner import TorchRunner
+from services.engine.sampling_params import Sampling
+from services.engine.weights import DTYPES, LayerWeights, Weights
+from tests.engine.paging import PagedModel, relative_error
+
+SETS = instruction_sets()
+GREEDY = Sampling()
+
+
+def make_config(*, sharing: int = 3, num_kv_heads: int = 2, head_dim: int = 64, hidden_size: int = 72, inner: int = 88,
+                vocab_size: int = 101, window: int | None = None, bias: bool = False, tied: bool = True,
+                ) -> ModelConfig:  # fmt: skip
+    return ModelConfig(
+        name="made-up",
+        revision="r",
+        architecture="llama",
+        hidden_size=hidden_size,
+        num_layers=2,
+        num_heads=sharing * num_kv_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=inner,
+        vocab_size=vocab_size,
+        context_length=4096,
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        sliding_window=window,
+        qkv_bias=bias,
+        tied_embeddings=tied,
+        bos_token_id=None,
+        eos_token_ids=(),
+    )
+
+
+def make_weights(config: ModelConfig, seed: int = 0) -> Weights:
+    """Large enough for every part to show in the logits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * (1.0 if len(shape) == 1 else 1.5 * shape[-1] ** -0.5)
+
+    hidden, inner, size = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    qkv = size + 2 * config.num_kv_heads * config.head_dim
+    layers = tuple(
+        LayerWeights(
+            attention_norm=random(hidden),
+            qkv=random(qkv, hidden),
+            qkv_bias=random(qkv) if config.qkv_bias else None,
+            output=random(hidden, size),
+            mlp_norm=random(hidden),
+            gate_up=random(2 * inner, hidden),
+            down=random(hidden, inner),
+        )
+        for _ in range(config.num_layers)
+    )
+    embedding = random(config.vocab_size, hidden)
+    head = embedding if config.tied_embeddings else random(config.vocab_size, hidden)
+    return Weights(embedding, layers, random(hidden), head)
+
+
+def rounded(weights: Weights, dtype: str) -> Weights:
+    """What a narrow format makes of the weights, as float32."""
+
+    def matrix(tensor: torch.Tensor) -> torch.Tensor:
+        if dtype == "bfloat16":
+            return tensor.bfloat16().float()
+        groups = [part / scale_of(part) for part in tensor.split(64, dim=1)]
+        return torch.cat([g.round() * scale_of(p) for g, p in zip(groups, tensor.split(64, dim=1), strict=True)], dim=1)
+
+    def scale_of(part: torch.Tensor) -> torch.Tensor:
+        return part.abs().amax(1, keepdim=True) / 127
+
+    names = ("qkv", "output", "gate_up", "down")
+    layers = tuple(replace(layer, **{n: matrix(getattr(layer, n)) for n in names}) for layer in weights.layers)
+    embedding = matrix(weights.embedding)
+    head = embedding if weights.head is weights.embedding else matrix(weights.head)
+    return Weights(embedding, layers, weights.norm, head)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Contexts of given lengths in a pool, blocks in random order, everything that holds no token NaN; and a step."""
+
+    batch: Batch
+    arena: bytearray
+    num_blocks: int
+    layout: KvLayout
+
+    @classmethod
+    def of(cls, config: ModelConfig, shape: list[tuple[int, int]], block_size: int, dtype: str, seed: int) -> Made:
+        """``shape``: for each sequence, how many tokens are in the pool and how many are new."""
+        rng = np.random.default_rng(seed)
+        layout = KvLayout("r", dtype, block_size, config.num_layers, config.num_kv_heads, config.head_dim)
+        tables = [-(-(start + count) // block_size) for start, count in shape]
+        num_blocks = sum(tables) + 2
+        free = rng.permutation(num_blocks).tolist()
+        pool = torch.full((num_blocks, *layout.block_shape), float("nan"), dtype=DTYPES[dtype])
+        entries = []
+        for (start, count), size in zip(shape, tables, strict=True):
+            table = [free.pop() for _ in range(size)]
+            for position in range(start):
+                kv = torch.from_numpy(rng.standard_normal((config.num_layers, 2, *layout.block_shape[3:])))
+                pool[table[position // block_size], :, :, position % block_size] = kv.to(DTYPES[dtype])
+            ids = rng.integers(0, config.vocab_size, count).tolist()
+            entries.append(Entry(ids, start, table, GREEDY))
+        arena = bytearray(pool.view(torch.uint8).numpy().tobytes())
+        return cls(build_batch(entries, block_size), arena, num_blocks, layout)
+
+    def copy(self) -> Made:
+        return replace(self, arena=bytearray(self.arena))
+
+    def kv(self) -> npt.NDArray[np.float32]:
+        pool = torch.frombuffer(self.arena, dtype=DTYPES[self.layout.dtype]).float()
+        return np.nan_to_num(pool.numpy(), nan=7e7)
+
+    def run(self, config: ModelConfig, weights: Weights, dtype: str, name: str, threads: int = 2,
+            ) -> npt.NDArray[np.float32]:  # fmt: skip
+        pool = (self.layout, memoryview(self.arena), self.num_blocks)
+        runner = CompiledRunner(config, pack(config, weights, dtype), *pool, threads, instruction_set=name)
+        return runner.logits(self.batch)
+
+    def run_torch(self, config: ModelConfig, weights: Weights) -> npt.NDArray[np.float32]:
+        return TorchRunner(config, weights, self.layout, memoryview(self.arena), self.num_blocks, 1).logits(self.batch)
+
+
+models = st.builds(
+    make_config,
+    sharing=st.sampled_from([1, 3, 4, 7, 8, 13]),
+    num_kv_heads=st.integers(1, 3),
+    head_dim=st.sampled_from([32, 64, 128]),
+    hidden_size=st.sampled_from([32, 72, 192]),
+    inner=st.sampled_from([30, 64, 160]),
+    window=st.sampled_from([None, None, 1, 20, 300]),
+    bias=st.booleans(),
+    tied=st.booleans(),
+)
+decodes = st.lists(st.tuples(st.integers(0, 700), st.just(1)), min_size=1, max_size=32)
+mixed = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("name", SETS)
+@settings(max_examples=25, deadline=None)
+@given(config=models, shape=decodes | mixed, block_size=st.sampled_from([8, 16, 32]), seed=st.integers(0, 999))
+def test_float32_equals_torch(name: str, config: ModelConfig, shape: list[tuple[int, int]], block_size: int,
+                              seed: int) -> None:  # fmt: skip
+    weights = make_weights(config, seed)
+    ours = Made.of(config, shape, block_size, "float32", seed)
+    theirs = ours.copy()
+    found, expected = ours.run(config, weights, "float32", name), theirs.run_torch(config, weights)
+    assert relative_error(found, expected) < 2e-5
+    # The new tokens' KV is in its slots, and nothing else was touched.
+    assert np.abs(ours.kv() - theirs.kv()).max() < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", SETS)
+@settings(max_examples=10, deadline=None)
+@given(config=models, shape=decodes | mixed, seed=st.integers(0, 999))
+def test_narrow_formats_lose_no_more_than_bfloat16_numbers_do(name: str, dtype: str, config: ModelConfig,
+                                                       shape: list[tuple[int, int]], seed: int) -> None:  # fmt: skip
+    weights = make_weights(config, seed)
+    ours = Made.of(config, shape, 16, "bfloat16", seed)
+    wide = Made.of(config, shape, 16, "float32", seed)
+    expected = wide.run_torch(config, rounded(weights, dtype))
+    assert relative_error(ours.run(config, weights, dtype, name), expected) < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", SETS)
+def test_a_row_does_not_depend_on_its_company(name: str, dtype: str) -> None:
+    """To the last bit: alone, among others, in chunks, with any number of threads."""
+    config = make_config(window=290)
+    weights = make_weights(config)
+    prompt = np.random.default_rng(1).integers(0, config.vocab_size, 600).tolist()
+    answers = []
+    for chunk, threads, crowd in ((600, 1, 0), (600, 3, 2), (7, 2, 0), (64, 1, 5), (1, 2, 1)):
+        paged = PagedModel(config, weights, num_blocks=600, dtype=dtype, seed=chunk)
+        packed = pack(config, weights, dtype)
+        paged.runner = CompiledRunner(
+            config, packed, paged.layout, memoryview(paged.arena), 600, threads, instruction_set=name
+        )
+        others = [Entry([5] * (3 + n), 0, paged.table(3 + n), GREEDY) for n in range(crowd)]
+        table = paged.table(len(prompt))
+        for start in range(0, len(prompt), chunk):
+            found = paged.logits([*others, Entry(prompt[start : start + chunk], start, table, GREEDY)])
+        answers.append(found[-1])
+    for answer in answers[1:]:
+        assert np.array_equal(answer, answers[0])
+
+
+def test_blocks_that_no_token_sees_are_not_read() -> None:
+    config = make_config(window=16)
+    weights = make_weights(config)
+    made = Made.of(config, [(200, 1)], 8, "bfloat16", 3)
+    before = made.copy().run(config, weights, "bfloat16", SETS[0])
+    block_nbytes = made.layout.block_nbytes
+    for block in made.batch.kv_indices[:22]:  # of 26: tokens 0..175, and 185 is the first that is seen
+        made.arena[block * block_nbytes : (block + 1) * block_nbytes] = b"\xff" * block_nbytes
+    assert np.array_equal(made.run(config, weights, "bfloat16", SETS[0]), before)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_what_is_not_finite_shows(dtype: str) -> None:
+    config = make_config()
+    weights = make_weights(config)
+    weights.layers[0].attention_norm[3] = float("nan")
+    made = Made.of(config, [(5, 1)], 8, "float32" if dtype == "float32" else "bfloat16", 0)
+    for name in SETS:
+        assert np.isnan(made.copy().run(config, weights, dtype, name)).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"token_ids": np.array([101])},
+        {"token_ids": np.array([-1])},
+        {"slots": np.array([10**6])},
+        {"kv_indices": np.array([0, 99], dtype=np.int32)},
+        {"kv_indices": np.array([0, -1], dtype=np.int32)},
+        {"kv_last_page_len": np.array([7], dtype=np.int32)},
+        {"positions": np.array([700])},
+        {"positions": np.array([-1])},
+    ],
+)
+def test_wrong_indices_do_not_reach_the_kernels(change: dict[str, npt.NDArray[np.int64]]) -> None:
+    config = make_config()
+    made = Made.of(config, [(9, 1)], 8, "float32", 0)
+    with pytest.raises(ValueError, match="that there is not"):
+        replace(made, batch=replace(made.batch, **change)).run(config, make_weights(config), "float32", SETS[0])
+
+
+def test_idle_threads_sleep_and_end_with_their_model() -> None:
+    config = make_config()
+    made = Made.of(config, [(40, 1)], 16, "float32", 0)
+    before = _num_threads()
+    runner = CompiledRunner(
+        config, pack(config, make_weights(config), "float32"), made.layout, memoryview(made.arena), made.num_blocks, 4
+    )
+    runner.logits(made.batch)
+    assert _num_threads() == before + 3
+    time.sleep(0.05)
+    began = os.times()
+    time.sleep(0.5)
+    ended = os.times()
+    assert (ended.user + ended.system) - (began.user + began.system) < 0.1
+    del runner
+    gc.collect()
+    assert _num_threads() == before
+
+
+def test_steps_of_two_models_run_beside_each_other() -> None:
+    config = make_config()
+    weights = make_weights(config)
+    made = Made.of(config, [(300, 1), (20, 30)], 16, "float32", 0)
+    expected = made.copy().run(config, weights, "float32", SETS[0])
+    wrong: list[int] = []
+
+    def work() -> None:
+        own = made.copy()
+        pool = (own.layout, memoryview(own.arena), own.num_blocks)
+        runner = CompiledRunner(config, pack(config, weights, "float32"), *pool, 3)
+        wrong.extend(n for n in range(200) if not np.array_equal(runner.logits(own.batch), expected))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_instruction_set_that_is_not_there_is_refused() -> None:
+    made = Made.of(make_config(), [(0, 1)], 8, "float32", 0)
+    with pytest.raises(ValueError, match="this processor has no sse9; it has"):
+        made.run(make_config(), make_weights(make_config()), "float32", "sse9")
+
+
+def test_without_a_compiler_the_reason_says_what_to_do(tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(build, "BUILD", tmp_path)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    load.cache_clear()
+    with pytest.raises(KernelsUnavailable, match="apt-get install gcc, then make setup"):
+        load()
+    load.cache_clear()
+
+
+def _num_threads() -> int:
+    return len(os.listdir("/proc/self/task"))
