@@ -69,7 +69,7 @@ def test_weights_packed_while_they_are_read_are_the_same(dtype: str, smollm2: Mo
 
 
 def test_an_unknown_type_is_refused_with_what_there_is(smollm2: ModelFiles) -> None:
-    with pytest.raises(ModelError, match="'int4' is not supported; supported are float32, bfloat16, int8"):
+    with pytest.raises(ModelError, match="'int4' is not supported; supported are float32, bfloat16, float16, int8"):
         load_for_runner(smollm2.config, smollm2.path, "int4", compiled=True)
 
 
