@@ -40,7 +40,7 @@ PAUSE_S = 0.002  # between two passes over the same blocks: the machine has othe
 
 
 class Writing:
-    """Writes the same blocks over and over until it is told to stop, or its owner is lost."""
+    """Writes the same blocks over and over until it is told to stop."""
 
     def __init__(self, peer: Hostile, ticket: worker_pb2.Ticket, slots: list[int], blocks: list[int]) -> None:
         self._stopping = threading.Event()
@@ -48,9 +48,8 @@ class Writing:
 
         def run() -> None:
             while not self._stopping.is_set():
-                if peer.write_once(ticket, slots, blocks):
-                    return
-                self.began.set()
+                if not peer.write_once(ticket, slots, blocks):
+                    self.began.set()
                 time.sleep(PAUSE_S)
 
         self._thread = threading.Thread(target=run, daemon=True)
@@ -158,6 +157,7 @@ class Hostile(worker_pb2_grpc.WorkerServiceServicer, worker_pb2_grpc.DecodeServi
             remote = self._remotes[ticket.region]
             self._transport.post(Op.WRITE, self._region, remote, here, there, nbytes).wait(60)
         except TransportError as e:
+            self._remotes.pop(ticket.region, None)  # the next write opens it again
             return f"{type(e).__name__}: {e}"
         return ""
 

@@ -20,14 +20,14 @@ PATHS = ("mapped",)
 
 
 def assert_serves(siege: Siege, greedy: Reference, text: str) -> None:
-    prompt = siege.prompt(text)
+    prompt = siege.prompt(text, 40)
     assert greedy.continuation_is_greedy(prompt, siege.answer(prompt))
 
 
 def test_failure_not_told(siege: Siege, peer: Peer, greedy: Reference) -> None:
     """The pool is given up while the prompt is computed: who asked for the prefill is told, and soon."""
-    prompt = siege.prompt("Given up", 400)
-    ticket = peer.ticket(siege.running.info("prefill-0"), prompt, range(25))
+    prompt = siege.prompt("Given up", 256)
+    ticket = peer.ticket(siege.running.info("prefill-0"), prompt, range(16))
     untouched = peer.hashes(range(1))
     with siege.prefilling(ticket, prompt) as call:
         siege.running.wait_until(lambda: peer.hashes(range(1)) != untouched, 30, "the first chunk is written")
@@ -82,9 +82,9 @@ def test_restart_of_a_peer(siege: Siege, peer: Peer) -> None:
 
 def test_a_peers_crash_spreads(siege: Siege, peer: Peer, greedy: Reference) -> None:
     """A peer dies as writer and as owner at once; both workers live, say that they are healthy, and serve."""
-    prompt = siege.prompt("Crash", 400)
+    prompt = siege.prompt("Crash", 256)
     pids = siege.pids()
-    ticket = peer.ticket(siege.running.info("prefill-0"), prompt, range(25))
+    ticket = peer.ticket(siege.running.info("prefill-0"), prompt, range(16))
     untouched = peer.hashes(range(1))
     with siege.ask(siege.prompt("Crash"), peer.writer()) as asked, siege.prefilling(ticket, prompt) as call:
         peer.write_on(asked.ticket, range(30, 37))
