@@ -14,18 +14,16 @@ import torch
 from kvferry import AsyncClient, Client, Completion
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from services.engine.batch import Entry
+from services.engine.hashing import chain_root, extend_chain
 from services.engine.layout import KvLayout
 from services.engine.model_files import ModelFiles
-from services.engine.weights import DTYPES, load_weights
-from tests.engine.paging import GREEDY, PagedModel
+from services.engine.weights import DTYPES
 from tests.integration.conftest import Running, started
 from tests.integration.reference import Reference
 from tests.integration.test_transfer import PROMPT, Handmade
 from transport import Op, create
 
 NUM_TOKENS = 24
-CHUNK_TOKENS = 64
 PROMPTS = [
     "The",
     "The capital of France is Paris. The capital of Italy is",
@@ -102,29 +100,36 @@ def unequal_dtypes(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         running.assert_settles(10.0)
 
 
-def computed_kv(smollm2: ModelFiles, dtype: str, prompt: Sequence[int]) -> torch.Tensor:
-    """[token, layer, key or value, head, dim], in chunks as the worker computes them."""
-    weights = load_weights(smollm2.config, smollm2.path, dtype)
-    num_blocks = -(-len(prompt) // 16)
-    paged = PagedModel(smollm2.config, weights, num_blocks=num_blocks, dtype=dtype)
-    table = paged.table(len(prompt))
-    for start in range(0, len(prompt), CHUNK_TOKENS):
-        part = prompt[start : start + CHUNK_TOKENS]
-        paged.logits([Entry(part, start, table, GREEDY)])
-    pool = torch.frombuffer(paged.arena, dtype=DTYPES[dtype]).view(num_blocks, *paged.layout.block_shape)
-    return pool[table].movedim(3, 1).flatten(0, 1)[: len(prompt)]
+def kv_of(pool: bytearray, layout: KvLayout) -> torch.Tensor:
+    """[token, layer, key or value, head, dim] of blocks that lie back to back."""
+    blocks = torch.frombuffer(pool, dtype=DTYPES[layout.dtype]).view(-1, *layout.block_shape)
+    return blocks.movedim(3, 1).flatten(0, 1)
 
 
-def delivered_kv(ticket: worker_pb2.Ticket, layout: KvLayout) -> torch.Tensor:
-    """Read from the owner's pool, in the same order."""
-    size, nbytes = len(ticket.blocks), layout.block_nbytes
-    with create("ucx") as transport, transport.allocate(size * nbytes) as region:
-        with transport.open(ticket.region) as remote:
-            here, there = [i * nbytes for i in range(size)], [block * nbytes for block in ticket.blocks]
+def read_kv(descriptor: bytes, blocks: Sequence[int], layout: KvLayout) -> torch.Tensor:
+    """Read from the pool of the worker that has the blocks."""
+    nbytes = layout.block_nbytes
+    with create("ucx") as transport, transport.allocate(len(blocks) * nbytes) as region:
+        with transport.open(descriptor) as remote:
+            here, there = [i * nbytes for i in range(len(blocks))], [block * nbytes for block in blocks]
             transport.post(Op.READ, region, remote, here, there, nbytes).wait(10)
-        read = bytearray(region.view)
-    pool = torch.frombuffer(read, dtype=DTYPES[layout.dtype]).view(size, *layout.block_shape)
-    return pool.movedim(3, 1).flatten(0, 1)[: ticket.num_prompt_tokens]
+        return kv_of(bytearray(region.view), layout)
+
+
+def cached_kv(cluster: Running, prompt: Sequence[int], salt: bytes, layout: KvLayout) -> torch.Tensor:
+    """What the prefill worker has of a prompt in its cache: all but the tokens of a last block that is not full."""
+    info = cluster.info("prefill-0")
+    hashes = extend_chain(chain_root(layout.model_revision, salt), prompt, layout.block_size)
+    with grpc.insecure_channel(cluster.local.address("prefill-0")) as channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        me: dict[str, Any] = {
+            "reader_id": "test", "reader_incarnation": 1, "owner_incarnation": info.incarnation
+        }  # fmt: skip
+        pinned = stub.PinBlocks(worker_pb2.PinBlocksRequest(hashes=b"".join(hashes), **me), timeout=10)
+        assert len(pinned.blocks) == len(prompt) // layout.block_size > 1
+        found = read_kv(pinned.region, pinned.blocks, layout)
+        assert stub.ReleasePin(worker_pb2.ReleasePinRequest(pin_id=pinned.pin_id, **me), timeout=10).held
+    return found
 
 
 async def test_the_kv_that_arrives_is_the_writers_rounded_by_torch(
@@ -132,20 +137,26 @@ async def test_the_kv_that_arrives_is_the_writers_rounded_by_torch(
 ) -> None:
     with Client(unequal_dtypes.address) as client:
         prompt = list(client.tokenize("Rounded to the nearest. " + PROMPT * 2))
-    ours, theirs = unequal_dtypes.info("prefill-0").layout, unequal_dtypes.info("decode-0").layout
     model = smollm2.config
-    layout = KvLayout(
-        model.revision, theirs.dtype, theirs.block_size_tokens, model.num_layers, model.num_kv_heads, model.head_dim
+    told = unequal_dtypes.info("prefill-0").layout, unequal_dtypes.info("decode-0").layout
+    ours, theirs = (
+        KvLayout(
+            model.revision, layout.dtype, layout.block_size_tokens, model.num_layers, model.num_kv_heads, model.head_dim
+        )
+        for layout in told
     )
-    assert layout.fingerprint == theirs.fingerprint != ours.fingerprint
-    assert layout.content_fingerprint == theirs.content_fingerprint == ours.content_fingerprint
+    assert [layout.fingerprint for layout in told] == [ours.fingerprint, theirs.fingerprint]
+    assert ours.fingerprint != theirs.fingerprint
+    assert {layout.content_fingerprint for layout in told} == {ours.content_fingerprint}
     found: list[torch.Tensor] = []
     tokens = await Handmade(unequal_dtypes, prompt, b"rounded").tokens(
-        lambda ticket: found.append(delivered_kv(ticket, layout))
+        lambda ticket: found.append(read_kv(ticket.region, ticket.blocks, theirs))
     )
     assert len(tokens) == 24
-    expected = computed_kv(smollm2, ours.dtype, prompt).to(DTYPES[theirs.dtype])
-    assert torch.equal(found[0], expected)
+    written = await asyncio.to_thread(cached_kv, unequal_dtypes, prompt, b"rounded", ours)
+    assert len(prompt) - ours.block_size < len(written) <= len(prompt)
+    assert torch.equal(found[0][: len(written)], written.to(DTYPES[theirs.dtype]))
+    assert found[0][len(written) : len(prompt)].flatten(1).any(1).all(), "the rest has come as well"
     await asyncio.to_thread(unequal_dtypes.assert_settles)
 
 
