@@ -16,29 +16,28 @@ import weakref
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from types import TracebackType
-from typing import Protocol, Self
+from typing import NamedTuple, Protocol, Self
 
 from transport.errors import TransportClosed, TransportError
 from transport.pieces import Offsets
 
 
-class Op(Enum):
-    WRITE = 0  # local to remote
-    READ = 1  # remote to local
+class Op(StrEnum):
+    WRITE = "write"  # local to remote
+    READ = "read"  # remote to local
 
 
-class Path(Enum):
+class Path(StrEnum):
     """How the bytes went."""
 
-    MAPPED = 1  # plain loads and stores in the owner's memory, mapped into this process
-    RMA = 2  # the backend's put and get: a network, or an emulation of one (see ADR 1 for reads over tcp)
-    LOOPBACK = 3  # within this process
+    MAPPED = "mapped"  # plain loads and stores in the owner's memory, mapped into this process
+    RMA = "rma"  # the backend's put and get: a network, or an emulation of one (see ADR 1 for reads over tcp)
+    LOOPBACK = "loopback"  # within this process
 
 
-@dataclass(frozen=True, slots=True)
-class TransferResult:
+class TransferResult(NamedTuple):
     """``num_blocks`` as posted, ``num_pieces`` after neighbours were merged; ``queued_s`` until the first byte,
     ``busy_s`` from then on until the last one was where it belongs."""
 
@@ -73,15 +72,15 @@ class Transfer:
     end of the peer's process.
     """
 
+    __slots__ = ("_cancel", "_future", "_outcome", "_wait")
+
     def __init__(
         self,
-        num_blocks: int,
         cancel: Callable[[], None],
         wait: Callable[[Transfer, float], None],
         outcome: TransferResult | TransportError | None = None,
     ) -> None:
         """With an ``outcome`` it has ended already."""
-        self.num_blocks = num_blocks
         self._cancel = cancel
         self._wait = wait
         self._outcome = outcome
@@ -216,7 +215,8 @@ class Transport(Protocol):
     def incarnation(self) -> int: ...
 
     def allocate(self, nbytes: int) -> Region:
-        """Zeroed memory.  Blocks while its pages are made (about a second for 2 GiB).  Raises OutOfMemory."""
+        """Zeroed memory.  Blocks while its pages are made, a quarter of a second for 4 GiB that the
+        machine has at hand.  Raises OutOfMemory."""
         ...
 
     def open(self, descriptor: bytes) -> RemoteRegion:

@@ -14,6 +14,9 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("ferry.c", "ferry.h", "ucp.c", "copy.c", "copy.h"))
 BUILD = HERE.parent / "build"
+FLAGS = (
+    "-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-fvisibility=hidden", "-shared", "-fPIC", "-pthread"
+)  # fmt: skip
 
 
 def ucx_home() -> Path:
@@ -40,7 +43,7 @@ def ucx_libraries() -> Path:
 def library_path() -> Path:
     """Names the compiled binding after its source and the UCX it is linked with, so that a stale one is never loaded."""
     ucp = ucx_libraries() / "libucp.so.0"
-    stamp = f"{[source.read_text() for source in SOURCES]}{ucp}{ucp.stat().st_size}{ucp.stat().st_mtime_ns}"
+    stamp = f"{FLAGS}{[source.read_text() for source in SOURCES]}{ucp}{ucp.stat().st_size}{ucp.stat().st_mtime_ns}"
     return BUILD / f"libkvferry_ucp.{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.so"
 
 
@@ -56,11 +59,11 @@ def build() -> Path:
     partial = target.with_suffix(f".{os.getpid()}")
     libraries = ucx_libraries()
     # By soname and rpath: the wheel holds libucp.so and libucp.so.0 as two files, and loading both crashes at exit.
-    command = [compiler, "-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-fvisibility=hidden",
-               "-shared", "-fPIC", "-pthread",
-               f"-I{ucx_home() / 'include'}", *(str(source) for source in SOURCES if source.suffix == ".c"),
-               "-o", str(partial), f"-L{libraries}", "-l:libucp.so.0", "-l:libucs.so.0",
-               f"-Wl,-rpath,{libraries}"]  # fmt: skip
+    command = [
+        compiler, *FLAGS, f"-I{ucx_home() / 'include'}",
+        *(str(source) for source in SOURCES if source.suffix == ".c"), "-o", str(partial),
+        f"-L{libraries}", "-l:libucp.so.0", "-l:libucs.so.0", f"-Wl,-rpath,{libraries}",
+    ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"compiling the UCX binding failed:\n{done.stderr.strip()}")

@@ -10,22 +10,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer, TransferResult
+from transport.base import Counters, Op, Region, RemoteRegion, Transfer, TransferResult
 from transport.errors import RegionBusy, TransferCancelled, TransportClosed, TransportError
+from transport.pieces import Pieces
+
+Outcome = TransferResult | TransportError
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What the backend says of the transfer ``cookie``; ``error`` None is success."""
+class Completion(NamedTuple):
+    """What the backend says of the transfer ``cookie``."""
 
     cookie: int
-    nbytes: int
-    num_pieces: int
-    queued_s: float
-    busy_s: float
-    path: Path
-    error: TransportError | None
+    outcome: Outcome
+
+
+Submit = Callable[[Op, Region, RemoteRegion, Pieces, int], Outcome | None]  # the last is the cookie
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,23 +56,21 @@ class Completions:
         self._stopping = False
         self._closed = False
 
-    def start(
-        self, op: Op, local: Region, remote: RemoteRegion, num_blocks: int, submit: Callable[[int], Completion | None]
-    ) -> Transfer:
-        """Enters a transfer and hands it to the backend by ``submit(cookie)``, which may not block; it returns the
-        completion of what was done at once."""
+    def start(self, op: Op, local: Region, remote: RemoteRegion, pieces: Pieces, submit: Submit) -> Transfer:
+        """Enters a transfer and hands it to the backend by ``submit``, which may not block; it returns the outcome of what
+        was done at once.  What stands here costs a small transfer more than its bytes do."""
         with self._lock:
             if self._stopping or local.released or remote.closed:
                 what = "transport" if self._stopping else "region" if local.released else "remote region"
                 raise TransportClosed(f"the {what} was closed before the transfer was posted")
             cookie = self._next_cookie
-            done = submit(cookie)  # the outcome cannot be delivered before the lock is let go
-            self._next_cookie += 1
+            outcome = submit(op, local, remote, pieces, cookie)  # it cannot be delivered before the lock is let go
+            self._next_cookie = cookie + 1
             self._counters.num_posted += 1
-            if done is not None:
-                self._count(op, done)
-                return Transfer(num_blocks, lambda: None, self._wait, _outcome(num_blocks, done))
-            transfer = Transfer(num_blocks, lambda: self._cancel_one(cookie), self._wait)
+            if outcome is not None:
+                self._count(op, outcome)
+                return Transfer(_nothing, self._wait, outcome)
+            transfer = Transfer(lambda: self._cancel_one(cookie), self._wait)
             self._pending[cookie] = _Pending(transfer, op, local, remote)
             local.num_in_flight += 1
             remote.num_in_flight += 1
@@ -129,18 +128,18 @@ class Completions:
 
     def deliver(self) -> int:
         """Resolves the futures of what has ended; returns how many."""
-        resolved: list[tuple[_Pending, Completion]] = []
+        resolved: list[tuple[Transfer, Outcome]] = []
         with self._lock:
             if self._closed:
                 return 0
-            for completion in self._drain():
-                pending = self._pending.pop(completion.cookie)
+            for cookie, outcome in self._drain():
+                pending = self._pending.pop(cookie)
                 pending.local.num_in_flight -= 1
                 pending.remote.num_in_flight -= 1
-                self._count(pending.op, completion)
-                resolved.append((pending, completion))
-        for pending, completion in resolved:
-            pending.transfer.end(_outcome(pending.transfer.num_blocks, completion))
+                self._count(pending.op, outcome)
+                resolved.append((pending.transfer, outcome))
+        for transfer, outcome in resolved:
+            transfer.end(outcome)
         return len(resolved)
 
     def poll(self, timeout_s: float) -> int:
@@ -212,24 +211,24 @@ class Completions:
                 break
         return num_delivered
 
-    def _count(self, op: Op, c: Completion) -> None:
+    def _count(self, op: Op, outcome: Outcome) -> None:
         counters = self._counters
-        if c.error is None:
+        if isinstance(outcome, TransferResult):
             counters.num_succeeded += 1
-            counters.num_pieces += c.num_pieces
-            counters.bytes_written += c.nbytes if op is Op.WRITE else 0
-            counters.bytes_read += c.nbytes if op is Op.READ else 0
-            counters.bytes_by_path[c.path] = counters.bytes_by_path.get(c.path, 0) + c.nbytes
-        elif isinstance(c.error, TransferCancelled):
+            counters.num_pieces += outcome.num_pieces
+            if op is Op.WRITE:
+                counters.bytes_written += outcome.nbytes
+            else:
+                counters.bytes_read += outcome.nbytes
+            counters.bytes_by_path[outcome.path] = counters.bytes_by_path.get(outcome.path, 0) + outcome.nbytes
+        elif isinstance(outcome, TransferCancelled):
             counters.num_cancelled += 1
         else:
             counters.num_failed += 1
 
 
-def _outcome(num_blocks: int, c: Completion) -> TransferResult | TransportError:
-    if c.error is not None:
-        return c.error
-    return TransferResult(c.nbytes, num_blocks, c.num_pieces, c.queued_s, c.busy_s, c.path)
+def _nothing() -> None:
+    """How what has ended is cancelled."""
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

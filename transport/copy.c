@@ -14,29 +14,41 @@
 #include <immintrin.h>
 
 #define LINE 64
+#define LANES 4 /* As many places at once as the memory's prefetcher follows: a tenth faster than one on small blocks. */
 
-/* n is a multiple of LINE, to is aligned to it. */
+/* LANES stretches of n bytes, one behind the other; n is a multiple of LINE, and to is aligned to it. */
 typedef void stream_t(char *to, const char *from, size_t n);
 
-__attribute__((target("avx512f"))) static void stream_avx512(char *to, const char *from, size_t n)
-{
-    for (size_t i = 0; i < n; i += LINE) _mm512_stream_si512((void *)(to + i), _mm512_loadu_si512(from + i));
-}
-
-__attribute__((target("avx2"))) static void stream_avx2(char *to, const char *from, size_t n)
-{
-    for (size_t i = 0; i < n; i += LINE) {
-        __m256i a = _mm256_loadu_si256((const void *)(from + i)), b = _mm256_loadu_si256((const void *)(from + i + 32));
-        _mm256_stream_si256((void *)(to + i), a);
-        _mm256_stream_si256((void *)(to + i + 32), b);
+#define STREAM(name, isa, line)                                                                                        \
+    __attribute__((target(isa))) static void name(char *to, const char *from, size_t n)                                \
+    {                                                                                                                  \
+        for (const char *end = from + n; from < end; from += LINE, to += LINE) {                                       \
+            line(to, from);                                                                                            \
+            line(to + n, from + n);                                                                                    \
+            line(to + 2 * n, from + 2 * n);                                                                            \
+            line(to + 3 * n, from + 3 * n);                                                                            \
+        }                                                                                                              \
     }
+
+#define INLINE(isa) __attribute__((target(isa), always_inline)) static inline void
+
+INLINE("avx512f") line_avx512(char *to, const char *from) { _mm512_stream_si512((void *)to, _mm512_loadu_si512(from)); }
+
+INLINE("avx2") line_avx2(char *to, const char *from)
+{
+    __m256i a = _mm256_loadu_si256((const void *)from), b = _mm256_loadu_si256((const void *)(from + 32));
+    _mm256_stream_si256((void *)to, a);
+    _mm256_stream_si256((void *)(to + 32), b);
 }
 
-static void stream_sse2(char *to, const char *from, size_t n)
+INLINE("sse2") line_sse2(char *to, const char *from)
 {
-    for (size_t i = 0; i < n; i += 16)
-        _mm_stream_si128((void *)(to + i), _mm_loadu_si128((const void *)(from + i)));
+    for (int i = 0; i < LINE; i += 16) _mm_stream_si128((void *)(to + i), _mm_loadu_si128((const void *)(from + i)));
 }
+
+STREAM(stream_avx512, "avx512f", line_avx512)
+STREAM(stream_avx2, "avx2", line_avx2)
+STREAM(stream_sse2, "sse2", line_sse2)
 
 static stream_t *choose(void)
 {
@@ -45,19 +57,24 @@ static stream_t *choose(void)
     return __builtin_cpu_supports("avx2") ? stream_avx2 : stream_sse2;
 }
 
+static void copy_by_lanes(stream_t *stream, char *to, const char *from, size_t n)
+{
+    size_t head = -(uintptr_t)to % LINE;
+    if (n < head + LANES * LINE) {
+        memcpy(to, from, n);
+        return;
+    }
+    size_t lane = (n - head) / (LANES * LINE) * LINE, body = head + LANES * lane;
+    memcpy(to, from, head);
+    stream(to + head, from + head, lane);
+    memcpy(to + body, from + body, n - body);
+}
+
 void copy_streaming(void *to, const void *from, size_t n)
 {
     static stream_t *stream; /* whichever thread comes first: all would choose the same */
     if (!stream) stream = choose();
-    size_t head = -(uintptr_t)to % LINE;
-    if (n < head + LINE) {
-        memcpy(to, from, n);
-        return;
-    }
-    size_t body = (n - head) / LINE * LINE;
-    memcpy(to, from, head);
-    stream((char *)to + head, (const char *)from + head, body);
-    memcpy((char *)to + head + body, (const char *)from + head + body, n - head - body);
+    copy_by_lanes(stream, to, from, n);
 }
 
 void copy_fence(void) { _mm_sfence(); }
@@ -70,8 +87,8 @@ void copy_fence(void) {}
 
 #endif
 
-void kvf_memcpy(char *to, const char *from, const uint64_t *to_offsets, const uint64_t *from_offsets, uint64_t n,
-                uint64_t size)
+/* offsets: n in to, then n in from. */
+void kvf_memcpy(char *to, const char *from, const uint64_t *offsets, uint64_t n, uint64_t size)
 {
-    for (uint64_t i = 0; i < n; i++) memcpy(to + to_offsets[i], from + from_offsets[i], size);
+    for (uint64_t i = 0; i < n; i++) memcpy(to + offsets[i], from + offsets[n + i], size);
 }

@@ -7,6 +7,5 @@ void copy_streaming(void *to, const void *from, size_t n);
 void copy_fence(void);
 /* n pieces of one size by memcpy: what transfers are measured against. */
 #pragma GCC visibility push(default)
-void kvf_memcpy(char *to, const char *from, const uint64_t *to_offsets, const uint64_t *from_offsets, uint64_t n,
-                uint64_t size);
+void kvf_memcpy(char *to, const char *from, const uint64_t *offsets, uint64_t n, uint64_t size);
 #pragma GCC visibility pop

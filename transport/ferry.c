@@ -26,7 +26,6 @@
 #define WINDOW 64              /* Operations of one job that UCP may hold: a cancel has to wait for these. */
 #define PROGRESS_TURNS 64      /* Calls into UCP before jobs and callers get their turn again. */
 #define IDLE_POLL_MS 500
-#define CLOSE_TIMEOUT_NS 1000000000ull
 #define STREAM_BYTES (256u << 10) /* Batches from this size on bypass the cache. */
 #define INLINE_BYTES (1u << 20)   /* Up to this, whoever posts copies: at most 0.1 ms, and no thread is woken. */
 
@@ -117,6 +116,7 @@ static void conclude(job_t *job, int closed)
     atomic_thread_fence(memory_order_seq_cst); /* every store is out before anybody hears of it */
     job->completion = (completion_t){.cookie = job->cookie,
                                      .nbytes = job->nbytes,
+                                     .num_blocks = job->num_blocks,
                                      .num_pieces = job->n,
                                      .queued_ns = job->t_start_ns - job->t_post_ns,
                                      .busy_ns = now_ns() - job->t_start_ns,
@@ -479,12 +479,13 @@ int kvf_drop(ferry_t *f, remote_t *remote)
 }
 
 /* Hands one batch to the thread and returns; a small one into mapped memory is done at once, and *done then holds its
- * completion instead of a zero cookie.  The arrays are copied, size has one entry for all pieces if num_sizes is 1;
- * neighbours on both sides become one operation.  UCS_ERR_INVALID_PARAM when any piece lies outside either region:
+ * completion instead of a zero cookie.  packed is copied: n local offsets, n of the remote, num_sizes sizes, one for all
+ * pieces or one each; neighbours on both sides become one operation.  UCS_ERR_INVALID_PARAM when any piece lies outside either region:
  * nothing is started then. */
-int kvf_post(ferry_t *f, int op, region_t *region, remote_t *remote, uint64_t n, const uint64_t *local,
-             const uint64_t *away, const uint64_t *size, uint64_t num_sizes, uint64_t cookie, completion_t *done)
+int kvf_post(ferry_t *f, int op, region_t *region, remote_t *remote, const uint64_t *packed, uint64_t n, uint64_t num_sizes,
+             uint64_t cookie, completion_t *done)
 {
+    const uint64_t *local = packed, *away = packed + n, *size = packed + 2 * n;
     uint64_t step = num_sizes == 1 ? 0 : 1;
     for (uint64_t i = 0; i < n; i++) {
         uint64_t length = size[i * step];
@@ -494,7 +495,8 @@ int kvf_post(ferry_t *f, int op, region_t *region, remote_t *remote, uint64_t n,
     }
     job_t *job = malloc(sizeof *job + 3 * n * sizeof *job->arrays);
     if (!job) return UCS_ERR_NO_MEMORY;
-    *job = (job_t){.op = op, .cookie = cookie, .region = region, .remote = remote, .t_post_ns = now_ns()};
+    *job = (job_t){
+        .op = op, .cookie = cookie, .region = region, .remote = remote, .num_blocks = n, .t_post_ns = now_ns()};
     job->local = job->arrays;
     job->away = job->arrays + n;
     job->size = job->arrays + 2 * n;

@@ -10,6 +10,8 @@
 #error "kvferry needs UCX 1.12 or newer"
 #endif
 
+#define CLOSE_TIMEOUT_NS 1000000000ull
+
 enum path { PATH_MAPPED = 1, PATH_RMA = 2 };
 enum op { OP_WRITE = 0, OP_READ = 1 };
 enum outcome { DONE = 0, CANCELLED = 1, PEER_LOST = 2, FAILED = 3, CLOSED = 4 };
@@ -44,7 +46,7 @@ typedef struct remote {
 } remote_t;
 
 typedef struct completion {
-    uint64_t cookie, nbytes, num_pieces, queued_ns, busy_ns;
+    uint64_t cookie, nbytes, num_blocks, num_pieces, queued_ns, busy_ns;
     int32_t outcome, status, path;
 } completion_t;
 
@@ -54,7 +56,7 @@ typedef struct job {
     uint64_t cookie;
     region_t *region;
     remote_t *remote;
-    uint64_t n, at, nbytes, total;
+    uint64_t num_blocks, n, at, nbytes, total; /* n pieces: blocks, once neighbours are one */
     uint64_t *local, *away, *size; /* into arrays */
     uint64_t t_post_ns, t_start_ns;
     ucs_status_t status;

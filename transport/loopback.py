@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer
+from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer, TransferResult
 from transport.completions import Completion, Completions
 from transport.descriptor import Descriptor
 from transport.errors import OutOfMemory, PeerLost, TransferCancelled, TransportClosed, TransportError
@@ -33,6 +33,7 @@ class _Job:
     remote: RemoteRegion
     owner: LoopbackTransport
     target: Region
+    num_blocks: int
     pieces: list[tuple[int, int, int]]
     posted_s: float = field(default_factory=time.monotonic)
     cancelled: bool = False
@@ -90,12 +91,14 @@ class LoopbackTransport:
         if error := pieces.out_of_bounds(local.nbytes, remote.nbytes):
             raise error
 
-        def submit(cookie: int) -> None:
-            job = _Job(cookie, op, local, remote, *self._owners[remote], list(pieces.merged()))
-            self._jobs[cookie] = job
-            self._enqueue(job)
+        return self._completions.start(op, local, remote, pieces, self._submit)
 
-        return self._completions.start(op, local, remote, pieces.num_blocks, submit)
+    def _submit(self, op: Op, local: Region, remote: RemoteRegion, pieces: Pieces, cookie: int) -> None:
+        owner, target = self._owners[remote]
+        self._jobs[cookie] = job = _Job(
+            cookie, op, local, remote, owner, target, pieces.num_blocks, list(pieces.merged())
+        )
+        self._enqueue(job)
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self._check_open()
@@ -169,7 +172,8 @@ class LoopbackTransport:
             if error is not None:
                 break
         queued_s, busy_s = started_s - job.posted_s, time.monotonic() - started_s
-        return Completion(job.cookie, nbytes, len(job.pieces), queued_s, busy_s, Path.LOOPBACK, error)
+        result = TransferResult(nbytes, job.num_blocks, len(job.pieces), queued_s, busy_s, Path.LOOPBACK)
+        return Completion(job.cookie, error or result)
 
     def _obstacle(self, job: _Job) -> TransportError | None:
         if job.cancelled:

@@ -10,7 +10,6 @@
 #include "ferry.h"
 
 #define DRAIN_TURNS 100000
-#define CLOSE_TIMEOUT_NS 1000000000ull
 
 static void on_peer_error(void *arg, ucp_ep_h ep, ucs_status_t status)
 {

@@ -6,13 +6,14 @@ import asyncio
 import ctypes
 import functools
 import os
+import struct
 import threading
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_uint, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer
+from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer, TransferResult
 from transport.build import build
 from transport.completions import Completion, Completions
 from transport.descriptor import Descriptor
@@ -58,11 +59,8 @@ _PACKED_KEY_BYTES = 4096
 _PATHS = {1: Path.MAPPED, 2: Path.RMA}
 
 
-class _CompletionStruct(ctypes.Structure):
-    _fields_ = (
-        *((name, c_uint64) for name in ("cookie", "nbytes", "num_pieces", "queued_ns", "busy_ns")),
-        *((name, c_int32) for name in ("outcome", "status", "path")),
-    )
+_ENDED = struct.Struct("6Q3i4x")  # ferry.h's completion_t
+_DRAIN_AT_ONCE = 256
 
 
 @dataclass(slots=True)
@@ -95,7 +93,8 @@ class UcpTransport:
         self._opened: dict[RemoteRegion, _Opened] = {}
         self._regions: dict[Region, tuple[c_void_p, Segment]] = {}
         self._closed = False
-        self._drained = (_CompletionStruct * 256)()
+        self._drained = ctypes.create_string_buffer(_DRAIN_AT_ONCE * _ENDED.size)
+        self._done = ctypes.create_string_buffer(_ENDED.size)  # when it is posted; guarded by the completions' lock
         self._completions = Completions(self._drain, self._cancel)
         self._ferry = c_void_p()
         status = self._lib.kvf_open(self._completions.event_fd, STALL_TIMEOUT_MS, byref(self._ferry))
@@ -211,23 +210,28 @@ class UcpTransport:
     def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
              sizes: Offsets | int) -> Transfer:  # fmt: skip
         pieces = Pieces.of(local_offsets, remote_offsets, sizes)
+        return self._completions.start(op, local, remote, pieces, self._submit)
 
-        def submit(cookie: int) -> Completion | None:
-            (region, _), target = self._regions[local], self._opened[remote].handle
-            done = _CompletionStruct()
-            status = self._lib.kvf_post(
-                self._ferry, op.value, region, target, pieces.num_blocks, pieces.local.address, pieces.remote.address,
-                pieces.sizes.address, pieces.sizes.length, cookie, byref(done),
-            )  # fmt: skip
-            if status == _INVALID_PARAM:
-                error = pieces.out_of_bounds(local.nbytes, remote.nbytes)
-                assert error is not None, "ferry.c and pieces.py disagree"
-                raise error
-            if status != _OK:
-                raise TransportError(f"UCX did not take the batch: {self._text(status)}")
-            return self._completion(done) if done.cookie else None
-
-        return self._completions.start(op, local, remote, pieces.num_blocks, submit)
+    def _submit(
+        self, op: Op, local: Region, remote: RemoteRegion, pieces: Pieces, cookie: int
+    ) -> TransferResult | TransportError | None:
+        status = self._lib.kvf_post(
+            self._ferry,
+            op is Op.READ,
+            self._regions[local][0],
+            self._opened[remote].handle,
+            *pieces,
+            cookie,
+            self._done,
+        )
+        if status == _OK:
+            done = _ENDED.unpack(self._done)
+            return self._outcome(done) if done[0] else None
+        if status == _INVALID_PARAM:
+            error = pieces.out_of_bounds(local.nbytes, remote.nbytes)
+            assert error is not None, "ferry.c and pieces.py disagree"
+            raise error
+        raise TransportError(f"UCX did not take the batch: {self._text(status)}")
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         self._check_open()
@@ -325,29 +329,27 @@ class UcpTransport:
     def _drain(self) -> list[Completion]:
         if not self._ferry:
             return []  # it never started
-        n = self._lib.kvf_drain(self._ferry, self._drained, len(self._drained))
-        return [self._completion(c) for c in self._drained[:n]]
-
-    def _completion(self, c: _CompletionStruct) -> Completion:
-        return Completion(
-            c.cookie, c.nbytes, c.num_pieces, c.queued_ns / 1e9, c.busy_ns / 1e9, _PATHS[c.path], self._error(c)
-        )
+        n = self._lib.kvf_drain(self._ferry, self._drained, _DRAIN_AT_ONCE)
+        ended = _ENDED.iter_unpack(memoryview(self._drained)[: n * _ENDED.size])
+        return [Completion(values[0], self._outcome(values)) for values in ended]
 
     def _cancel(self, cookie: int) -> None:
         self._lib.kvf_cancel(self._ferry, cookie)
 
-    def _error(self, c: _CompletionStruct) -> TransportError | None:
-        match c.outcome:
+    def _outcome(self, ended: tuple[int, ...]) -> TransferResult | TransportError:
+        """Of the fields of ferry.h's completion_t."""
+        _, nbytes, num_blocks, num_pieces, queued_ns, busy_ns, outcome, status, path = ended
+        match outcome:
             case 0:
-                return None
+                return TransferResult(nbytes, num_blocks, num_pieces, queued_ns / 1e9, busy_ns / 1e9, _PATHS[path])
             case 1:
-                return TransferCancelled(f"cancelled after {c.nbytes} bytes")
+                return TransferCancelled(f"cancelled after {nbytes} bytes")
             case 2:
-                return PeerLost(f"the region's owner was lost: {self._text(c.status)}")
+                return PeerLost(f"the region's owner was lost: {self._text(status)}")
             case 4:
                 return TransportClosed("the transport was closed and the owner did not answer in time")
             case _:
-                return TransportError(f"UCX: {self._text(c.status)}")
+                return TransportError(f"UCX: {self._text(status)}")
 
     def _text(self, status: int) -> str:
         text: bytes = self._lib.kvf_status_string(status)
@@ -375,7 +377,7 @@ def memcpy(to: Region, source: Region, to_offsets: Offsets, source_offsets: Offs
     pieces = Pieces.of(to_offsets, source_offsets, size)
     if error := pieces.out_of_bounds(to.nbytes, source.nbytes):
         raise error
-    _load().kvf_memcpy(to.address, source.address, pieces.local.address, pieces.remote.address, pieces.num_blocks, size)
+    _load().kvf_memcpy(to.address, source.address, pieces.packed, pieces.num_blocks, size)
 
 
 def _version(lib: ctypes.CDLL) -> tuple[int, int, int]:
@@ -414,17 +416,17 @@ def _load() -> ctypes.CDLL:
         ("map", c_int, [h, size, h, size, c_int, p]),
         ("fence", c_int, [h, size]),
         ("drop", c_int, [h, h]),
-        ("post", c_int, [h, c_int, h, h, size, h, h, h, size, size, h]),
+        ("post", c_int, [h, c_int, h, h, c_char_p, size, size, size, h]),
         ("cancel", c_int, [h, size]),
         ("drain", size, [h, c_void_p, size]),
-        ("memcpy", None, [h, h, h, h, size, size]),
+        ("memcpy", None, [h, h, c_char_p, size, size]),
         ("completion_size", size, []),
         ("status_string", c_char_p, [c_int]),
         ("version", None, [POINTER(c_uint)] * 3),
     ):
         function = getattr(lib, f"kvf_{name}")
         function.restype, function.argtypes = result, arguments
-    assert lib.kvf_completion_size() == ctypes.sizeof(_CompletionStruct), "ferry.h and ucp.py disagree"
+    assert lib.kvf_completion_size() == _ENDED.size, "ferry.h and ucp.py disagree"
     version = _version(lib)
     if version < OLDEST_UCX:
         raise BackendUnavailable(

@@ -184,7 +184,7 @@ class Passage:
         self.logbook.written(posting, result.queued_s, result.busy_s, result.nbytes)
         self.busy_s += result.busy_s
         self.num_bytes += result.nbytes
-        self.path = result.path.name.lower()
+        self.path = result.path
         self.ferries.worker.traffic.bytes_written += result.nbytes
 
     def _require_going(self) -> None:

@@ -70,7 +70,7 @@ class Remotes:
             elif task.result().path is Path.RMA:
                 log.warning("pool_not_mapped", owner=owner.worker_id, why=task.result().why_not_mapped)
             else:
-                log.info("pool_opened", owner=owner.worker_id, path=task.result().path.name.lower())
+                log.info("pool_opened", owner=owner.worker_id, path=task.result().path)
 
         opening.add_done_callback(opened)
         return entry

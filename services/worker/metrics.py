@@ -60,7 +60,7 @@ class _WorkerCollector(Collector):
         )
         moved = worker.transport.counters().bytes_by_path
         for path in Path:
-            by_path.add_metric([path.name.lower()], moved.get(path, 0))
+            by_path.add_metric([path], moved.get(path, 0))
         yield by_path
         checks = CounterMetricFamily(
             "kvferry_transfer_checks", "Transfers into this worker's pool that were verified", labels=["result"]

@@ -256,7 +256,7 @@ def _speed(trials: tuple[Trial, ...]) -> Iterator[Finding]:
 
 
 def _rate(trial: Trial, rate: Rate) -> Finding:
-    what = f"{trial.label} {rate.op.name.lower()}"
+    what = f"{trial.label} {rate.op}"
     text = f"{what:<12} {rate.gb_per_s:6.2f} GB/s, {rate.of_memcpy:.2f} of memcpy ({rate.memcpy_gb_per_s:.2f} GB/s)"
     if not rate.intact:
         return Finding(

@@ -36,7 +36,7 @@ class Neighbour:
 
     def open(self, descriptor: str) -> dict[str, Any]:
         self._remote = self._transport.open(bytes.fromhex(descriptor))
-        return {"path": self._remote.path.name, "why_not_mapped": self._remote.why_not_mapped}
+        return {"path": self._remote.path, "why_not_mapped": self._remote.why_not_mapped}
 
     def fill(self, salt: int) -> None:
         """Every word of every block differs from its neighbours, and from those of another salt."""
@@ -61,7 +61,7 @@ class Neighbour:
             memcpy(copies, pool, remote, local, size)
 
         def batch() -> None:
-            self._transport.post(Op[op], pool, self._remote, local, remote, size).wait(BATCH_TIMEOUT_S)
+            self._transport.post(Op(op), pool, self._remote, local, remote, size).wait(BATCH_TIMEOUT_S)
 
         copy()  # once untimed, each: the first touches pages
         batch()

@@ -56,10 +56,10 @@ def try_out(title: str, settings: Mapping[str, str], work: Work, tell: Callable[
             trial = replace(trial, huge_pages=there["huge_pages"])
             pair.initiator.ask("allocate")
             opened = pair.initiator.ask("open", descriptor=there["descriptor"])
-            path = base.Path[opened["path"]]
+            path = base.Path(opened["path"])
             trial = replace(trial, path=path, why_not_mapped=opened["why_not_mapped"])
             for op in Op if work.seconds else ():
-                tell(f"{trial.label}: measuring {op.name.lower()}s")
+                tell(f"{trial.label}: measuring {op}s")
                 trial = replace(trial, rates=(*trial.rates, _rate(pair, op, work)))
     except _Failed as e:
         return replace(trial, failure=str(e))
@@ -67,9 +67,10 @@ def try_out(title: str, settings: Mapping[str, str], work: Work, tell: Callable[
 
 
 def _rate(pair: _Pair, op: Op, work: Work) -> Rate:
-    pair.target.ask("fill", salt=2 * op.value)
-    pair.initiator.ask("fill", salt=2 * op.value + 1)
-    taken = pair.initiator.ask("run", op=op.name, seconds=work.seconds)
+    first_salt = 0 if op is Op.WRITE else 2
+    pair.target.ask("fill", salt=first_salt)
+    pair.initiator.ask("fill", salt=first_salt + 1)
+    taken = pair.initiator.ask("run", op=op, seconds=work.seconds)
     copying, moving = taken["copying"], taken["moving"]
     nbytes = work.num_blocks // 2 * BLOCK_NBYTES
     return Rate(

@@ -28,7 +28,7 @@ class Pair:
             self.target = Process(library, "target", num_blocks, nbytes, environment)
             connect(self.initiator, self.target)
         if library is KVFERRY:
-            expected = "RMA" if environment else "MAPPED"
+            expected = "rma" if environment else "mapped"
             if (path := self.initiator.ask("path")) != expected:
                 raise SideFailed(f"kvferry's bytes go by {path}, which is not what is to be measured ({expected})")
         self._rest()

@@ -38,8 +38,8 @@ class KvferrySide:
         return ""
 
     def path(self) -> str:
-        """How the bytes go: "MAPPED" or "RMA"."""
-        return self._remote.path.name
+        """How the bytes go: "mapped" or "rma"."""
+        return self._remote.path
 
     def run(self, op: str, local: Sequence[int], remote: Sequence[int]) -> Stamps:
         nbytes = self._shape[1]
