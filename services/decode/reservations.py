@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 from uuid import uuid4
 
 import grpc
@@ -33,6 +32,7 @@ from services.engine.scheduler import Scheduler
 from services.engine.sequence import Event, FinishReason, Sequence, StepFailed, TokenDrawn
 from services.runtime.channels import Channels
 from services.runtime.process import ProcessIdentity, has_ended
+from services.runtime.tasks import Tasks
 from services.worker.convert import to_drawn
 from services.worker.digester import Digester
 from services.worker.share import Share
@@ -40,7 +40,6 @@ from services.worker.worker import Worker, refusals_as_errors
 
 log = structlog.get_logger(__name__)
 
-T = TypeVar("T")
 
 STOP_TIMEOUT_S = 5.0  # for one question to a writer
 STOP_BACKOFF_S = (0.2, 5.0)
@@ -132,18 +131,17 @@ class Reservations:
         self._distrust = Distrust(terms.pair_quarantine_s)
         self._streams: dict[str, DecodeStream] = {}  # by transfer id, while it may still be accepted
         self._checks: dict[str, asyncio.Task[_Verdict]] = {}  # by transfer id, while its blocks are read
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._expiry_changed = asyncio.Event()
         worker.check_role = self._book.check_integrity
 
     async def __aenter__(self) -> Reservations:
-        self._spawn(self._expire_tickets())
+        self._tasks.spawn(self._expire_tickets())
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.cancel()
+        await self._tasks.ended()
 
     @asynccontextmanager
     async def open(
@@ -194,7 +192,7 @@ class Reservations:
             self._accepted(ticket, events)
             return 0.0
         if transfer_id not in self._checks:
-            self._checks[transfer_id] = self._spawn(self._check(ticket, self._streams[transfer_id], first))
+            self._checks[transfer_id] = self._tasks.spawn(self._check(ticket, self._streams[transfer_id], first))
         verdict = await asyncio.shield(self._checks[transfer_id])
         if verdict.refusal is not None:
             raise _to_error(verdict.refusal) from verdict.refusal
@@ -296,7 +294,7 @@ class Reservations:
             self._streams.pop(stream.ticket.transfer_id, None)
         if revoked is not None:
             assert stream.writer is not None
-            self._spawn(self._take_back(revoked, stream.writer, stream.request_id))
+            self._tasks.spawn(self._take_back(revoked, stream.writer, stream.request_id))
 
     def _fail(self, transfer_id: str, why: str, reason: str = "TRANSFER_ABORTED") -> None:
         """The ticket ended without a commit: its request cannot go on."""
@@ -374,12 +372,6 @@ class Reservations:
     async def _nothing_follows(self) -> bool:
         """The end of a process proves that it sends no more; what it sent may still lie in a socket of this host."""
         return await asyncio.to_thread(self._worker.transport.fence, FENCE_TIMEOUT_S)
-
-    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 def _to_error(refusal: TicketRefusedError) -> ConflictError:

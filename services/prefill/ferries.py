@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Coroutine
-from typing import Any
+from collections.abc import AsyncGenerator
 
 import structlog
 
@@ -23,6 +22,7 @@ from services.prefill.passage import ABORT_TIMEOUT_S, Passage
 from services.prefill.pieces import Placement
 from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
+from services.runtime.tasks import Tasks
 from services.worker.convert import to_peer_layout
 from services.worker.digester import Digester
 from services.worker.worker import Worker
@@ -44,7 +44,7 @@ class Ferries:
         self.loop = asyncio.get_running_loop()
         self._passages: dict[str, Passage] = {}  # by transfer id
         self._used: OrderedDict[str, Passage | None] = OrderedDict()  # never to be used again
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.tasks = Tasks()  # writes and messages to owners
         worker.check_role = self._check_integrity
 
     async def __aenter__(self) -> Ferries:
@@ -59,13 +59,11 @@ class Ferries:
             async with asyncio.timeout(ABORT_TIMEOUT_S):
                 for passage in passages:
                     await passage.ended.wait()
-                while self._tasks:
-                    await asyncio.wait(self._tasks)
+                await self.tasks.ended()
                 await self.remotes.close()
         except TimeoutError:
-            log.warning("owners_do_not_answer", transfers=len(self._passages), messages=len(self._tasks))
-            for task in self._tasks:
-                task.cancel()
+            log.warning("owners_do_not_answer", transfers=len(self._passages), tasks=len(self.tasks))
+            self.tasks.cancel()
 
     async def run(
         self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
@@ -108,11 +106,6 @@ class Ferries:
         await passage.ended.wait()
         if passage.may_still_arrive:
             raise UnavailableError(f"the connection of transfer {transfer_id} broke; what was sent may still arrive")
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     def forget(self, passage: Passage) -> None:
         del self._passages[passage.ticket.transfer_id]

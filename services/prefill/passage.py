@@ -118,18 +118,18 @@ class Passage:
         for action in actions:
             match action:
                 case Write():
-                    self.ferries.spawn(self._write(action))
+                    self.ferries.tasks.spawn(self._write(action))
                     if self.ticket.verify:  # while the bytes move
                         self.digests.append(self._digest(action))
                 case Commit():
-                    self.ferries.spawn(self._commit(action))
+                    self.ferries.tasks.spawn(self._commit(action))
                 case CancelWrites():
                     self.ferries.converter.withdraw(self)
                     for transfer in self.transfers:
                         transfer.cancel()
                 case Stopped(reason=reason):
                     self._release()
-                    self.ferries.spawn(self._tell_owner(reason))
+                    self.ferries.tasks.spawn(self._tell_owner(reason))
 
     async def _write(self, write: Write) -> None:
         """Tells the ferry when nothing is read or written for it any more."""

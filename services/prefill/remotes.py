@@ -11,6 +11,7 @@ from typing import TypeVar
 import structlog
 
 from kvferry.errors import UnavailableError
+from services.runtime.tasks import Tasks
 from transport import Path, RegionBusy, RemoteRegion, Transport, TransportError
 
 log = structlog.get_logger(__name__)
@@ -42,7 +43,7 @@ class Remotes:
     transport: Transport
     _threads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(MAX_OPENING, "open-pool"))
     _opened: dict[Owner, _Opened] = field(default_factory=dict)
-    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+    _closing: Tasks = field(default_factory=Tasks)
 
     async def acquire(self, owner: Owner, descriptor: bytes) -> RemoteRegion:
         """The owner's pool; give it back with ``release``.  Raises UnavailableError."""
@@ -92,8 +93,7 @@ class Remotes:
         """Lets go of all regions; nobody may be using one."""
         for owner in list(self._opened):
             self.forget(owner)
-        while self._closing:
-            await asyncio.wait(self._closing)
+        await self._closing.ended()
         self._threads.shutdown(wait=False)
 
     async def _on_thread(self, call: Callable[..., T], *arguments: object) -> T:
@@ -109,9 +109,7 @@ class Remotes:
         entry.closing = True
         if self._opened.get(owner) is entry:
             del self._opened[owner]
-        task = asyncio.create_task(self._close(entry))
-        self._closing.add(task)
-        task.add_done_callback(self._closing.discard)
+        self._closing.spawn(self._close(entry))
 
     async def _close(self, entry: _Opened) -> None:
         try:

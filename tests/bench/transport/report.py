@@ -14,9 +14,9 @@ from tests.bench.transport.rows import Row
 
 def table(rows: Sequence[Row]) -> Table:
     drawn = Table(box=None)
-    drawn.add_column("ours vs a peer", no_wrap=True)
+    drawn.add_column("ours vs a peer")  # the one that folds where a terminal is narrow
     for name in ("ours", "peer", "", "ratio", "goal", "met"):
-        drawn.add_column(name, justify="right", no_wrap=True)
+        drawn.add_column(name, justify="right", no_wrap=True, min_width=4)
     for row in rows:
         met = "[green]yes" if row.is_met else "[red]no"
         unit = row.unit.partition(",")[0]
