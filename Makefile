@@ -47,8 +47,8 @@ bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--
 bench-overlap: $(STAMP) ## Measure what splitting adds to a prompt of 2048 tokens (ARGS="--rounds 5")
 	@python -m tests.bench.overlap $(ARGS)
 
-bench-engine: $(STAMP) ## Measure decode and prefill against the machine's limits, torch, transformers and llama.cpp
-	@python -m tests.bench.engine
+bench-engine: $(STAMP) ## Decode and prefill against the limits, torch, transformers, llama.cpp (ARGS="--help")
+	@python -m tests.bench.engine $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

@@ -34,7 +34,7 @@ class WorkerConfig:
         "float32", help="type of weights and KV: float32, bfloat16, float16, or int8 (weights alone; KV is bfloat16)"
     )
     kernels: Kernels = option(
-        Kernels.TORCH, help="what computes: torch, or compiled, the faster one on CPUs; int8 needs the latter"
+        Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"
     )
     threads: int = option(1, help="CPU threads for the model", minimum=1)
     kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")

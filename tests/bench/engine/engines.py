@@ -18,7 +18,7 @@ from services.engine.layout import KvLayout
 from services.engine.model_files import ModelFiles
 from services.engine.runner import TorchRunner
 from services.engine.runners import kv_dtype
-from services.engine.sampling_params import Sampling
+from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 from services.engine.weights import load_weights
 from tests.bench.engine.limits import large_pages
 
@@ -27,8 +27,8 @@ GREEDY = Sampling()
 
 
 class Engine(Protocol):
-    def decode(self, batch: int, context: int) -> float | None:
-        """Seconds for one step of ``batch`` sequences that have ``context`` tokens each; None where it cannot."""
+    def decode(self, batch: int, context: int) -> float:
+        """Seconds for one step of ``batch`` sequences that have ``context`` tokens each."""
 
     def prefill(self, prompt: Sequence[int]) -> float:
         """Seconds from a prompt to its first token."""
@@ -73,8 +73,11 @@ class Ours:
     def decode(self, batch: int, context: int) -> float:
         entries = self._entries(batch, context)
         began = time.perf_counter()
-        self.runner.run(build_batch(entries, BLOCK_SIZE))
+        self.run(entries)
         return time.perf_counter() - began
+
+    def run(self, entries: Sequence[Entry]) -> list[Drawn | DrawFailed]:
+        return self.runner.run(build_batch(entries, BLOCK_SIZE))
 
     def prefill(self, prompt: Sequence[int]) -> float:
         began = time.perf_counter()
@@ -128,7 +131,7 @@ class Transformers:
 
 
 class LlamaCpp:
-    """Where llama-cpp-python is installed; its Python interface decodes one sequence at a time."""
+    """Where llama-cpp-python is installed.  By the C interface: the class on top of it decodes one sequence at a time."""
 
     @staticmethod
     def installed() -> bool:
@@ -137,26 +140,53 @@ class LlamaCpp:
     def __init__(self, files: ModelFiles, threads: int) -> None:
         import llama_cpp
 
-        self._model: Any = llama_cpp.Llama(
-            str(files.path), n_ctx=2304, n_threads=threads, n_threads_batch=threads, verbose=False
+        self._lib: Any = llama_cpp
+        llama_cpp.llama_backend_init()
+        llama_cpp.llama_log_set(_silent(llama_cpp), None)
+        self._model = llama_cpp.llama_model_load_from_file(
+            str(files.path).encode(), llama_cpp.llama_model_default_params()
         )
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = 16 * 544 + 2304, 16, 2048, 512
+        params.n_threads = params.n_threads_batch = threads
+        self._context = llama_cpp.llama_init_from_model(self._model, params)
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(2048, 0, 1)
+        self._filled = (0, 0)
 
-    def decode(self, batch: int, context: int) -> float | None:
-        if batch > 1:
-            return None
-        if self._model.n_tokens != context:
-            self._model.reset()
-            self._model.eval([5] * (context - 1))
-        self._model.n_tokens = context - 1
-        began = time.perf_counter()
-        self._model.eval([5])
-        return time.perf_counter() - began
+    def decode(self, batch: int, context: int) -> float:
+        if self._filled != (batch, context):
+            self._lib.llama_memory_clear(self._memory, True)
+            for sequence in range(batch):
+                self._run([(5, position, sequence) for position in range(context - 1)])
+            self._filled = (batch, context)
+        for sequence in range(batch):
+            self._lib.llama_memory_seq_rm(self._memory, sequence, context - 1, -1)
+        return self._run([(5, context - 1, sequence) for sequence in range(batch)], all_logits=True)
 
     def prefill(self, prompt: Sequence[int]) -> float:
-        self._model.reset()
+        self._lib.llama_memory_clear(self._memory, True)
+        self._filled = (0, 0)
+        return self._run([(token, position, 0) for position, token in enumerate(prompt)])
+
+    def _run(self, tokens: Sequence[tuple[int, int, int]], *, all_logits: bool = False) -> float:
+        """Seconds for (token, position, sequence) each; logits of all of them or of the last."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, (token, position, sequence) in enumerate(tokens):
+            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, position, 1, sequence
+            batch.logits[i] = all_logits or i == len(tokens) - 1
         began = time.perf_counter()
-        self._model.eval(list(prompt))
+        if failed := self._lib.llama_decode(self._context, batch):
+            raise RuntimeError(f"llama.cpp: llama_decode returned {failed}")
+        self._lib.llama_synchronize(self._context)
         return time.perf_counter() - began
+
+
+def _silent(llama_cpp: Any) -> Any:
+    global _log  # what C calls must not be collected
+    _log = llama_cpp.llama_log_callback(lambda level, text, data: None)
+    return _log
 
 
 def _tensors(weights: Any) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What a narrow format costs in quality: python -m tests.bench.engine.quality
+"""What a narrow format costs in quality: python -m tests.bench.engine --only quality
 
 On prose that the model has not seen (this repository's documents) and on prose that it makes up itself: the perplexity
 against float32's, and at how many positions the likeliest token is the same.  Every format computes token by token with the
@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from services.engine.batch import Entry, build_batch
-from services.engine.checkpoint import DEFAULT_MODEL
-from services.engine.kernels.packing import FORMATS, pack
+from services.engine.kernels.packing import pack
 from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
-from services.engine.model_files import ModelFiles, open_model
+from services.engine.model_files import ModelFiles
 from services.engine.runners import kv_dtype
 from services.engine.sampling_params import Sampling
 from services.engine.weights import load_weights
+from tests.bench.engine.rows import Row
 
 ROOT = Path(__file__).resolve().parents[3]
 WINDOW, NUM_WINDOWS = 256, 8
@@ -68,7 +68,7 @@ def written(files: ModelFiles) -> list[list[int]]:
     return [ids[i * WINDOW : (i + 1) * WINDOW] for i in range(NUM_WINDOWS)]
 
 
-def measure(files: ModelFiles, dtype: str, windows: list[list[int]]) -> tuple[float, npt.NDArray[np.int64]]:
+def read(files: ModelFiles, dtype: str, windows: list[list[int]]) -> tuple[float, npt.NDArray[np.int64]]:
     """Perplexity, and the likeliest token at each position."""
     reader, surprise, best = Reader(files, dtype), [], []
     for position in range(WINDOW - 1):
@@ -80,18 +80,18 @@ def measure(files: ModelFiles, dtype: str, windows: list[list[int]]) -> tuple[fl
     return float(np.exp(np.mean(surprise))), np.array(best)
 
 
-def main() -> None:
-    files = open_model(DEFAULT_MODEL)
+def measure(files: ModelFiles, dtypes: list[str]) -> list[Row]:
+    """Against float32: perplexity, as the ratio that a goal of 0.99 bounds, and the share of equal likeliest tokens."""
+    rows = []
     for name, windows in (("written", written(files)), ("made up", made_up(files))):
-        expected, best = measure(files, "float32", windows)
-        print(f"{name}: {len(best)} positions, perplexity {expected:.3f} in float32")
-        for dtype in FORMATS:
-            if dtype != "float32":
-                found, own = measure(files, dtype, windows)
-                print(
-                    f"  {dtype}: perplexity {found / expected - 1:+.2%}, the same token at {(own == best).mean():.2%}"
-                )
-
-
-if __name__ == "__main__":
-    main()
+        expected, best = read(files, "float32", windows)
+        for dtype in dtypes:
+            if dtype == "float32":
+                continue
+            found, own = read(files, dtype, windows)
+            what, same = f"{dtype}, {len(best)} positions, {name}", float((own == best).mean())
+            rows.append(Row(f"{what}: perplexity", found, expected, round(expected / found, 4), 0.99, "perplexity"))
+            rows.append(
+                Row(f"{what}: the likeliest token is float32's", same, 1.0, round(same, 4), 0.99, "of positions")
+            )
+    return rows
