@@ -36,7 +36,7 @@ def load_for_runner(config: ModelConfig, path: Path, dtype: str, *, compiled: bo
     compute, is refused."""
     if dtype not in DTYPES and dtype not in FORMATS:
         raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join({**DTYPES, **FORMATS})}")
-    reason = _kernels_missing(config, dtype) if compiled else "not asked for: --kernels compiled"
+    reason = _kernels_missing(config, dtype) if compiled else "--kernels torch"
     if reason is not None and dtype == "int8":
         raise ModelError(f"int8 needs the compiled kernels ({reason}); or use --dtype bfloat16")
     if reason is not None:

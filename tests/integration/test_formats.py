@@ -18,7 +18,6 @@ from tests.integration.conftest import ENVIRONMENT
 def test_split_equals_alone(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("KVFERRY_KERNELS", "compiled")
     config = ClusterConfig(dtype=dtype, grpc_port=0, http_port=0, threads=1, kv_memory="512MiB")
     with LocalCluster.from_config(config, log_dir=tmp_path) as local:
         split = asyncio.run(split_answers(local.grpc_address))
