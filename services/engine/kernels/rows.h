@@ -37,9 +37,11 @@ static void pack_bf16(const float *x, long n, void *to)
     }
 }
 
-/* Pairs of int16 from GROUP numbers; returns their scale.  A number that is not finite makes the scale NaN. */
-static float pack_group(const float *x, int16_t *to)
+/* Pairs of int16 from GROUP numbers, and of_group: their scale, and what they add up to in it.  A number that is not finite
+ * makes both NaN. */
+static void pack_group(const float *x, int16_t *to, float *of_group)
 {
+    vi sum = splat_bits(0);
     vf most = splat(0), finite = splat(0);
     for (long i = 0; i < GROUP; i += VL) {
         vf v = load(x + i);
@@ -48,11 +50,13 @@ static float pack_group(const float *x, int16_t *to)
     }
     float top = greatest(most), inverse = top > 0 ? 32767.0f / top : 0;
     for (long i = 0; i < GROUP; i += VL) {
-        vf shifted = load(x + i) * inverse + 12582912.0f; /* rounds to an integer, in the low bits */
+        vi shifted = (vi)(load(x + i) * inverse + 12582912.0f); /* rounds to an integer, in the low bits */
         vh low = __builtin_convertvector((vu)shifted, vh);
         memcpy(to + i, &low, sizeof low);
+        sum += shifted - (vi)splat(12582912.0f);
     }
-    return top / 32767.0f + sum_of(finite);
+    of_group[0] = top / 32767.0f + sum_of(finite);
+    of_group[1] = of_group[0] * sum_of_integers(sum);
 }
 
 /* Row number row of an operand for products with a matrix of num_columns: x has n numbers, and zeros up to num_columns
@@ -65,21 +69,26 @@ static void prepare(int format, float *x, long n, long num_columns, const operan
     if (format == BF16) pack_bf16(x, num_columns, units);
     if (format == INT8)
         for (long group = 0; group < num_columns / GROUP; group++)
-            ((float *)inputs->scales)[row * inputs->scale_stride + group] =
-                pack_group(x + group * GROUP, (int16_t *)units + group * GROUP);
+            pack_group(x + group * GROUP, (int16_t *)units + group * GROUP,
+                       (float *)inputs->scales + row * inputs->scale_stride + 2 * group);
 }
 
 /* A row of a packed matrix as numbers: a token's embedding. */
 static void unpack_row(int format, const kvf_matrix *matrix, long row, long n, float *to)
 {
-    const float *scales;
+    const uint16_t *scales;
     const char *panel = panel_of(format, matrix, row / NR, &scales);
-    long lane = row % NR;
+    long lane = row % NR, vector = lane / VL * VL;
+    float scale = 0, offset = 0;
     for (long i = 0; i < n; i++) {
         long pair = i / 2 * 2 * NR + lane * 2 + i % 2;
         if (format == F32) to[i] = ((const float *)panel)[i * NR + lane];
         if (format == BF16) to[i] = as_float((uint32_t)((const uint16_t *)panel)[pair] << 16);
-        if (format == INT8) to[i] = ((const int8_t *)panel)[pair] * scales[i / GROUP * NR + lane];
+        if (format == INT8 && i % GROUP == 0) {
+            scale = from_f16(scales + i / GROUP * 2 * NR + vector)[lane % VL];
+            offset = from_f16(scales + (i / GROUP * 2 + 1) * NR + vector)[lane % VL];
+        }
+        if (format == INT8) to[i] = ((const int8_t *)panel)[pair] * scale + offset;
     }
 }
 

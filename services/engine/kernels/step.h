@@ -8,10 +8,13 @@
 /* How a matrix and what it is multiplied with are stored; see matmul.h. */
 enum format { F32 = 0, BF16 = 1, INT8 = 2 };
 
-/* [num_rows, num_columns] of a projection in panels, padded with zeros: rows (outputs) to 32, columns (inputs) to 64. */
+#define GROUP 32 /* inputs that share a scale and an offset in INT8 */
+
+/* [num_rows, num_columns] of a projection in panels, padded: rows (outputs) with zeros to 32, columns (inputs) to GROUP with
+ * anything finite. */
 typedef struct {
     const void *values;
-    const float *scales; /* INT8 only */
+    const uint16_t *scales; /* INT8 only: float16 [panels][groups][2][32], a group's scales and then its offsets */
     int64_t num_rows, num_columns;
 } kvf_matrix;
 
@@ -66,7 +69,7 @@ typedef struct {
     float *hidden;         /* [num_tokens, hidden, padded] */
     float *wide;           /* [num_tokens, greatest number of outputs of a projection, padded] */
     uint32_t *inputs;      /* [num_tokens, greatest number of inputs of a projection, padded], in the matrices' format */
-    float *input_scales;   /* [num_tokens, the same / 64] */
+    float *input_scales;   /* [num_tokens, the same / GROUP, 2] */
     int64_t row_stride;
     float *rows;           /* [threads, row_stride]: a row on its way into inputs */
     float *turns;          /* [num_tokens, 2, head_dim / 2]: cosines, sines */

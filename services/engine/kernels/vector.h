@@ -53,6 +53,13 @@ static ALWAYS_INLINE float sum_of(vf v)
     return sum;
 }
 
+static ALWAYS_INLINE int32_t sum_of_integers(vi v)
+{
+    int32_t sum = 0;
+    for (int i = 0; i < VL; i++) sum += v[i];
+    return sum;
+}
+
 static ALWAYS_INLINE float greatest(vf v)
 {
     float best = v[0];
@@ -94,6 +101,23 @@ static ALWAYS_INLINE vh to_bf16(vf x)
     vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu nan = (vu)((vi)(bits & 0x7fffffff) > 0x7f800000);
     return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+#endif
+}
+
+/* float16, finite or not, as numbers. */
+static ALWAYS_INLINE vf from_f16(const uint16_t *halves)
+{
+    vh v;
+    memcpy(&v, halves, sizeof v);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps((__m128i)v);
+#else
+    vi bits = __builtin_convertvector(v, vi), magnitude = (bits & 0x7fff) << 13;
+    vf number = (vf)magnitude * 0x1p112f; /* from an exponent's bias of 15 to 127, whether there is a leading one or not */
+    number = choose(magnitude >= 0x7c00 << 13, (vf)(magnitude | 0x7f800000), number);
+    return (vf)((vi)number | (bits & 0x8000) << 16);
 #endif
 }
 
