@@ -98,7 +98,7 @@ static size_t lay_out(kvf_step *step, char *memory, int num_threads)
     step->hidden = take(memory, &at, rows * padded(model->hidden_size, 32) * sizeof(float));
     step->wide = take(memory, &at, (rows * widest + 16) * sizeof(float));
     step->inputs = take(memory, &at, rows * inputs * sizeof(uint32_t));
-    step->input_scales = take(memory, &at, rows * inputs / GROUP * 2 * sizeof(float));
+    step->groups = take(memory, &at, rows * inputs / GROUP * sizeof(kvf_group));
     step->rows = take(memory, &at, num_threads * inputs * sizeof(float));
     step->turns = take(memory, &at, rows * model->head_dim * sizeof(float));
     step->partials = take(memory, &at, step->num_partials * (model->head_dim + PARTIAL_HEAD) * sizeof(float));

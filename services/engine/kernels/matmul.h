@@ -6,7 +6,7 @@
  * int16 with one scale to each GROUP inputs (16 bits, for they cost nothing in quality where 8 would).
  *
  * A weight of INT8 is scale * q + offset, one scale and one offset to GROUP inputs.  With x = x_scale * n, a group of inputs
- * adds scale * x_scale * sum(q * n) + offset * x_scale * sum(n) to an output, and x_scale * sum(n) is known from the row.
+ * adds scale * x_scale * sum(q * n) + offset * sum(x) to an output, and sum(x) is known from the row.
  *
  * A unit is 32 bits of a row: one input of F32, two of the others.  An output sums its units in one order, the same for any
  * number of rows: what a sequence gets does not depend on its company in a batch.
@@ -20,9 +20,9 @@
 #define NV (NR / VL)
 
 typedef struct {
-    const uint32_t *units; /* [rows][stride] */
-    const float *scales;   /* INT8: [rows][scale_stride], of each group x_scale and x_scale * sum(n) */
-    long stride, scale_stride, num_units;
+    const uint32_t *units;   /* [rows][stride] */
+    const kvf_group *groups; /* INT8: [rows][group_stride] */
+    long stride, group_stride, num_units;
 } operand;
 
 /* Where a tile's NR outputs per row go: stored, after the bias if there is one, or added to what is there. */
@@ -68,10 +68,11 @@ static ALWAYS_INLINE void sum_int8(const int rows, operand x, const char *panel,
         vf scale[NV], offset[NV];
         UNROLL for (int v = 0; v < NV; v++) scale[v] = from_f16(scales + VL * v), offset[v] = from_f16(scales + NR + VL * v);
         UNROLL for (int r = 0; r < rows; r++) {
-            const float *of_row = x.scales + r * x.scale_stride + 2 * group;
+            const kvf_group *common = x.groups + r * x.group_stride + group;
             UNROLL for (int v = 0; v < NV; v++) {
-                acc[r][v] += __builtin_convertvector(sums[r][v], vf) * (scale[v] * of_row[0]);
-                acc[r][v] += offset[v] * of_row[1];
+                vf both = (vf)((vi)scale[v] + splat_bits(common->scale_bits)); /* a product would take a multiplier's time */
+                acc[r][v] += __builtin_convertvector(sums[r][v], vf) * both;
+                acc[r][v] += offset[v] * common->sum;
             }
         }
     }
@@ -111,7 +112,7 @@ static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, 
         }
         rows -= height;
         x.units += height * x.stride;
-        x.scales += format == INT8 ? height * x.scale_stride : 0;
+        x.groups += format == INT8 ? height * x.group_stride : 0;
         y.to += height * y.stride;
     }
 }
@@ -153,7 +154,7 @@ static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf
             const char *panel = panel_of(format, matrix, number, &scales);
             operand part = x;
             part.units += begin * x.stride;
-            part.scales += format == INT8 ? begin * x.scale_stride : 0;
+            part.groups += format == INT8 ? begin * x.group_stride : 0;
             target to = {y.to + begin * y.stride + number * NR, y.stride, y.bias ? y.bias + number * NR : NULL, y.add};
             long count = rows - begin < block ? rows - begin : block;
             if (format == F32) multiply_f32(count, part, panel, to);

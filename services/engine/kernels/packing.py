@@ -18,6 +18,7 @@ FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
 _PANEL = 32  # outputs
 _GROUP = 32  # inputs that share a scale and an offset
 _LEAST, _GREATEST = -128, 127
+_LEAST_SCALE = 2.0**-24  # float16's; the kernels want none that is zero
 _QUANTIZED_AT_ONCE = 1 << 20  # weights: what is worked in stays in the cache, and small
 _ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _READ_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
@@ -157,8 +158,8 @@ def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     found = torch.empty(*groups.shape[:-1], 3)
     load().kvf_count_steps(groups.data_ptr(), found[..., 0].numel(), found.data_ptr())
     least, span, num_steps = found.unbind(-1)
-    scales = torch.where(num_steps > 0, span / num_steps, least.abs()).half()
-    steps = scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+    scales = torch.where(num_steps > 0, span / num_steps, least.abs()).half().clamp_min(_LEAST_SCALE)
+    steps = scales.float()
     # q is 0 at the value nearest to zero: the offset, what is left of it, is then small, and float16 keeps all that matters.
     # Files that have their least value in float16 (Q4_1) are met to the last bit.
     below = (-least / steps).round().clamp_max(-_LEAST).maximum(num_steps - _GREATEST)

@@ -37,26 +37,28 @@ static void pack_bf16(const float *x, long n, void *to)
     }
 }
 
-/* Pairs of int16 from GROUP numbers, and of_group: their scale, and what they add up to in it.  A number that is not finite
- * makes both NaN. */
-static void pack_group(const float *x, int16_t *to, float *of_group)
+/* The least that is not below x, from 2^-64 to 2^96: so times a float16 it is an ordinary number. */
+static float power_of_two(float x)
 {
-    vi sum = splat_bits(0);
-    vf most = splat(0), finite = splat(0);
+    uint32_t bits = (as_bits(x) + 0x7fffff) & 0x7f800000, least = as_bits(0x1p-64f), most = as_bits(0x1p96f);
+    return as_float(bits < least ? least : bits > most ? most : bits);
+}
+
+/* Pairs of int16 from GROUP numbers, and what they have in common.  A number that is not finite, or not below 2^111, makes
+ * the sum NaN. */
+static void pack_group(const float *x, int16_t *to, kvf_group *common)
+{
+    vi most = splat_bits(0), sum = splat_bits(0);
+    for (long i = 0; i < GROUP; i += VL) most = most_of((vi)load(x + i) & 0x7fffffff, most); /* bits have floats' order */
+    float top = as_float(greatest_integer(most)), scale = power_of_two(top * (1 / 32767.0f));
     for (long i = 0; i < GROUP; i += VL) {
-        vf v = load(x + i);
-        most = max_of(max_of(v, -v), most);
-        finite += v * 0.0f;
-    }
-    float top = greatest(most), inverse = top > 0 ? 32767.0f / top : 0;
-    for (long i = 0; i < GROUP; i += VL) {
-        vi shifted = (vi)(load(x + i) * inverse + 12582912.0f); /* rounds to an integer, in the low bits */
+        vi shifted = (vi)(load(x + i) * (1 / scale) + 12582912.0f); /* rounds to an integer, in the low bits */
         vh low = __builtin_convertvector((vu)shifted, vh);
         memcpy(to + i, &low, sizeof low);
         sum += shifted - (vi)splat(12582912.0f);
     }
-    of_group[0] = top / 32767.0f + sum_of(finite);
-    of_group[1] = of_group[0] * sum_of_integers(sum);
+    common->scale_bits = as_bits(scale) - as_bits(1.0f);
+    common->sum = top < 0x1p111f ? scale * sum_of_integers(sum) : NAN;
 }
 
 /* Row number row of an operand for products with a matrix of num_columns: x has n numbers, and zeros up to num_columns
@@ -70,7 +72,7 @@ static void prepare(int format, float *x, long n, long num_columns, const operan
     if (format == INT8)
         for (long group = 0; group < num_columns / GROUP; group++)
             pack_group(x + group * GROUP, (int16_t *)units + group * GROUP,
-                       (float *)inputs->scales + row * inputs->scale_stride + 2 * group);
+                       (kvf_group *)inputs->groups + row * inputs->group_stride + group);
 }
 
 /* A row of a packed matrix as numbers: a token's embedding. */

@@ -36,6 +36,13 @@ typedef struct {
     const kvf_layer *layers;
 } kvf_model;
 
+/* What GROUP inputs have in common in INT8.  Their scale is a power of two, kept as what it adds to the bits of a float that
+ * is multiplied by it. */
+typedef struct {
+    int32_t scale_bits;
+    float sum;
+} kvf_group;
+
 /* The new tokens of some sequences, back to back.  Indices are the caller's to check: none is checked here. */
 typedef struct {
     int64_t num_tokens, num_sequences, num_sampled;
@@ -69,7 +76,7 @@ typedef struct {
     float *hidden;         /* [num_tokens, hidden, padded] */
     float *wide;           /* [num_tokens, greatest number of outputs of a projection, padded] */
     uint32_t *inputs;      /* [num_tokens, greatest number of inputs of a projection, padded], in the matrices' format */
-    float *input_scales;   /* [num_tokens, the same / GROUP, 2] */
+    kvf_group *groups;     /* [num_tokens, the same / GROUP] */
     int64_t row_stride;
     float *rows;           /* [threads, row_stride]: a row on its way into inputs */
     float *turns;          /* [num_tokens, 2, head_dim / 2]: cosines, sines */

@@ -43,29 +43,31 @@ static ALWAYS_INLINE void store(void *p, vf v) { memcpy(p, &v, sizeof v); }
 static ALWAYS_INLINE vf splat(float x) { return x - (vf){0}; }
 static ALWAYS_INLINE vi splat_bits(uint32_t x) { return (vi)((vu){0} + x); }
 static ALWAYS_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static ALWAYS_INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static ALWAYS_INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 static ALWAYS_INLINE vf max_of(vf a, vf b) { return choose(a > b, a, b); }
 
-static ALWAYS_INLINE float sum_of(vf v)
+static ALWAYS_INLINE vi most_of(vi a, vi b)
 {
-    float sum = 0;
-    for (int i = 0; i < VL; i++) sum += v[i];
-    return sum;
+    vi mask = a > b;
+    return (mask & a) | (~mask & b);
 }
 
-static ALWAYS_INLINE int32_t sum_of_integers(vi v)
-{
-    int32_t sum = 0;
-    for (int i = 0; i < VL; i++) sum += v[i];
-    return sum;
-}
+/* v's lanes by operation, in halves: lane i with lane i + VL / 2, and so on. */
+#define OTHER(lane, h) ((lane) ^ (h))
+#define REDUCE(v, operation)                                                                  \
+    do {                                                                                      \
+        if (VL >= 16) v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 8 % VL)}));     \
+        if (VL >= 8) v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 4 % VL)}));      \
+        v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 2)}));                        \
+        v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 1)}));                        \
+    } while (0)
+#define PLUS(a, b) ((a) + (b))
 
-static ALWAYS_INLINE float greatest(vf v)
-{
-    float best = v[0];
-    for (int i = 1; i < VL; i++) best = v[i] > best ? v[i] : best;
-    return best;
-}
+static ALWAYS_INLINE float sum_of(vf v) { REDUCE(v, PLUS); return v[0]; }
+static ALWAYS_INLINE float greatest(vf v) { REDUCE(v, max_of); return v[0]; }
+static ALWAYS_INLINE int32_t sum_of_integers(vi v) { REDUCE(v, PLUS); return v[0]; }
+static ALWAYS_INLINE int32_t greatest_integer(vi v) { REDUCE(v, most_of); return v[0]; }
 
 /* acc + a * b over pairs of bfloat16, first of the pair in the low half. */
 static ALWAYS_INLINE vf dot_bf16(vf acc, vi a, vi b)
