@@ -239,7 +239,9 @@ def on_steps(count: int, step: float, least: float) -> torch.Tensor:
     "weight",
     [
         *(on_steps(count, 0.0625, -0.3125) for count in (2, 3, 15, 16, 17, 31, 100, 127, 128)),
-        *(on_steps(16, step, least) for step, least in ((0.0625, 5.0), (0.0625, -20.0), (2.0**-14 * 1.5, -0.0123291015625))),
+        on_steps(16, 0.0625, 5.0),
+        on_steps(16, 0.0625, -20.0),
+        on_steps(16, 2.0**-14 * 1.5, -0.0123291015625),
         *(on_steps(count, 0.0625, -0.0625 * (count // 2)) for count in (129, 200, 254, 255, 256)),
         torch.zeros(64, 64),
         torch.full((64, 64), 0.75),

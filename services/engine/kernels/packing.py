@@ -123,8 +123,9 @@ class _Packer:
     def pack(self, weight: torch.Tensor) -> PackedMatrix:
         """weight: [outputs, inputs]."""
         rows, columns = weight.shape
-        behind = weight[:, -1:].expand(-1, -columns % _GROUP)  # which leaves a group's range as it is
-        padded = torch.cat((weight, behind), dim=1).to(_READ_AS[self._dtype])
+        padded = weight.to(_READ_AS[self._dtype])
+        if behind := -columns % _GROUP:  # with what leaves the last group's range as it is
+            padded = torch.cat((padded, padded[:, -1:].expand(-1, behind)), dim=1)
         padded = torch.nn.functional.pad(padded, (0, 0, 0, -rows % _PANEL))
         num_rows, num_columns = padded.shape
         scales = None
@@ -160,8 +161,8 @@ def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     least, span, num_steps = found.unbind(-1)
     scales = torch.where(num_steps > 0, span / num_steps, least.abs()).half().clamp_min(_LEAST_SCALE)
     steps = scales.float()
-    # q is 0 at the value nearest to zero: the offset, what is left of it, is then small, and float16 keeps all that matters.
-    # Files that have their least value in float16 (Q4_1) are met to the last bit.
+    # q is 0 at the value nearest to zero: the offset, what is left of it, is then small, and float16 keeps all that
+    # matters.  Files that have their least value in float16 (Q4_1) are met to the last bit.
     below = (-least / steps).round().clamp_max(-_LEAST).maximum(num_steps - _GREATEST)
     below = below.where((least.half() != least) | (num_steps > _GREATEST), 0.0)
     offsets = (least + below * steps).half()
