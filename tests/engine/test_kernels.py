@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from services.engine.batch import Batch, Entry, build_batch
 from services.engine.kernels import build
 from services.engine.kernels.library import KernelsUnavailable, instruction_sets, load
-from services.engine.kernels.packing import pack
+from services.engine.kernels.packing import PackedMatrix, pack
 from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
@@ -87,19 +88,29 @@ def rounded(weights: Weights, dtype: str) -> Weights:
     """What a narrow format makes of the weights, as float32."""
 
     def matrix(tensor: torch.Tensor) -> torch.Tensor:
-        if dtype == "bfloat16":
-            return tensor.bfloat16().float()
-        groups = [part / scale_of(part) for part in tensor.split(64, dim=1)]
-        return torch.cat([g.round() * scale_of(p) for g, p in zip(groups, tensor.split(64, dim=1), strict=True)], dim=1)
-
-    def scale_of(part: torch.Tensor) -> torch.Tensor:
-        return part.abs().amax(1, keepdim=True) / 127
+        return tensor.bfloat16().float() if dtype == "bfloat16" else int8_weights(tensor)
 
     names = ("qkv", "output", "gate_up", "down")
     layers = tuple(replace(layer, **{n: matrix(getattr(layer, n)) for n in names}) for layer in weights.layers)
     embedding = matrix(weights.embedding)
     head = embedding if weights.head is weights.embedding else matrix(weights.head)
     return Weights(embedding, layers, weights.norm, head)
+
+
+def int8_weights(tensor: torch.Tensor) -> torch.Tensor:
+    """[outputs, inputs] as int8 makes them, from what was packed as the head of a model."""
+    vocab_size, hidden_size = tensor.shape
+    config = make_config(vocab_size=vocab_size, hidden_size=hidden_size, tied=False)
+    return unpacked(pack(config, replace(make_weights(config), head=tensor), "int8").head)[:vocab_size, :hidden_size]
+
+
+def unpacked(matrix: PackedMatrix) -> torch.Tensor:
+    """[outputs, inputs], both padded."""
+    assert matrix.scales is not None
+    groups = matrix.values.view(-1, matrix.num_columns // 2, 32, 2).permute(0, 2, 1, 3).reshape(matrix.num_rows, -1, 32)
+    pairs = matrix.scales.view(-1, matrix.num_columns // 32, 2, 32)
+    scales, offsets = pairs.permute(2, 0, 3, 1).reshape(2, matrix.num_rows, -1, 1).float()
+    return (groups * scales + offsets).view(matrix.num_rows, matrix.num_columns)
 
 
 @dataclass(frozen=True)
@@ -153,7 +164,7 @@ models = st.builds(
     sharing=st.sampled_from([1, 3, 4, 7, 8, 13]),
     num_kv_heads=st.integers(1, 3),
     head_dim=st.sampled_from([32, 64, 128]),
-    hidden_size=st.sampled_from([32, 72, 192]),
+    hidden_size=st.sampled_from([32, 72, 96, 192]),
     inner=st.sampled_from([30, 64, 160]),
     window=st.sampled_from([None, None, 1, 20, 300]),
     bias=st.booleans(),
@@ -202,6 +213,74 @@ def test_narrow_formats_lose_no_more_than_bfloat16_numbers_do(name: str, dtype: 
     assert relative_error(ours.run(config, weights, dtype, name), expected) < 0.012
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_scales_and_offsets_of_any_size(name: str) -> None:
+    """Rows of the head from large to what float16 has only without a leading one, and what it has not at all."""
+    config = make_config(hidden_size=96, tied=False)
+    weights = make_weights(config)
+    sizes = 2.0 ** (6 - torch.arange(config.vocab_size) % 32)
+    signs = torch.tensor([1.0, -1.0, 0.0]).repeat(config.vocab_size)[: config.vocab_size]
+    weights = replace(weights, head=(weights.head + 3 * signs[:, None]) * sizes[:, None])
+    made = Made.of(config, [(3, 9), (70, 1)], 16, "bfloat16", 0)
+    wide = Made.of(config, [(3, 9), (70, 1)], 16, "float32", 0)
+    expected = wide.run_torch(config, rounded(weights, "int8"))
+    found = made.run(config, weights, "int8", name)
+    assert relative_error(found / sizes.numpy(), expected / sizes.numpy()) < 0.03
+
+
+def on_steps(count: int, step: float, least: float) -> torch.Tensor:
+    """[64, 64]: each group holds the first of count values, the last, and any others."""
+    values = torch.randint(0, count, (64, 2, 32), generator=torch.Generator().manual_seed(count))
+    values[..., 5], values[..., 20] = 0, count - 1
+    return (values * step + least).view(64, 64)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        *(on_steps(count, 0.0625, -0.3125) for count in (2, 3, 15, 16, 17, 31, 100, 127, 128)),
+        on_steps(16, 0.0625, 5.0),
+        on_steps(16, 0.0625, -20.0),
+        on_steps(16, 2.0**-14 * 1.5, -0.0123291015625),
+        *(on_steps(count, 0.0625, -0.0625 * (count // 2)) for count in (129, 200, 254, 255, 256)),
+        torch.zeros(64, 64),
+        torch.full((64, 64), 0.75),
+        torch.full((64, 64), -3.0),
+        on_steps(16, 0.0625, 1.5)[:, :40],
+        on_steps(16, 0.0625, -0.5)[:7, :33],
+    ],
+)  # fmt: skip
+def test_int8_meets_weights_that_were_quantized(weight: torch.Tensor) -> None:
+    assert torch.equal(int8_weights(weight), weight)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    count=st.integers(2, 256),
+    size=st.floats(1e-2, 1e2),
+    offset=st.floats(-1, 1),
+    inputs=st.sampled_from([1, 32, 50, 96]),
+    seed=st.integers(0, 999),
+)
+def test_int8_meets_steps_of_any_size_as_float16_can(count: int, size: float, offset: float, inputs: int,
+                                                     seed: int) -> None:  # fmt: skip
+    """The step and the offset are rounded, by up to 2^-11 each, and nothing else is."""
+    values = torch.randint(0, count, (32, inputs), generator=torch.Generator().manual_seed(seed)) / count
+    weight = (values + offset - 0.5) * size
+    rounding = (weight.max() - weight.min() + weight.abs().max()) * 2.0**-11
+    assert (int8_weights(weight) - weight).abs().max() <= rounding
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(size=st.floats(1e-2, 1e2), offset=st.floats(-1, 1), cut=st.integers(1, 96), seed=st.integers(0, 999))
+def test_int8_meets_others_within_half_a_step(size: float, offset: float, cut: int, seed: int) -> None:
+    weight = (torch.rand(40, cut, generator=torch.Generator().manual_seed(seed)) + offset - 0.5) * size
+    for found, group in zip(int8_weights(weight).split(32, 1), weight.split(32, 1), strict=True):
+        steps = (group.amax(1) - group.amin(1)) / 255
+        rounding = group.abs().amax(1) * 2.0**-11
+        assert ((found - group).abs().amax(1) <= steps / 2 + rounding).all()
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("name", SETS)
 def test_a_row_does_not_depend_on_its_company(name: str, dtype: str) -> None:
@@ -236,11 +315,13 @@ def test_blocks_that_no_token_sees_are_not_read() -> None:
     assert np.array_equal(made.run(config, weights, "bfloat16", SETS[0]), before)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", [lambda w: w.layers[0].attention_norm, lambda w: w.layers[0].output])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-def test_what_is_not_finite_shows(dtype: str) -> None:
+def test_what_is_not_finite_shows(dtype: str, part: Callable[[Weights], torch.Tensor], value: float) -> None:
     config = make_config()
     weights = make_weights(config)
-    weights.layers[0].attention_norm[3] = float("nan")
+    part(weights).view(-1)[77 % part(weights).numel()] = value
     made = Made.of(config, [(5, 1)], 8, "float32" if dtype == "float32" else "bfloat16", 0)
     for name in SETS:
         assert np.isnan(made.copy().run(config, weights, dtype, name)).all()

@@ -23,13 +23,14 @@ static const struct {
     {"portable", kvf_step_portable},
 };
 
+#define MAX_STEPS 255
 #define NUM_VARIANTS ((int)(sizeof variants / sizeof *variants))
 
 static int supports(const char *name)
 {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    int avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     int avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (!strcmp(name, "avx2")) return avx2;
@@ -97,7 +98,7 @@ static size_t lay_out(kvf_step *step, char *memory, int num_threads)
     step->hidden = take(memory, &at, rows * padded(model->hidden_size, 32) * sizeof(float));
     step->wide = take(memory, &at, (rows * widest + 16) * sizeof(float));
     step->inputs = take(memory, &at, rows * inputs * sizeof(uint32_t));
-    step->input_scales = take(memory, &at, rows * inputs / 64 * sizeof(float));
+    step->groups = take(memory, &at, rows * inputs / GROUP * sizeof(kvf_group));
     step->rows = take(memory, &at, num_threads * inputs * sizeof(float));
     step->turns = take(memory, &at, rows * model->head_dim * sizeof(float));
     step->partials = take(memory, &at, step->num_partials * (model->head_dim + PARTIAL_HEAD) * sizeof(float));
@@ -137,6 +138,42 @@ static long plan(kvf_step *step, long max_chunks)
         }
     }
     return total_chunks;
+}
+
+static int is_multiple(float rise, float per_step, float tolerance)
+{
+    float steps = rise * per_step, whole = (steps + 12582912.0f) - 12582912.0f; /* rounds */
+    return steps - whole <= tolerance && whole - steps <= tolerance;
+}
+
+/* How many steps lie between the least and the greatest of a group: as few as have every weight at a step, which is how
+ * files that were quantized are met; MAX_STEPS where nothing does. */
+static int count_steps(const float *weights, float least, float span)
+{
+    float per_span = 1 / span;
+    for (int count = 1; count < MAX_STEPS; count++) {
+        int i = 0;
+        while (i < GROUP && is_multiple(weights[i] - least, count * per_span, count * 0x1p-14f)) i++;
+        if (i == GROUP) return count;
+    }
+    return MAX_STEPS;
+}
+
+/* to: [num_groups][3], of each group of weights the least, how far the greatest is above it, and the number of steps.  The
+ * least is NaN where a weight is not finite. */
+void kvf_count_steps(const float *weights, long num_groups, float *to)
+{
+    for (; num_groups; num_groups--, weights += GROUP, to += 3) {
+        float least = weights[0], greatest = weights[0], finite = 0;
+        for (int i = 0; i < GROUP; i++) {
+            finite += weights[i] * 0.0f;
+            least = weights[i] < least ? weights[i] : least;
+            greatest = weights[i] > greatest ? weights[i] : greatest;
+        }
+        to[0] = least + finite;
+        to[1] = greatest - least;
+        to[2] = greatest > least ? count_steps(weights, least, greatest - least) : 0;
+    }
 }
 
 /* Computes a step; blocks.  One caller at a time.  -1 when there is no memory, and then nothing was done. */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_float, c_int, c_int64, c_long, c_void_p
 
 from services.engine.kernels.build import build
 
@@ -59,6 +59,7 @@ def load() -> ctypes.CDLL:
     library.kvf_close.restype, library.kvf_close.argtypes = None, [c_void_p]
     library.kvf_run.restype = c_int
     library.kvf_run.argtypes = [c_void_p, ctypes.POINTER(ModelStruct), ctypes.POINTER(BatchStruct)]
+    library.kvf_count_steps.restype, library.kvf_count_steps.argtypes = None, [c_void_p, c_long, c_void_p]
     return library
 
 

@@ -3,7 +3,10 @@
  * A panel holds NR outputs, input by input: F32 as [inputs][NR]; BF16 and INT8 as [inputs / 2][NR][2], since processors
  * multiply pairs.  So a product reads a panel once from its beginning to its end, whatever the number of rows, and sums
  * nothing across lanes.  What is multiplied with it is stored row by row: F32 as numbers, BF16 as pairs, INT8 as pairs of
- * int16 with one scale to each GROUP inputs (the weights stay 8 bits; 16 bits for the others cost nothing in quality).
+ * int16 with one scale to each GROUP inputs (16 bits, for they cost nothing in quality where 8 would).
+ *
+ * A weight of INT8 is scale * q + offset, one scale and one offset to GROUP inputs.  With x = x_scale * n, a group of inputs
+ * adds scale * x_scale * sum(q * n) + offset * sum(x) to an output, and sum(x) is known from the row.
  *
  * A unit is 32 bits of a row: one input of F32, two of the others.  An output sums its units in one order, the same for any
  * number of rows: what a sequence gets does not depend on its company in a batch.
@@ -15,12 +18,11 @@
 
 #define NR 32
 #define NV (NR / VL)
-#define GROUP 64
 
 typedef struct {
-    const uint32_t *units; /* [rows][stride] */
-    const float *scales;   /* INT8: [rows][scale_stride] */
-    long stride, scale_stride, num_units;
+    const uint32_t *units;   /* [rows][stride] */
+    const kvf_group *groups; /* INT8: [rows][group_stride] */
+    long stride, group_stride, num_units;
 } operand;
 
 /* Where a tile's NR outputs per row go: stored, after the bias if there is one, or added to what is there. */
@@ -47,12 +49,12 @@ static ALWAYS_INLINE void sum_floats(const int format, const int rows, operand x
     }
 }
 
-static ALWAYS_INLINE void sum_int8(const int rows, operand x, const char *panel, const float *scales, vf acc[][NV])
+static ALWAYS_INLINE void sum_int8(const int rows, operand x, const char *panel, const uint16_t *scales, vf acc[][NV])
 {
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < NV; v++) acc[r][v] = splat(0);
-    for (long group = 0; group < x.num_units / (GROUP / 2); group++, scales += NR) {
-        vi sums[MR][NV]; /* 64 * 127 * 32767 fits */
+    for (long group = 0; group < x.num_units / (GROUP / 2); group++, scales += 2 * NR) {
+        vi sums[MR][NV]; /* 32 * 128 * 32767 fits */
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < NV; v++) sums[r][v] = splat_bits(0);
         for (long u = group * (GROUP / 2); u < (group + 1) * (GROUP / 2); u++, panel += 2 * NR) {
@@ -63,15 +65,21 @@ static ALWAYS_INLINE void sum_int8(const int rows, operand x, const char *panel,
                 UNROLL for (int v = 0; v < NV; v++) sums[r][v] = dot_i16(sums[r][v], unit, weights[v]);
             }
         }
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < NV; v++)
-                acc[r][v] += __builtin_convertvector(sums[r][v], vf) *
-                             (load(scales + VL * v) * x.scales[r * x.scale_stride + group]);
+        vf scale[NV], offset[NV];
+        UNROLL for (int v = 0; v < NV; v++) scale[v] = from_f16(scales + VL * v), offset[v] = from_f16(scales + NR + VL * v);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const kvf_group *common = x.groups + r * x.group_stride + group;
+            UNROLL for (int v = 0; v < NV; v++) {
+                vf both = (vf)((vi)scale[v] + splat_bits(common->scale_bits)); /* a product would take a multiplier's time */
+                acc[r][v] += __builtin_convertvector(sums[r][v], vf) * both;
+                acc[r][v] += offset[v] * common->sum;
+            }
+        }
     }
 }
 
 static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operand x, const char *panel,
-                                        const float *scales, target y)
+                                        const uint16_t *scales, target y)
 {
     vf acc[MR][NV];
     if (format == INT8)
@@ -94,8 +102,8 @@ static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operan
         break;
 
 /* rows rows with one panel.  Tiles are of nearly equal height: 13 rows are 7 and 6, not 12 and 1. */
-static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, const char *panel, const float *scales,
-                                        target y)
+static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, const char *panel,
+                                        const uint16_t *scales, target y)
 {
     for (long num_tiles = (rows + MR - 1) / MR; num_tiles; num_tiles--) {
         long height = (rows + num_tiles - 1) / num_tiles;
@@ -104,7 +112,7 @@ static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, 
         }
         rows -= height;
         x.units += height * x.stride;
-        x.scales += format == INT8 ? height * x.scale_stride : 0;
+        x.groups += format == INT8 ? height * x.group_stride : 0;
         y.to += height * y.stride;
     }
 }
@@ -119,7 +127,7 @@ static void multiply_bf16(long rows, operand x, const char *panel, target y)
     multiply_rows(BF16, rows, x, panel, NULL, y);
 }
 
-static void multiply_int8(long rows, operand x, const char *panel, const float *scales, target y)
+static void multiply_int8(long rows, operand x, const char *panel, const uint16_t *scales, target y)
 {
     multiply_rows(INT8, rows, x, panel, scales, y);
 }
@@ -127,10 +135,10 @@ static void multiply_int8(long rows, operand x, const char *panel, const float *
 static int unit_inputs(int format) { return format == F32 ? 1 : 2; }
 
 /* The panel that begins with output 32 * number, and its scales. */
-static const char *panel_of(int format, const kvf_matrix *matrix, long number, const float **scales)
+static const char *panel_of(int format, const kvf_matrix *matrix, long number, const uint16_t **scales)
 {
     static const int nbytes[] = {4, 2, 1};
-    *scales = format == INT8 ? matrix->scales + number * (matrix->num_columns / GROUP) * NR : NULL;
+    *scales = format == INT8 ? matrix->scales + number * (matrix->num_columns / GROUP) * 2 * NR : NULL;
     return (const char *)matrix->values + number * NR * matrix->num_columns * nbytes[format];
 }
 
@@ -142,11 +150,11 @@ static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf
     for (long share, end; (share = kvf_claim(pool, num_shares, &end)) < num_shares;)
         for (; share < end; share++) {
             long number = share / num_blocks, begin = share % num_blocks * block;
-            const float *scales;
+            const uint16_t *scales;
             const char *panel = panel_of(format, matrix, number, &scales);
             operand part = x;
             part.units += begin * x.stride;
-            part.scales += format == INT8 ? begin * x.scale_stride : 0;
+            part.groups += format == INT8 ? begin * x.group_stride : 0;
             target to = {y.to + begin * y.stride + number * NR, y.stride, y.bias ? y.bias + number * NR : NULL, y.add};
             long count = rows - begin < block ? rows - begin : block;
             if (format == F32) multiply_f32(count, part, panel, to);

@@ -9,13 +9,17 @@ from dataclasses import dataclass
 
 import torch
 
+from services.engine.kernels.library import load
 from services.engine.model_config import ModelConfig
 from services.engine.weights import LayerWeights, Weights
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _PANEL = 32  # outputs
-_GROUP = 64  # inputs that share a scale
+_GROUP = 32  # inputs that share a scale and an offset
+_LEAST, _GREATEST = -128, 127
+_LEAST_SCALE = 2.0**-24  # float16's; the kernels want none that is zero
+_QUANTIZED_AT_ONCE = 1 << 20  # weights: what is worked in stays in the cache, and small
 _ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _READ_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 _ALIGNMENT = 64
@@ -23,8 +27,9 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A projection of ``num_rows`` outputs and ``num_columns`` inputs, both padded with zeros.  ``scales`` is int8's alone:
-    float32 [panels, inputs / 64, 32]."""
+    """A projection of ``num_rows`` outputs, padded with zeros, and ``num_columns`` inputs, padded with the last one: there
+    inputs are zero.  ``scales`` is int8's alone: float16 [panels, inputs / 32, 2, 32], a group's scales, then its
+    offsets."""
 
     values: torch.Tensor
     scales: torch.Tensor | None
@@ -118,7 +123,10 @@ class _Packer:
     def pack(self, weight: torch.Tensor) -> PackedMatrix:
         """weight: [outputs, inputs]."""
         rows, columns = weight.shape
-        padded = torch.nn.functional.pad(weight.to(_READ_AS[self._dtype]), (0, -columns % _GROUP, 0, -rows % _PANEL))
+        padded = weight.to(_READ_AS[self._dtype])
+        if behind := -columns % _GROUP:  # with what leaves the last group's range as it is
+            padded = torch.cat((padded, padded[:, -1:].expand(-1, behind)), dim=1)
+        padded = torch.nn.functional.pad(padded, (0, 0, 0, -rows % _PANEL))
         num_rows, num_columns = padded.shape
         scales = None
         if self._dtype == "int8":
@@ -134,12 +142,32 @@ class _Packer:
 
 
 def _quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 8 bits, one scale to each group of inputs of an output; the scales in the order of panels."""
+    """int8 values as ``weight``, [outputs, inputs], and scales and offsets in the order of panels."""
     num_rows, num_columns = weight.shape
-    groups = weight.view(num_rows, num_columns // _GROUP, _GROUP)
-    scales = groups.abs().amax(-1) / 127
-    values = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)[..., None]).round().to(torch.int8)
-    return values.view(num_rows, num_columns), scales.view(num_rows // _PANEL, _PANEL, -1).transpose(1, 2).contiguous()
+    values = torch.empty(weight.shape, dtype=torch.int8)
+    pairs = torch.empty(num_rows, num_columns // _GROUP, 2, dtype=torch.float16)
+    at_once = max(1, _QUANTIZED_AT_ONCE // num_columns)
+    for begin in range(0, num_rows, at_once):
+        rows = slice(begin, begin + at_once)
+        own, pairs[rows] = _quantize_groups(weight[rows].view(-1, num_columns // _GROUP, _GROUP))
+        values[rows] = own.view(-1, num_columns)
+    return values, pairs.view(num_rows // _PANEL, _PANEL, -1, 2).permute(0, 2, 3, 1)
+
+
+def _quantize_groups(groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """groups [..., 32] as scale * q + offset: q int8, and float16 [..., 2]."""
+    found = torch.empty(*groups.shape[:-1], 3)
+    load().kvf_count_steps(groups.data_ptr(), found[..., 0].numel(), found.data_ptr())
+    least, span, num_steps = found.unbind(-1)
+    scales = torch.where(num_steps > 0, span / num_steps, least.abs()).half().clamp_min(_LEAST_SCALE)
+    steps = scales.float()
+    # q is 0 at the value nearest to zero: the offset, what is left of it, is then small, and float16 keeps all that
+    # matters.  Files that have their least value in float16 (Q4_1) are met to the last bit.
+    below = (-least / steps).round().clamp_max(-_LEAST).maximum(num_steps - _GREATEST)
+    below = below.where((least.half() != least) | (num_steps > _GREATEST), 0.0)
+    offsets = (least + below * steps).half()
+    values = ((groups - offsets.float()[..., None]) / steps[..., None]).round().clamp(_LEAST, _GREATEST)
+    return values.to(torch.int8), torch.stack((scales, offsets), dim=-1)
 
 
 def _memory_nbytes(config: ModelConfig, dtype: str) -> int:
@@ -150,7 +178,7 @@ def _memory_nbytes(config: ModelConfig, dtype: str) -> int:
 
     def nbytes(rows: int, columns: int) -> int:
         count = -(-rows // _PANEL) * _PANEL * (-(-columns // _GROUP) * _GROUP)
-        scales = count // _GROUP * 4 if dtype == "int8" else 0
+        scales = count // _GROUP * 2 * 2 if dtype == "int8" else 0
         return count * _ITEM_NBYTES[dtype] + scales + 2 * _ALIGNMENT
 
     return sum(nbytes(*shape) for shape in shapes)

@@ -37,22 +37,28 @@ static void pack_bf16(const float *x, long n, void *to)
     }
 }
 
-/* Pairs of int16 from GROUP numbers; returns their scale.  A number that is not finite makes the scale NaN. */
-static float pack_group(const float *x, int16_t *to)
+/* The least that is not below x, from 2^-64 to 2^96: so times a float16 it is an ordinary number. */
+static float power_of_two(float x)
 {
-    vf most = splat(0), finite = splat(0);
+    uint32_t bits = (as_bits(x) + 0x7fffff) & 0x7f800000, least = as_bits(0x1p-64f), most = as_bits(0x1p96f);
+    return as_float(bits < least ? least : bits > most ? most : bits);
+}
+
+/* Pairs of int16 from GROUP numbers, and what they have in common.  A number that is not finite, or not below 2^111, makes
+ * the sum NaN. */
+static void pack_group(const float *x, int16_t *to, kvf_group *common)
+{
+    vi most = splat_bits(0), sum = splat_bits(0);
+    for (long i = 0; i < GROUP; i += VL) most = most_of((vi)load(x + i) & 0x7fffffff, most); /* bits have floats' order */
+    float top = as_float(greatest_integer(most)), scale = power_of_two(top * (1 / 32767.0f));
     for (long i = 0; i < GROUP; i += VL) {
-        vf v = load(x + i);
-        most = max_of(max_of(v, -v), most);
-        finite += v * 0.0f;
-    }
-    float top = greatest(most), inverse = top > 0 ? 32767.0f / top : 0;
-    for (long i = 0; i < GROUP; i += VL) {
-        vf shifted = load(x + i) * inverse + 12582912.0f; /* rounds to an integer, in the low bits */
+        vi shifted = (vi)(load(x + i) * (1 / scale) + 12582912.0f); /* rounds to an integer, in the low bits */
         vh low = __builtin_convertvector((vu)shifted, vh);
         memcpy(to + i, &low, sizeof low);
+        sum += shifted - (vi)splat(12582912.0f);
     }
-    return top / 32767.0f + sum_of(finite);
+    common->scale_bits = as_bits(scale) - as_bits(1.0f);
+    common->sum = top < 0x1p111f ? scale * sum_of_integers(sum) : NAN;
 }
 
 /* Row number row of an operand for products with a matrix of num_columns: x has n numbers, and zeros up to num_columns
@@ -65,21 +71,26 @@ static void prepare(int format, float *x, long n, long num_columns, const operan
     if (format == BF16) pack_bf16(x, num_columns, units);
     if (format == INT8)
         for (long group = 0; group < num_columns / GROUP; group++)
-            ((float *)inputs->scales)[row * inputs->scale_stride + group] =
-                pack_group(x + group * GROUP, (int16_t *)units + group * GROUP);
+            pack_group(x + group * GROUP, (int16_t *)units + group * GROUP,
+                       (kvf_group *)inputs->groups + row * inputs->group_stride + group);
 }
 
 /* A row of a packed matrix as numbers: a token's embedding. */
 static void unpack_row(int format, const kvf_matrix *matrix, long row, long n, float *to)
 {
-    const float *scales;
+    const uint16_t *scales;
     const char *panel = panel_of(format, matrix, row / NR, &scales);
-    long lane = row % NR;
+    long lane = row % NR, vector = lane / VL * VL;
+    float scale = 0, offset = 0;
     for (long i = 0; i < n; i++) {
         long pair = i / 2 * 2 * NR + lane * 2 + i % 2;
         if (format == F32) to[i] = ((const float *)panel)[i * NR + lane];
         if (format == BF16) to[i] = as_float((uint32_t)((const uint16_t *)panel)[pair] << 16);
-        if (format == INT8) to[i] = ((const int8_t *)panel)[pair] * scales[i / GROUP * NR + lane];
+        if (format == INT8 && i % GROUP == 0) {
+            scale = from_f16(scales + i / GROUP * 2 * NR + vector)[lane % VL];
+            offset = from_f16(scales + (i / GROUP * 2 + 1) * NR + vector)[lane % VL];
+        }
+        if (format == INT8) to[i] = ((const int8_t *)panel)[pair] * scale + offset;
     }
 }
 

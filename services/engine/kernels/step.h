@@ -8,10 +8,13 @@
 /* How a matrix and what it is multiplied with are stored; see matmul.h. */
 enum format { F32 = 0, BF16 = 1, INT8 = 2 };
 
-/* [num_rows, num_columns] of a projection in panels, padded with zeros: rows (outputs) to 32, columns (inputs) to 64. */
+#define GROUP 32 /* inputs that share a scale and an offset in INT8 */
+
+/* [num_rows, num_columns] of a projection in panels, padded: rows (outputs) with zeros to 32, columns (inputs) to GROUP with
+ * anything finite. */
 typedef struct {
     const void *values;
-    const float *scales; /* INT8 only */
+    const uint16_t *scales; /* INT8 only: float16 [panels][groups][2][32], a group's scales and then its offsets */
     int64_t num_rows, num_columns;
 } kvf_matrix;
 
@@ -32,6 +35,13 @@ typedef struct {
     kvf_matrix embedding, head;
     const kvf_layer *layers;
 } kvf_model;
+
+/* What GROUP inputs have in common in INT8.  Their scale is a power of two, kept as what it adds to the bits of a float that
+ * is multiplied by it. */
+typedef struct {
+    int32_t scale_bits;
+    float sum;
+} kvf_group;
 
 /* The new tokens of some sequences, back to back.  Indices are the caller's to check: none is checked here. */
 typedef struct {
@@ -66,7 +76,7 @@ typedef struct {
     float *hidden;         /* [num_tokens, hidden, padded] */
     float *wide;           /* [num_tokens, greatest number of outputs of a projection, padded] */
     uint32_t *inputs;      /* [num_tokens, greatest number of inputs of a projection, padded], in the matrices' format */
-    float *input_scales;   /* [num_tokens, the same / 64] */
+    kvf_group *groups;     /* [num_tokens, the same / GROUP] */
     int64_t row_stride;
     float *rows;           /* [threads, row_stride]: a row on its way into inputs */
     float *turns;          /* [num_tokens, 2, head_dim / 2]: cosines, sines */

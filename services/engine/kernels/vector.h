@@ -43,22 +43,31 @@ static ALWAYS_INLINE void store(void *p, vf v) { memcpy(p, &v, sizeof v); }
 static ALWAYS_INLINE vf splat(float x) { return x - (vf){0}; }
 static ALWAYS_INLINE vi splat_bits(uint32_t x) { return (vi)((vu){0} + x); }
 static ALWAYS_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
+static ALWAYS_INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static ALWAYS_INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 static ALWAYS_INLINE vf max_of(vf a, vf b) { return choose(a > b, a, b); }
 
-static ALWAYS_INLINE float sum_of(vf v)
+static ALWAYS_INLINE vi most_of(vi a, vi b)
 {
-    float sum = 0;
-    for (int i = 0; i < VL; i++) sum += v[i];
-    return sum;
+    vi mask = a > b;
+    return (mask & a) | (~mask & b);
 }
 
-static ALWAYS_INLINE float greatest(vf v)
-{
-    float best = v[0];
-    for (int i = 1; i < VL; i++) best = v[i] > best ? v[i] : best;
-    return best;
-}
+/* v's lanes by operation, in halves: lane i with lane i + VL / 2, and so on. */
+#define OTHER(lane, h) ((lane) ^ (h))
+#define REDUCE(v, operation)                                                                  \
+    do {                                                                                      \
+        if (VL >= 16) v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 8 % VL)}));     \
+        if (VL >= 8) v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 4 % VL)}));      \
+        v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 2)}));                        \
+        v = operation(v, __builtin_shuffle(v, (vi){LANES(OTHER, 1)}));                        \
+    } while (0)
+#define PLUS(a, b) ((a) + (b))
+
+static ALWAYS_INLINE float sum_of(vf v) { REDUCE(v, PLUS); return v[0]; }
+static ALWAYS_INLINE float greatest(vf v) { REDUCE(v, max_of); return v[0]; }
+static ALWAYS_INLINE int32_t sum_of_integers(vi v) { REDUCE(v, PLUS); return v[0]; }
+static ALWAYS_INLINE int32_t greatest_integer(vi v) { REDUCE(v, most_of); return v[0]; }
 
 /* acc + a * b over pairs of bfloat16, first of the pair in the low half. */
 static ALWAYS_INLINE vf dot_bf16(vf acc, vi a, vi b)
@@ -94,6 +103,23 @@ static ALWAYS_INLINE vh to_bf16(vf x)
     vu bits = (vu)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vu nan = (vu)((vi)(bits & 0x7fffffff) > 0x7f800000);
     return __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), vh);
+#endif
+}
+
+/* float16, finite or not, as numbers. */
+static ALWAYS_INLINE vf from_f16(const uint16_t *halves)
+{
+    vh v;
+    memcpy(&v, halves, sizeof v);
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps((__m256i)v);
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps((__m128i)v);
+#else
+    vi bits = __builtin_convertvector(v, vi), magnitude = (bits & 0x7fff) << 13;
+    vf number = (vf)magnitude * 0x1p112f; /* from an exponent's bias of 15 to 127, whether there is a leading one or not */
+    number = choose(magnitude >= 0x7c00 << 13, (vf)(magnitude | 0x7f800000), number);
+    return (vf)((vi)number | (bits & 0x8000) << 16);
 #endif
 }
 
