@@ -13,6 +13,7 @@ import structlog
 
 from services.engine.batch import Batch, build_batch
 from services.engine.blocks import CacheChange
+from services.engine.gaps import Gaps
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import Event, SequenceId
@@ -24,6 +25,9 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class Runner(Protocol):
+    late_s: float
+    """Of the last run, how long it waited for the interpreter after the numbers were there; 0 where that is not known."""
+
     def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         """Computes a step and draws one token per entry of ``batch.samples``, in order.  Blocks; one thread calls it."""
 
@@ -70,12 +74,14 @@ class Engine:
 
     def __init__(self, scheduler: Scheduler, runner: Runner, listener: Listener) -> None:
         self.work = Work()
+        self.gaps = Gaps()
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._idle_since_s: float | None = None  # time.monotonic(); None while there was nothing to compute
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -107,6 +113,7 @@ class Engine:
         with self._lock:
             plan = self._scheduler.plan()
             if plan is None:
+                self._idle_since_s = None
                 return False
             if plan.started:
                 self._listener.on_started(list(plan.started))
@@ -128,10 +135,16 @@ class Engine:
 
     def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed], str]:
         try:
-            return self._runner.run(build_batch(plan.entries, self._scheduler.limits.block_size)), ""
+            batch = build_batch(plan.entries, self._scheduler.limits.block_size)
+            if self._idle_since_s is not None:
+                self.gaps.observe(time.monotonic() - self._idle_since_s)
+            drawn = self._runner.run(batch)
+            self._idle_since_s = time.monotonic() - self._runner.late_s
         except Exception as e:  # one batch fails, not the worker
             log.exception("step_failed", sequences=[s.id for s in plan.sequences])
+            self._idle_since_s = None
             return [], f"the model could not be run: {e}"
+        return drawn, ""
 
     def _account(self, plan: Plan, prefill: int, decode: int, elapsed_s: float) -> None:
         work = self.work

@@ -26,6 +26,8 @@ class TorchRunner:
     as long as no batch names it.
     """
 
+    late_s = 0.0  # torch does not tell
+
     def __init__(
         self,
         config: ModelConfig,

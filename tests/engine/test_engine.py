@@ -13,6 +13,8 @@ from services.engine.sequence import Event, Sequence, SequenceId
 class Recorder:
     """Runner and listener in one, so that the order between them is seen."""
 
+    late_s = 0.0
+
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.breaks = False
@@ -67,3 +69,22 @@ def test_a_step_that_breaks_has_told_all_that_started() -> None:
     add(e, "b", 12)
     assert e.step()
     assert recorder.seen == ["Started a", "Started b", "run", "StepFailed a"]
+
+
+def test_a_gap_is_counted_between_steps_that_follow_each_other_and_not_over_idle_time() -> None:
+    recorder = Recorder()
+    e = engine(recorder)
+    add(e, "a", 12)  # two chunks
+    assert e.step()
+    assert sum(e.gaps.counts) == 0
+    recorder.late_s = 0.3  # the numbers were there before the step's thread had the interpreter again
+    assert e.step()
+    assert sum(e.gaps.counts) == 1
+    assert not e.step()
+    add(e, "b", 24)  # of which the cache holds 12
+    assert e.step()
+    assert sum(e.gaps.counts) == 1
+    assert e.step()
+    assert sum(e.gaps.counts) == 2
+    assert e.gaps.counts[-1] == 1
+    assert e.gaps.total_s > 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from ctypes import byref
 
@@ -58,6 +59,7 @@ class CompiledModel:
         if not engine:
             raise KernelsUnavailable(f"{num_threads} threads could not be started; give fewer with --threads")
         self._engine = engine
+        self.late_s = 0.0  # see Runner
         weakref.finalize(self, self._lib.kvf_close, engine)
 
     def forward(self, batch: Batch, arena: memoryview, num_blocks: int) -> F32:
@@ -84,6 +86,7 @@ class CompiledModel:
         )
         if self._lib.kvf_run(self._engine, byref(self._struct), byref(struct)) != 0:
             raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens; lower --chunk-tokens")
+        self.late_s = (time.monotonic_ns() - struct.ended_ns) / 1e9
         return logits[:, : self._config.vocab_size]
 
     def _check(self, batch: Batch, num_blocks: int) -> None:

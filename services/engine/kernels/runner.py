@@ -33,6 +33,10 @@ class CompiledRunner:
         self._num_blocks = num_blocks
         self.model = CompiledModel(config, weights, layout, num_threads=num_threads, instruction_set=instruction_set)
 
+    @property
+    def late_s(self) -> float:
+        return self.model.late_s
+
     def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         return draw(self.logits(batch), [(sampling, position) for _, sampling, position in batch.samples])
 
