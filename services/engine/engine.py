@@ -25,8 +25,9 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class Runner(Protocol):
-    late_s: float
-    """Of the last run, how long it waited for the interpreter after the numbers were there; 0 where that is not known."""
+    @property
+    def late_s(self) -> float:
+        """Of the last run, how long it waited for the interpreter after the numbers were there; 0 where none tells."""
 
     def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         """Computes a step and draws one token per entry of ``batch.samples``, in order.  Blocks; one thread calls it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from kvferry.errors import InvalidRequestError
+from services.engine.kernels.cache import default_folder
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
 from services.worker.share import Share
@@ -37,6 +39,9 @@ class WorkerConfig:
         Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"
     )
     threads: int = option(1, help="CPU threads for the model", minimum=1)
+    weights_cache: str = option(
+        "auto", help="folder that keeps packed weights for the next start: auto is ~/.cache/kvferry/weights; or none"
+    )
     kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
     convert_memory: str = option(
         "24MiB", help="memory of a prefill worker for KV on its way to decode workers of another dtype"
@@ -69,6 +74,12 @@ class WorkerConfig:
             Share.parse(self.verify_transfers)
         except ValueError as e:
             raise ValueError(f"--verify-transfers: {e}") from e
+
+
+def weights_cache_folder(text: str) -> Path | None:
+    if text == "none":
+        return None
+    return default_folder() if text == "auto" else Path(text).expanduser()
 
 
 def parse_nbytes(text: str) -> int:

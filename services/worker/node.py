@@ -27,7 +27,7 @@ from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_server, running, split_address
 from services.runtime.startup import StartupError
-from services.worker.config import Kernels, WorkerConfig, parse_nbytes
+from services.worker.config import Kernels, WorkerConfig, parse_nbytes, weights_cache_folder
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
@@ -91,7 +91,10 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     try:
         files = await asyncio.to_thread(open_model, config.model)
         compiled = config.kernels is Kernels.COMPILED
-        weights = await asyncio.to_thread(load_for_runner, files.config, files.path, config.dtype, compiled=compiled)
+        weights = await asyncio.to_thread(
+            load_for_runner, files.config, files.path, config.dtype,
+            compiled=compiled, cache_folder=weights_cache_folder(config.weights_cache),
+        )  # fmt: skip
         transport = create("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e

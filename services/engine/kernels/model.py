@@ -20,10 +20,9 @@ from services.engine.kernels.library import (
     instruction_sets,
     load,
 )
-from services.engine.kernels.packing import FORMATS, PackedMatrix, PackedWeights
+from services.engine.kernels.packed import FORMATS, PackedMatrix, PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
-from services.engine.rope import inverse_frequencies
 
 F32 = npt.NDArray[np.float32]
 
@@ -53,7 +52,6 @@ class CompiledModel:
         if self.instruction_set not in available:
             raise ValueError(f"this processor has no {self.instruction_set}; it has {', '.join(available)}")
         self._config, self._layout, self._weights = config, layout, weights
-        self._frequencies = inverse_frequencies(config)
         self._struct = self._describe()
         engine = self._lib.kvf_open(self.instruction_set.encode(), num_threads)
         if not engine:
@@ -131,7 +129,7 @@ class CompiledModel:
             intermediate_size=config.intermediate_size,
             window=config.sliding_window or 0,
             norm_eps=config.norm_eps,
-            frequencies=self._frequencies.data_ptr(),
+            frequencies=weights.frequencies.data_ptr(),
             norm=weights.norm.data_ptr(),
             embedding=_matrix(weights.embedding),
             head=_matrix(weights.head),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from services.engine.batch import Batch
 from services.engine.kernels.model import F32, CompiledModel
-from services.engine.kernels.packing import PackedWeights
+from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
-from services.engine.runner import WARM_UP_BLOCKS, check_pool, warm_up_batches
 from services.engine.sampler import draw
 from services.engine.sampling_params import DrawFailed, Drawn
+from services.engine.warm_up import WARM_UP_BLOCKS, check_pool, warm_up_batches
 
 
 class CompiledRunner:
