@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -73,12 +74,16 @@ class Engine:
     """Owns the thread that runs the model.  The scheduler may be used from any thread inside ``exclusive()``; it is never
     held while the model runs, so reserving or aborting does not wait for a step."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, listener: Listener) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, listener: Listener, cpus: frozenset[int] = frozenset()
+    ) -> None:
+        """``cpus``: where its thread may run; empty leaves that to the system."""
         self.work = Work()
         self.gaps = Gaps()
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
+        self._cpus = cpus
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
@@ -163,6 +168,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            if self._cpus:
+                os.sched_setaffinity(0, self._cpus)
             while not self._stopping:
                 self._wake.clear()
                 # Looked at again after the clear: close() may have set both in between.
