@@ -67,7 +67,7 @@ def test_of_several_at_once_one_packs(tmp_path: Path) -> None:
     assert [content(weights) for weights in found] == [content(given)] * 3
 
 
-@pytest.mark.parametrize("damage", ["cut", "garbled", "empty", "points outside"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "garbled", "empty", "points outside"])
 def test_a_damaged_file_is_packed_anew(tmp_path: Path, damage: str) -> None:
     given = packed()
     cache.load_or_pack(tmp_path, "w", lambda: given)
@@ -76,6 +76,7 @@ def test_a_damaged_file_is_packed_anew(tmp_path: Path, damage: str) -> None:
     path.write_bytes(
         {
             "cut": whole[:-1],
+            "longer": whole + b"x",
             "garbled": b"\xff" + whole[1:],
             "empty": b"",
             "points outside": whole.replace(b'"offsets": [0,', b'"offsets": [9' + b"9" * 9 + b",", 1)[: len(whole)],
