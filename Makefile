@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench-overlap: $(STAMP) ## Measure what splitting adds to a prompt of 2048 token
 
 bench-engine: $(STAMP) ## Decode and prefill against the limits, torch, transformers, llama.cpp (ARGS="--help")
 	@python -m tests.bench.engine $(ARGS)
+
+bench-system: $(STAMP) ## Measure 32 mixed streams through the whole system against the engine alone (ARGS="--rounds 5")
+	@python -m tests.bench.system $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

@@ -48,9 +48,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What to start.  Ports 0 are picked free; ``threads`` per worker, None shares the machine's cores out; a role's
-    dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only the gateway
-    listens on ``host``, all else on the loopback."""
+    """What to start.  Ports 0 are picked free; ``threads`` per worker, None shares the machine's cores out; ``pin`` gives
+    each worker's threads cores of their own, None only where one is left over; a role's dtype is ``dtype`` where it is
+    None; what else is None is left to the services' own defaults.  Only the gateway listens on ``host``, all else on the
+    loopback."""
 
     model: str = DEFAULT_MODEL
     dtype: str | None = None
@@ -64,6 +65,7 @@ class ClusterConfig:
     grpc_port: int = DEFAULT_GRPC_PORT
     http_port: int = DEFAULT_HTTP_PORT
     threads: int | None = None
+    pin: bool | None = None
     kv_memory: str | None = None
     log_level: str = "info"
 
@@ -116,7 +118,9 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
     members = [
         member(Role.DIRECTORY, "directory", "services.directory", directory, directory_flags, metrics(metrics_port))
     ]
-    threads = config.threads or max(1, len(os.sched_getaffinity(0)) // num_workers)
+    cores = sorted(os.sched_getaffinity(0))
+    threads = config.threads or max(1, len(cores) // num_workers)
+    own_cores = iter(_share_out(cores, threads, num_workers, config.pin))
     roles = (
         (Role.PREFILL, config.num_prefill, config.prefill_dtype or config.dtype, config.prefill_block_size),
         (Role.DECODE, config.num_decode, config.decode_dtype or config.dtype, config.decode_block_size),
@@ -133,6 +137,8 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
                 "--metrics-port": str(metrics_port),
                 "--log-level": config.log_level,
             }
+            if cpus := next(own_cores):
+                flags["--cpus"] = cpus
             if dtype is not None:
                 flags["--dtype"] = dtype
             if block_size is not None:
@@ -149,3 +155,17 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
     }
     members.append(member(Role.GATEWAY, "gateway", "gateway", grpc_address, gateway_flags, f"{http_url}/metrics"))
     return Plan(tuple(members), grpc_address, http_url)
+
+
+def _share_out(cores: list[int], threads: int, num_workers: int, pin: bool | None) -> list[str]:
+    """Each worker's --cpus.  Where none would be left for what else there is to do, nothing is pinned unasked
+    (ADR 10).  Raises ClusterError."""
+    wanted = threads * num_workers
+    if pin and wanted > len(cores):
+        raise ClusterError(
+            f"--pin needs {wanted} cores for {num_workers} workers of {threads} threads, and there are {len(cores)}; "
+            "lower --threads, or leave --pin out"
+        )
+    if pin is False or (pin is None and wanted >= len(cores)):
+        return [""] * num_workers
+    return [",".join(map(str, cores[i * threads : (i + 1) * threads])) for i in range(num_workers)]

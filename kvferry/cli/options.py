@@ -81,6 +81,15 @@ Threads = Annotated[
         min=1, help="CPU threads per worker; by default they share the cores.", show_default=False, rich_help_panel=_RUN
     ),
 ]
+Pin = Annotated[
+    bool | None,
+    typer.Option(
+        "--pin/--no-pin",
+        help="Cores of its own for each worker's threads; by default where one core is left over.",
+        show_default=False,
+        rich_help_panel=_RUN,
+    ),
+]
 KvMemory = Annotated[
     str | None,
     typer.Option(help="KV pool of each worker, such as 512MiB.", show_default=False, rich_help_panel=_RUN),

@@ -32,6 +32,7 @@ def serve(
         int, typer.Option(min=0, max=65535, help="The gateway's HTTP; 0 picks one.", rich_help_panel="Cluster")
     ] = DEFAULT_HTTP_PORT,
     threads: options.Threads = None,
+    pin: options.Pin = None,
     kv_memory: options.KvMemory = None,
     log_dir: options.LogDir = None,
     log_level: options.Level = options.LogLevel.INFO,
@@ -63,6 +64,7 @@ def serve(
         grpc_port=grpc_port,
         http_port=http_port,
         threads=threads,
+        pin=pin,
         kv_memory=kv_memory,
         log_level=log_level.value,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -56,21 +57,22 @@ class Batch:
 def build_batch(entries: Sequence[Entry], block_size: int) -> Batch:
     """Pure.  Every entry has at least one token and a block table long enough for its last one."""
     lengths = np.array([len(e.token_ids) for e in entries], dtype=np.int32)
-    ends = np.array([e.start + len(e.token_ids) for e in entries], dtype=np.int32)
+    starts = np.array([e.start for e in entries], dtype=np.int64)
+    ends = (starts + lengths).astype(np.int32)
     num_blocks = -(-ends // block_size)
-    positions = np.concatenate([np.arange(e.start, e.start + len(e.token_ids), dtype=np.int64) for e in entries])
-    blocks = [np.asarray(e.block_table[:n], dtype=np.int32) for e, n in zip(entries, num_blocks, strict=True)]
-    slots = [
-        b[np.arange(e.start, end) // block_size].astype(np.int64) * block_size + np.arange(e.start, end) % block_size
-        for e, b, end in zip(entries, blocks, ends, strict=True)
-    ]
+    qo_indptr, kv_indptr = _indptr(lengths), _indptr(num_blocks)
+    tables = [e.block_table[:n] for e, n in zip(entries, num_blocks.tolist(), strict=True)]
+    kv_indices = np.array(list(chain.from_iterable(tables)), dtype=np.int32)
+    # One array over all sequences, for a step of many waits for this.
+    positions = np.repeat(starts - qo_indptr[:-1], lengths) + np.arange(qo_indptr[-1])
+    blocks = kv_indices[np.repeat(kv_indptr[:-1], lengths) + positions // block_size]
     return Batch(
-        token_ids=np.concatenate([np.asarray(e.token_ids, dtype=np.int64) for e in entries]),
+        token_ids=np.array(list(chain.from_iterable(e.token_ids for e in entries)), dtype=np.int64),
         positions=positions,
-        slots=np.concatenate(slots),
-        qo_indptr=_indptr(lengths),
-        kv_indptr=_indptr(num_blocks),
-        kv_indices=np.concatenate(blocks),
+        slots=blocks.astype(np.int64) * block_size + positions % block_size,
+        qo_indptr=qo_indptr,
+        kv_indptr=kv_indptr,
+        kv_indices=kv_indices,
         kv_last_page_len=((ends - 1) % block_size + 1).astype(np.int32),
         samples=tuple((i, e.sampling, int(ends[i])) for i, e in enumerate(entries) if e.sampling is not None),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import structlog
 
 from services.engine.batch import Batch, build_batch
 from services.engine.blocks import CacheChange
+from services.engine.gaps import Gaps
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import Event, SequenceId
@@ -24,6 +26,10 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class Runner(Protocol):
+    @property
+    def late_s(self) -> float:
+        """Of the last run, how long it waited for the interpreter after the numbers were there; 0 where none tells."""
+
     def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         """Computes a step and draws one token per entry of ``batch.samples``, in order.  Blocks; one thread calls it."""
 
@@ -68,14 +74,20 @@ class Engine:
     """Owns the thread that runs the model.  The scheduler may be used from any thread inside ``exclusive()``; it is never
     held while the model runs, so reserving or aborting does not wait for a step."""
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, listener: Listener) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, listener: Listener, cpus: frozenset[int] = frozenset()
+    ) -> None:
+        """``cpus``: where its thread may run; empty leaves that to the system."""
         self.work = Work()
+        self.gaps = Gaps()
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
+        self._cpus = cpus
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._idle_since_s: float | None = None  # time.monotonic(); None while there was nothing to compute
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -107,6 +119,7 @@ class Engine:
         with self._lock:
             plan = self._scheduler.plan()
             if plan is None:
+                self._idle_since_s = None
                 return False
             if plan.started:
                 self._listener.on_started(list(plan.started))
@@ -128,10 +141,16 @@ class Engine:
 
     def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed], str]:
         try:
-            return self._runner.run(build_batch(plan.entries, self._scheduler.limits.block_size)), ""
+            batch = build_batch(plan.entries, self._scheduler.limits.block_size)
+            if self._idle_since_s is not None:
+                self.gaps.observe(time.monotonic() - self._idle_since_s)
+            drawn = self._runner.run(batch)
+            self._idle_since_s = time.monotonic() - self._runner.late_s
         except Exception as e:  # one batch fails, not the worker
             log.exception("step_failed", sequences=[s.id for s in plan.sequences])
+            self._idle_since_s = None
             return [], f"the model could not be run: {e}"
+        return drawn, ""
 
     def _account(self, plan: Plan, prefill: int, decode: int, elapsed_s: float) -> None:
         work = self.work
@@ -149,6 +168,8 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            if self._cpus:
+                os.sched_setaffinity(0, self._cpus)
             while not self._stopping:
                 self._wake.clear()
                 # Looked at again after the clear: close() may have set both in between.

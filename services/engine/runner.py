@@ -8,15 +8,14 @@ import numpy as np
 import torch
 
 from services.engine.attention.torch_attention import TorchAttention
-from services.engine.batch import Batch, Entry, build_batch
+from services.engine.batch import Batch
 from services.engine.layout import KvLayout
 from services.engine.model import LlamaModel
 from services.engine.model_config import ModelConfig
 from services.engine.sampler import F32, draw
-from services.engine.sampling_params import DrawFailed, Drawn, Sampling
+from services.engine.sampling_params import DrawFailed, Drawn
+from services.engine.warm_up import WARM_UP_BLOCKS, check_pool, warm_up_batches
 from services.engine.weights import DTYPES, Weights
-
-WARM_UP_BLOCKS = 4
 
 
 class TorchRunner:
@@ -25,6 +24,8 @@ class TorchRunner:
     ``arena_buffer`` is written and read in place and must outlive the runner; a block that a peer is writing may be in it
     as long as no batch names it.
     """
+
+    late_s = 0.0  # torch does not tell
 
     def __init__(
         self,
@@ -65,20 +66,3 @@ class TorchRunner:
         with torch.inference_mode():
             logits = self._model.forward(batch, arena, self._attention)
             return np.asarray(logits.float().numpy(), dtype=np.float32)
-
-
-def check_pool(config: ModelConfig, layout: KvLayout, arena_buffer: memoryview, num_blocks: int) -> None:
-    """Raises ValueError when the buffer is too small for the blocks, or the layout is not the model's."""
-    nbytes = num_blocks * layout.block_nbytes
-    if arena_buffer.nbytes < nbytes or arena_buffer.readonly:
-        raise ValueError(f"{num_blocks} blocks need {nbytes} writable bytes; the buffer has {arena_buffer.nbytes}")
-    stated = (config.revision, config.num_layers, config.num_kv_heads, config.head_dim)
-    if stated != (layout.model_revision, layout.num_layers, layout.num_kv_heads, layout.head_dim):
-        raise ValueError("the layout is of another model")
-
-
-def warm_up_batches(block_size: int) -> list[Batch]:
-    """A prompt, a step and a step of two, within ``WARM_UP_BLOCKS`` blocks."""
-    prompt = Entry([0] * (3 * block_size), 0, [0, 1, 2], Sampling())
-    step = Entry([0], 3 * block_size, [0, 1, 2, 3], Sampling())
-    return [build_batch(entries, block_size) for entries in ([prompt], [step], [step, step])]

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from services.engine.engine import Runner
+from services.engine.hf_checkpoint import weight_files
+from services.engine.kernels import cache
 from services.engine.kernels.library import KernelsUnavailable, load
 from services.engine.kernels.model import why_not
-from services.engine.kernels.packing import FORMATS, PackedWeights, pack_stream
+from services.engine.kernels.packed import FORMATS, PackedWeights
 from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig, ModelError
-from services.engine.runner import TorchRunner
-from services.engine.weights import DTYPES, Weights, WeightsReader, load_weights
+
+# torch takes seconds to import, and a worker whose packed weights are in the cache does without: what needs it is imported
+# where it is used.
+if TYPE_CHECKING:
+    from services.engine.weights import Weights
 
 log = structlog.get_logger(__name__)
+
+TORCH_DTYPES = ("float32", "bfloat16", "float16")
 
 
 class WarmRunner(Runner, Protocol):
@@ -30,19 +37,36 @@ def kv_dtype(dtype: str) -> str:
     return "bfloat16" if dtype == "int8" else dtype
 
 
-def load_for_runner(config: ModelConfig, path: Path, dtype: str, *, compiled: bool) -> Weights | PackedWeights:
+def load_for_runner(
+    config: ModelConfig, path: Path, dtype: str, *, compiled: bool, cache_folder: Path | None = None
+) -> Weights | PackedWeights:
     """Weights in the form that the runner wants, by the compiled kernels or by torch; blocks.  Raises ModelError.  Where
     the kernels cannot be had, or have not this type, torch computes and one line of log says why; int8, which only they
-    compute, is refused."""
-    if dtype not in DTYPES and dtype not in FORMATS:
-        raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join({**DTYPES, **FORMATS})}")
+    compute, is refused.  ``cache_folder``: where packed weights are kept for the next start and for other workers."""
+    if dtype not in TORCH_DTYPES and dtype not in FORMATS:
+        known = dict.fromkeys((*TORCH_DTYPES, *FORMATS))
+        raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(known)}")
     reason = _kernels_missing(config, dtype) if compiled else "--kernels torch"
     if reason is not None and dtype == "int8":
         raise ModelError(f"int8 needs the compiled kernels ({reason}); or use --dtype bfloat16")
     if reason is not None:
         if compiled:
             log.warning("plain_torch", reason=reason)
+        from services.engine.weights import load_weights
+
         return load_weights(config, path, dtype)
+    if cache_folder is None:
+        return _pack(config, path, dtype)
+    files = [path] if path.is_file() else weight_files(path)
+    name = cache.key(config.revision, dtype, files)
+    return cache.load_or_pack(cache_folder, name, lambda: _pack(config, path, dtype))
+
+
+def _pack(config: ModelConfig, path: Path, dtype: str) -> PackedWeights:
+    from services.engine.kernels.packing import pack_stream
+    from services.engine.weights import WeightsReader
+
+    log.info("packing_weights", dtype=dtype)
     reader = WeightsReader(config, path, "float32" if dtype == "int8" else dtype)
     weights = pack_stream(config, dtype, reader.embedding(), reader.layers(), reader.norm(), reader.head())
     log.info("weights_packed", dtype=dtype, nbytes=weights.nbytes)
@@ -51,7 +75,9 @@ def load_for_runner(config: ModelConfig, path: Path, dtype: str, *, compiled: bo
 
 def create_runner(config: ModelConfig, weights: Weights | PackedWeights, layout: KvLayout, arena_buffer: memoryview,
                   num_blocks: int, num_threads: int) -> WarmRunner:  # fmt: skip
-    if isinstance(weights, Weights):
+    if not isinstance(weights, PackedWeights):
+        from services.engine.runner import TorchRunner
+
         return TorchRunner(config, weights, layout, arena_buffer, num_blocks, num_threads)
     runner = CompiledRunner(config, weights, layout, arena_buffer, num_blocks, num_threads)
     log.info("compiled_kernels", instruction_set=runner.model.instruction_set, threads=num_threads)

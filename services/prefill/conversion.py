@@ -6,15 +6,17 @@ import asyncio
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from services.engine.layout import KvLayout
-from services.engine.weights import DTYPES
 from services.prefill.pieces import Placement, stretches
 from services.prefill.scratch import Claim, Scratch, plan_goes
 from transport import Region, TransferCancelled
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Converter:
@@ -101,6 +103,10 @@ def _convert(pool: memoryview, memory: memoryview, source: Placement, target: Pl
 
 
 def _blocks(region: memoryview, placement: Placement) -> torch.Tensor:
+    import torch  # takes seconds to import, and only pools of unequal types or blocks need it
+
+    from services.engine.weights import DTYPES
+
     layout = placement.layout
     dtype, num_blocks = DTYPES[layout.dtype], (region.nbytes - placement.base) // layout.block_nbytes
     count = num_blocks * layout.block_nbytes // dtype.itemsize

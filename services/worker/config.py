@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 
 from kvferry.errors import InvalidRequestError
+from services.engine.kernels.cache import default_folder
 from services.runtime.config import option
+from services.runtime.cpus import Cpus, parse_cpus, require_allowed
 from services.runtime.logs import LogLevel
 from services.worker.share import Share
 
@@ -37,6 +40,12 @@ class WorkerConfig:
         Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"
     )
     threads: int = option(1, help="CPU threads for the model", minimum=1)
+    cpus: str = option(
+        "", help="processors for those threads alone, such as 0-3,6; the rest of the process keeps to the others"
+    )
+    weights_cache: str = option(
+        "auto", help="folder that keeps packed weights for the next start: auto is ~/.cache/kvferry/weights; or none"
+    )
     kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
     convert_memory: str = option(
         "24MiB", help="memory of a prefill worker for KV on its way to decode workers of another dtype"
@@ -69,6 +78,26 @@ class WorkerConfig:
             Share.parse(self.verify_transfers)
         except ValueError as e:
             raise ValueError(f"--verify-transfers: {e}") from e
+        try:
+            cpus = self.compute_cpus
+            require_allowed(cpus)
+        except ValueError as e:
+            raise ValueError(f"--cpus: {e}") from e
+        if 0 < len(cpus) < self.threads:
+            raise ValueError(
+                f"--cpus {self.cpus} names {len(cpus)} processors for {self.threads} threads; name more, or lower --threads"
+            )
+
+    @property
+    def compute_cpus(self) -> Cpus:
+        """Empty: wherever the system puts them."""
+        return parse_cpus(self.cpus)
+
+
+def weights_cache_folder(text: str) -> Path | None:
+    if text == "none":
+        return None
+    return default_folder() if text == "auto" else Path(text).expanduser()
 
 
 def parse_nbytes(text: str) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 import prometheus_client
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from services.engine.gaps import BOUNDS_S, Gaps
 from services.worker.worker import Worker
 from transport import Path
 
@@ -43,6 +45,7 @@ class _WorkerCollector(Collector):
         yield tokens
         yield CounterMetricFamily("kvferry_steps", "Engine steps", value=work.steps)
         yield CounterMetricFamily("kvferry_step_seconds", "Seconds the model ran", value=work.busy_s)
+        yield _gap_histogram(worker.engine.gaps)
         transfer_blocks = CounterMetricFamily(
             "kvferry_transfer_blocks", "KV blocks moved by one-sided operations", labels=["direction"]
         )
@@ -74,3 +77,14 @@ class _WorkerCollector(Collector):
         yield CounterMetricFamily(
             "kvferry_transfer_check_seconds", "Seconds spent digesting KV to verify transfers", value=traffic.digest_s
         )
+
+
+def _gap_histogram(gaps: Gaps) -> HistogramMetricFamily:
+    cumulative = list(accumulate(gaps.counts))
+    bounds = (*map(str, BOUNDS_S), "+Inf")
+    return HistogramMetricFamily(
+        "kvferry_engine_step_gap_seconds",
+        "Time from a step's end to the next one's start, while there was work",
+        buckets=list(zip(bounds, map(float, cumulative), strict=True)),
+        sum_value=gaps.total_s,
+    )

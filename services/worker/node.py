@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import grpc
 import structlog
@@ -17,17 +18,20 @@ from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import Error
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine
+from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
+from services.engine.model_config import ModelConfig
 from services.engine.model_files import open_model
-from services.engine.runners import create_runner, kv_dtype, load_for_runner
+from services.engine.runners import WarmRunner, create_runner, kv_dtype, load_for_runner
 from services.engine.scheduler import Limits, Scheduler
 from services.runtime.channels import Channels
+from services.runtime.cpus import Cpus, format_cpus, pinned
 from services.runtime.membership import Membership
 from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_server, running, split_address
 from services.runtime.startup import StartupError
-from services.worker.config import Kernels, WorkerConfig, parse_nbytes
+from services.worker.config import Kernels, WorkerConfig, parse_nbytes, weights_cache_folder
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
@@ -35,6 +39,9 @@ from services.worker.pins import PinBook
 from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
 from transport import TransportError, create
+
+if TYPE_CHECKING:
+    from services.engine.weights import Weights
 
 log = structlog.get_logger(__name__)
 
@@ -91,7 +98,10 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     try:
         files = await asyncio.to_thread(open_model, config.model)
         compiled = config.kernels is Kernels.COMPILED
-        weights = await asyncio.to_thread(load_for_runner, files.config, files.path, config.dtype, compiled=compiled)
+        weights = await asyncio.to_thread(
+            load_for_runner, files.config, files.path, config.dtype,
+            compiled=compiled, cache_folder=weights_cache_folder(config.weights_cache),
+        )  # fmt: skip
         transport = create("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e
@@ -112,8 +122,10 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             region = transport.allocate(num_blocks * layout.block_nbytes)
         except TransportError as e:
             raise StartupError(str(e)) from e
-        runner = create_runner(model, weights, layout, region.view, num_blocks, config.threads)
-        await asyncio.to_thread(runner.warm_up)
+        cpus = config.compute_cpus
+        runner = await asyncio.to_thread(
+            _warm_runner, model, weights, layout, region.view, num_blocks, config.threads, cpus
+        )
         loop = asyncio.get_running_loop()
         transport.attach(loop)
         stack.callback(transport.detach)
@@ -127,7 +139,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             max_pinned=num_blocks // PINNED_SHARE,
         )
         router = EventRouter(loop)
-        engine = Engine(Scheduler(pool, limits), runner, router)
+        engine = Engine(Scheduler(pool, limits), runner, router, cpus)
         role_name = common_pb2.WorkerRole.Name(role.kind).removeprefix("WORKER_ROLE_").lower()
         identity = Identity(
             worker_id=config.worker_id or f"{role_name}-{address}",
@@ -146,6 +158,16 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         )
         pins = PinBook(pool, max_blocks=limits.max_pinned, max_pins=MAX_PINS)
         yield Worker(identity, model, layout, transport, region, engine, router, pins)
+
+
+def _warm_runner(model: ModelConfig, weights: Weights | PackedWeights, layout: KvLayout, arena: memoryview,
+                 num_blocks: int, threads: int, cpus: Cpus) -> WarmRunner:  # fmt: skip
+    """Blocks.  The threads that it starts are on ``cpus``; the caller's stays where it was."""
+    with pinned(cpus):
+        runner = create_runner(model, weights, layout, arena, num_blocks, threads)
+        runner.warm_up()
+    log.info("compute", threads=threads, cpus=format_cpus(cpus) or "any")
+    return runner
 
 
 async def _drain(worker: Worker, timeout_s: float) -> None:

@@ -6,6 +6,7 @@ import sys
 
 from services.runtime import logs, tracing
 from services.runtime.config import load
+from services.runtime.cpus import leave
 from services.runtime.server import run_until_stopped
 from services.worker.config import WorkerConfig
 from services.worker.node import Role, run_worker
@@ -16,4 +17,6 @@ def start(role: Role, name: str) -> int:
     config = load(WorkerConfig, sys.argv[1:], prog)
     logs.configure(config.worker_id or name, level=config.log_level.value)
     tracing.configure(config.worker_id or name)
+    # Before any other thread starts: they inherit it, and the ones that compute are sent back by ``run_worker``.
+    leave(config.compute_cpus)
     return run_until_stopped(run_worker(config, role), prog=prog)

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -320,6 +321,21 @@ def test_each_role_may_have_blocks_of_its_own() -> None:
     assert flags["prefill-0"]["--block-size"] == "8"
     assert flags["decode-0"]["--dtype"] == "float16"
     assert "--block-size" not in flags["decode-0"]
+
+
+def test_workers_get_cores_of_their_own_where_one_is_left_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    def pins(num_cores: int, **asked: Any) -> list[str | None]:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4, 4 + num_cores)))
+        planned = plan(ClusterConfig(grpc_port=0, http_port=0, **asked), ROOT)
+        flags = [dict(zip(m.command[3::2], m.command[4::2], strict=True)) for m in planned.members]
+        return [f.get("--cpus") for f in flags if "--threads" in f]
+
+    assert pins(2) == pins(4) == [None, None]
+    assert pins(5) == ["4,5", "6,7"]
+    assert pins(3, pin=False) == [None, None]
+    assert pins(2, pin=True) == ["4", "5"]
+    with pytest.raises(ClusterError, match="--pin needs 6 cores for 2 workers of 3 threads, and there are 4; lower"):
+        pins(4, threads=3, pin=True)
 
 
 def test_every_planned_flag_is_one_that_the_service_knows() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 from services.engine.batch import Batch
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine, StepTime
@@ -12,6 +15,8 @@ from services.engine.sequence import Event, Sequence, SequenceId
 
 class Recorder:
     """Runner and listener in one, so that the order between them is seen."""
+
+    late_s = 0.0
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -67,3 +72,42 @@ def test_a_step_that_breaks_has_told_all_that_started() -> None:
     add(e, "b", 12)
     assert e.step()
     assert recorder.seen == ["Started a", "Started b", "run", "StepFailed a"]
+
+
+def test_a_gap_is_counted_between_steps_that_follow_each_other_and_not_over_idle_time() -> None:
+    recorder = Recorder()
+    e = engine(recorder)
+    add(e, "a", 12)  # two chunks
+    assert e.step()
+    assert sum(e.gaps.counts) == 0
+    recorder.late_s = 0.3  # the numbers were there before the step's thread had the interpreter again
+    assert e.step()
+    assert sum(e.gaps.counts) == 1
+    assert not e.step()
+    add(e, "b", 24)  # of which the cache holds 12
+    assert e.step()
+    assert sum(e.gaps.counts) == 1
+    assert e.step()
+    assert sum(e.gaps.counts) == 2
+    assert e.gaps.counts[-1] == 1
+    assert e.gaps.total_s > 0.3
+
+
+def test_the_engines_thread_keeps_to_its_processors() -> None:
+    recorder = Recorder()
+    cpu = max(os.sched_getaffinity(0))
+    e = Engine(Scheduler(BlockPool(16), Limits(block_size=4, context_length=64)), recorder, recorder, frozenset({cpu}))
+    found: list[set[int]] = []
+    ran = threading.Event()
+
+    def run(batch: Batch) -> list[Drawn]:
+        found.append(os.sched_getaffinity(0))
+        ran.set()
+        return [Drawn(1) for _ in batch.samples]
+
+    recorder.run = run  # type: ignore[method-assign]
+    add(e, "a", 4)
+    e.start()
+    assert ran.wait(10)
+    e.close()
+    assert found == [{cpu}]

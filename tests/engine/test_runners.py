@@ -10,7 +10,8 @@ from structlog.testing import capture_logs
 
 from services.engine.kernels import build
 from services.engine.kernels.library import load
-from services.engine.kernels.packing import PackedWeights, pack
+from services.engine.kernels.packed import PackedWeights
+from services.engine.kernels.packing import pack
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig, ModelError
 from services.engine.model_files import ModelFiles

@@ -57,6 +57,8 @@ def token_kv(token: int, position: int) -> torch.Tensor:
 
 
 class MadeUpRunner:
+    late_s = 0.0
+
     def __init__(self, pool: torch.Tensor) -> None:
         self._pool = pool
         self.may_run = threading.Event()

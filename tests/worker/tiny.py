@@ -33,6 +33,8 @@ NO_PROCESS = ProcessIdentity("", 0, 0, 0)
 class AlwaysSeven:
     """Computes nothing, and draws the same token for whoever asks."""
 
+    late_s = 0.0
+
     def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         return [Drawn(7) for _ in batch.samples]
 

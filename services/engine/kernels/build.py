@@ -12,6 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
+import structlog
+
+log = structlog.get_logger(__name__)
+
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted((*HERE.glob("*.c"), *HERE.glob("*.h"))))
 BUILD = HERE.parents[2] / "build"
@@ -39,6 +43,7 @@ def build() -> Path:
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         raise RuntimeError("no C compiler found: apt-get install gcc, then make setup")
+    log.info("compiling_kernels", library=target.name)  # a worker that starts shows what it waits for
     variants = _VARIANTS if platform.machine() == "x86_64" else {"portable": ()}
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as folder:

@@ -3,6 +3,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 typedef struct {
     kvf_work *step;
@@ -177,7 +178,7 @@ void kvf_count_steps(const float *weights, long num_groups, float *to)
 }
 
 /* Computes a step; blocks.  One caller at a time.  -1 when there is no memory, and then nothing was done. */
-int kvf_run(kvf_engine *engine, const kvf_model *model, const kvf_batch *batch)
+int kvf_run(kvf_engine *engine, const kvf_model *model, kvf_batch *batch)
 {
     int num_threads = kvf_pool_size(engine->pool);
     kvf_step step = {.model = model, .batch = batch};
@@ -194,5 +195,8 @@ int kvf_run(kvf_engine *engine, const kvf_model *model, const kvf_batch *batch)
     lay_out(&step, engine->memory, num_threads);
     plan(&step, max_chunks);
     kvf_pool_run(engine->pool, engine->step, &step);
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    batch->ended_ns = now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
     return 0;
 }

@@ -44,6 +44,7 @@ class BatchStruct(ctypes.Structure):
                                         "sampled", "arena")),
         *((name, c_int64) for name in ("block_size", "kv_half")),
         ("logits", c_void_p),
+        ("ended_ns", c_int64),
     )  # fmt: skip
 
 

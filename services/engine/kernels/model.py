@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 import weakref
 from ctypes import byref
 
@@ -19,10 +20,9 @@ from services.engine.kernels.library import (
     instruction_sets,
     load,
 )
-from services.engine.kernels.packing import FORMATS, PackedMatrix, PackedWeights
+from services.engine.kernels.packed import FORMATS, PackedMatrix, PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
-from services.engine.rope import inverse_frequencies
 
 F32 = npt.NDArray[np.float32]
 
@@ -52,12 +52,12 @@ class CompiledModel:
         if self.instruction_set not in available:
             raise ValueError(f"this processor has no {self.instruction_set}; it has {', '.join(available)}")
         self._config, self._layout, self._weights = config, layout, weights
-        self._frequencies = inverse_frequencies(config)
         self._struct = self._describe()
         engine = self._lib.kvf_open(self.instruction_set.encode(), num_threads)
         if not engine:
             raise KernelsUnavailable(f"{num_threads} threads could not be started; give fewer with --threads")
         self._engine = engine
+        self.late_s = 0.0  # see Runner
         weakref.finalize(self, self._lib.kvf_close, engine)
 
     def forward(self, batch: Batch, arena: memoryview, num_blocks: int) -> F32:
@@ -84,6 +84,7 @@ class CompiledModel:
         )
         if self._lib.kvf_run(self._engine, byref(self._struct), byref(struct)) != 0:
             raise MemoryError(f"no memory for a step of {batch.num_tokens} tokens; lower --chunk-tokens")
+        self.late_s = (time.monotonic_ns() - struct.ended_ns) / 1e9
         return logits[:, : self._config.vocab_size]
 
     def _check(self, batch: Batch, num_blocks: int) -> None:
@@ -128,7 +129,7 @@ class CompiledModel:
             intermediate_size=config.intermediate_size,
             window=config.sliding_window or 0,
             norm_eps=config.norm_eps,
-            frequencies=self._frequencies.data_ptr(),
+            frequencies=weights.frequencies.data_ptr(),
             norm=weights.norm.data_ptr(),
             embedding=_matrix(weights.embedding),
             head=_matrix(weights.head),

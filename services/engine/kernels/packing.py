@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 
 from services.engine.kernels.library import load
+from services.engine.kernels.packed import PackedLayer, PackedMatrix, PackedWeights
 from services.engine.model_config import ModelConfig
+from services.engine.rope import inverse_frequencies
 from services.engine.weights import LayerWeights, Weights
-
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
 
 _PANEL = 32  # outputs
 _GROUP = 32  # inputs that share a scale and an offset
@@ -23,52 +22,6 @@ _QUANTIZED_AT_ONCE = 1 << 20  # weights: what is worked in stays in the cache, a
 _ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _READ_AS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}
 _ALIGNMENT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class PackedMatrix:
-    """A projection of ``num_rows`` outputs, padded with zeros, and ``num_columns`` inputs, padded with the last one: there
-    inputs are zero.  ``scales`` is int8's alone: float16 [panels, inputs / 32, 2, 32], a group's scales, then its
-    offsets."""
-
-    values: torch.Tensor
-    scales: torch.Tensor | None
-    num_rows: int
-    num_columns: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.values.nbytes + (self.scales.nbytes if self.scales is not None else 0)
-
-
-@dataclass(frozen=True, slots=True)
-class PackedLayer:
-    """Norms and biases are float32."""
-
-    attention_norm: torch.Tensor
-    qkv: PackedMatrix
-    qkv_bias: torch.Tensor | None
-    output: PackedMatrix
-    mlp_norm: torch.Tensor
-    gate_up: PackedMatrix
-    down: PackedMatrix
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeights:
-    """``head`` is ``embedding`` itself where the model ties them.  ``dtype``: "float32", "bfloat16" or "int8"."""
-
-    dtype: str
-    embedding: PackedMatrix
-    layers: tuple[PackedLayer, ...]
-    norm: torch.Tensor
-    head: PackedMatrix
-
-    @property
-    def nbytes(self) -> int:
-        matrices = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
-        matrices += [m for layer in self.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        return sum(matrix.nbytes for matrix in matrices)
 
 
 def pack(config: ModelConfig, weights: Weights, dtype: str) -> PackedWeights:
@@ -94,6 +47,7 @@ def pack_stream(
         layers=tuple(_pack_layer(packer, layer) for layer in layers),
         norm=norm.float(),
         head=packed_embedding if head is None else packer.pack(head),
+        frequencies=inverse_frequencies(config),
     )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from services.engine.batch import Batch
 from services.engine.kernels.model import F32, CompiledModel
-from services.engine.kernels.packing import PackedWeights
+from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
-from services.engine.runner import WARM_UP_BLOCKS, check_pool, warm_up_batches
 from services.engine.sampler import draw
 from services.engine.sampling_params import DrawFailed, Drawn
+from services.engine.warm_up import WARM_UP_BLOCKS, check_pool, warm_up_batches
 
 
 class CompiledRunner:
@@ -32,6 +32,10 @@ class CompiledRunner:
         self._arena = arena_buffer
         self._num_blocks = num_blocks
         self.model = CompiledModel(config, weights, layout, num_threads=num_threads, instruction_set=instruction_set)
+
+    @property
+    def late_s(self) -> float:
+        return self.model.late_s
 
     def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
         return draw(self.logits(batch), [(sampling, position) for _, sampling, position in batch.samples])

@@ -54,6 +54,7 @@ typedef struct {
     char *arena;
     int64_t block_size, kv_half;
     float *logits;         /* [num_sampled, head rows padded to 32], written */
+    int64_t ended_ns;      /* written: when the step was done, by CLOCK_MONOTONIC */
 } kvf_batch;
 
 /* Queries of one sequence that share a KV head, numbered row by row and head by head; chunks of its context. */
