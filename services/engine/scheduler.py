@@ -176,7 +176,9 @@ class Scheduler:
         started = []
         self._fill_from_ready()
         self._grow()
-        self._fill_from_ready()  # a preemption may have made a place
+        while self._ready and len(self._running) < self.limits.max_running:  # a preemption made a place
+            self._fill_from_ready()
+            self._grow()
         while self._waiting and len(self._running) < self.limits.max_running:
             event = self._try_start(self._waiting[0])
             if event is None:

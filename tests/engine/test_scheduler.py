@@ -276,6 +276,20 @@ def test_with_one_place_a_preemption_hands_it_on() -> None:
     assert outputs == {name: expected([1, 2, 3], 12) for name in ("a", "b")}
 
 
+def test_whoever_takes_a_preempted_ones_place_gets_the_block_it_needs() -> None:
+    """Its prompt fills its blocks, so its second token needs another."""
+    s, model = scheduler(4, max_running=1), FakeModel(4)
+    for name, first in (("a", 1), ("b", 5)):
+        q = sequence(name, [first, 2, 3, 4], 8)
+        _, lent = s.reserve(q)
+        model.slots[lent[0] * BLOCK : lent[0] * BLOCK + 4] = q.tokens
+        s.deliver(q.id, lent, Drawn(next_token(q.tokens)))
+    s.pool.allocate(1)
+    while plan := s.plan():
+        s.complete(plan, model.run(plan))
+    assert s.num_sequences == 0
+
+
 def test_a_failed_step_ends_its_sequences_only() -> None:
     s = scheduler(20, max_running=1)
     s.add(sequence("a", [1, 2], 5))
