@@ -15,7 +15,7 @@ from services.engine.batch import Batch, build_batch
 from services.engine.blocks import CacheChange
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
-from services.engine.sequence import Event, SequenceId
+from services.engine.sequence import Event, SequenceId, TokenDrawn
 
 log = structlog.get_logger(__name__)
 
@@ -24,17 +24,21 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class Runner(Protocol):
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
-        """Computes a step and draws one token per entry of ``batch.samples``, in order.  Blocks; one thread calls it."""
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+        """Computes a step and draws one token per entry of ``batch.samples``, in order; None behind a draft that is not
+        what was drawn.  Blocks; one thread calls it."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What was computed so far.  Tokens, and seconds of model time."""
+    """What was computed so far.  Tokens, and seconds of model time.  ``drafted_tokens`` were guessed and verified; the
+    ``accepted_tokens`` among them count as ``decode_tokens`` too."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     steps: int = 0
     busy_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
@@ -114,9 +118,9 @@ class Engine:
         started_s = time.monotonic()
         drawn, failure = self._compute(plan)
         elapsed_s = time.monotonic() - started_s
-        self._account(plan, num_prefill, num_decode, elapsed_s)
         with self._lock:
             events = self._scheduler.fail(plan, failure) if failure else self._scheduler.complete(plan, drawn)
+            self._account(plan, num_prefill, num_decode, _num_accepted(events), elapsed_s)
             self._listener.on_events(events, StepTime(tuple(s.id for s in plan.sequences), started_s, elapsed_s))
             self._tell_cache_changes()
         return True
@@ -126,15 +130,18 @@ class Engine:
         if changes := self._scheduler.pool.take_changes():
             self._listener.on_cache_changes(changes)
 
-    def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed], str]:
+    def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed | None], str]:
         try:
             return self._runner.run(build_batch(plan.entries, self._scheduler.limits.block_size)), ""
         except Exception as e:  # one batch fails, not the worker
             log.exception("step_failed", sequences=[s.id for s in plan.sequences])
             return [], f"the model could not be run: {e}"
 
-    def _account(self, plan: Plan, prefill: int, decode: int, elapsed_s: float) -> None:
+    def _account(self, plan: Plan, prefill: int, decode: int, accepted: int, elapsed_s: float) -> None:
         work = self.work
+        decode += accepted
+        work.drafted_tokens += plan.num_draft_tokens
+        work.accepted_tokens += accepted
         work.steps += 1
         work.busy_s += elapsed_s
         work.decode_tokens += decode
@@ -157,6 +164,12 @@ class Engine:
         except BaseException as e:
             log.exception("engine_died")
             self._listener.on_death(e)
+
+
+def _num_accepted(events: list[Event]) -> int:
+    """Tokens beside the one that a step brings each sequence."""
+    drawn = [event.id for event in events if isinstance(event, TokenDrawn)]
+    return len(drawn) - len(set(drawn))
 
 
 def _blend(old: float, new: float, weight: float) -> float:

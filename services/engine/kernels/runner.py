@@ -33,8 +33,8 @@ class CompiledRunner:
         self._num_blocks = num_blocks
         self.model = CompiledModel(config, weights, layout, num_threads=num_threads, instruction_set=instruction_set)
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
-        return draw(self.logits(batch), [(sampling, position) for _, sampling, position in batch.samples])
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+        return draw(self.logits(batch), batch.samples)
 
     def logits(self, batch: Batch) -> F32:
         return self.model.forward(batch, self._arena, self._num_blocks)
