@@ -17,6 +17,7 @@ from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import Error
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine
+from services.engine.kernels.packing import PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_files import open_model
 from services.engine.runners import create_runner, kv_dtype, load_for_runner
@@ -27,7 +28,7 @@ from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_server, running, split_address
 from services.runtime.startup import StartupError
-from services.worker.config import Kernels, WorkerConfig, parse_nbytes
+from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
@@ -145,7 +146,9 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             huge_pages=region.huge_pages,
         )
         pins = PinBook(pool, max_blocks=limits.max_pinned, max_pins=MAX_PINS)
-        yield Worker(identity, model, layout, transport, region, engine, router, pins)
+        exact = isinstance(weights, PackedWeights)
+        speculates = config.speculate is Speculate.ON or (config.speculate is Speculate.AUTO and exact)
+        yield Worker(identity, model, layout, transport, region, engine, router, pins, speculates=speculates)
 
 
 async def _drain(worker: Worker, timeout_s: float) -> None:
