@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LENGTHS = (4, 3, 2)  # of the n-grams that are looked up, the longest first
-MAX_DRAFTS = 11
-_FIRST_DRAFTS = 2
+# Of the n-grams that are looked up, the longest first.  Pairs of tokens are everywhere in prose, and what follows them is
+# wrong too often to pay in a batch of eight.
+LENGTHS = (4, 3)
+MAX_DRAFTS = (
+    11  # with the token before them, the 12 rows that the kernels multiply with a panel in one go (MR in matmul.h)
+)
+_FIRST_DRAFTS = 3
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 8, 64  # tokens
 
 
 class Drafter:
     """Of one sequence, whose tokens are only ever appended to.  A token costs an entry of a dict for each length of n-gram,
-    some 600 bytes in all.  Not thread-safe.
+    some 400 bytes in all.  Not thread-safe.
 
     How many tokens are drafted follows success: twice as many when all were right, as many as were right when some were
     not, half when none was, and down at 0 none for a while, that gets longer with each vain trial.

@@ -22,16 +22,16 @@ def naive(tokens: list[int], count: int) -> list[int]:
     return []
 
 
-@given(tokens=LETTERS, cuts=st.lists(st.integers(1, 60), max_size=8), most=st.integers(0, 3))
+@given(tokens=LETTERS, cuts=st.lists(st.integers(1, 60), max_size=8), most=st.integers(0, 4))
 def test_drafts_are_what_followed_the_longest_match(tokens: list[int], cuts: list[int], most: int) -> None:
     """However many tokens came between two proposals."""
     drafter = Drafter()
     for end in sorted({min(cut, len(tokens)) for cut in cuts} | {len(tokens)}):
-        assert drafter.propose(tokens[:end], most) == naive(tokens[:end], min(most, 2))
+        assert drafter.propose(tokens[:end], most) == naive(tokens[:end], min(most, 3))
 
 
 def test_a_quotation_is_drafted_further_with_each_success() -> None:
-    tokens = [*range(100), 0, 1]
+    tokens = [*range(100), 0, 1, 2]
     drafter, sizes = Drafter(), []
     while tokens[-1] < 60:
         drafts = drafter.propose(tokens, 99)
@@ -39,8 +39,8 @@ def test_a_quotation_is_drafted_further_with_each_success() -> None:
         assert drafts == list(range(tokens[-1] + 1, tokens[-1] + 1 + len(drafts)))
         tokens += [*drafts, drafts[-1] + 1]
         drafter.learn(len(tokens), len(drafts), len(drafts))
-    assert sizes[:4] == [2, 4, 8, MAX_DRAFTS]
-    assert set(sizes[4:]) == {MAX_DRAFTS}
+    assert sizes[:3] == [3, 6, MAX_DRAFTS]
+    assert set(sizes[3:]) == {MAX_DRAFTS}
 
 
 def test_failures_silence_it_for_longer_and_longer() -> None:
@@ -57,9 +57,8 @@ def test_failures_silence_it_for_longer_and_longer() -> None:
 
 def test_half_a_success_asks_for_as_much() -> None:
     drafter = Drafter()
-    for accepted in (2, 4, 3):
-        drafter.learn(10, 2 * accepted if accepted == 3 else accepted, accepted)
-    assert len(drafter.propose([5] * 20, 99)) == 3
+    drafter.learn(10, 6, 4)
+    assert len(drafter.propose([5] * 20, 99)) == 4
 
 
 @given(wanted=st.lists(st.integers(0, 12), max_size=10), room=st.integers(-2, 40))
