@@ -5,7 +5,8 @@ from __future__ import annotations
 from services.engine.batch import Batch
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine, StepTime
-from services.engine.sampling_params import Drawn, Sampling
+from services.engine.lookup import Drafter
+from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Event, Sequence, SequenceId
 
@@ -17,7 +18,7 @@ class Recorder:
         self.seen: list[str] = []
         self.breaks = False
 
-    def run(self, batch: Batch) -> list[Drawn]:
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         self.seen.append("run")
         if self.breaks:
             raise RuntimeError("out of memory")
@@ -67,3 +68,15 @@ def test_a_step_that_breaks_has_told_all_that_started() -> None:
     add(e, "b", 12)
     assert e.step()
     assert recorder.seen == ["Started a", "Started b", "run", "StepFailed a"]
+
+
+def test_accepted_drafts_are_counted() -> None:
+    """The model says 1 for ever, as its prompt does: 8 tokens, 1 of them drawn with the prompt, the rest in two steps."""
+    e = engine(Recorder())
+    with e.exclusive() as scheduler:
+        scheduler.add(Sequence(SequenceId("a"), [1] * 8, Sampling(), 8, frozenset(), [b"root"], drafter=Drafter()))
+    while e.step():
+        pass
+    work = e.work
+    assert (work.prefill_tokens, work.decode_tokens, work.steps) == (8, 7, 3)
+    assert (work.drafted_tokens, work.accepted_tokens) == (5, 5)

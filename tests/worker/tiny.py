@@ -33,7 +33,7 @@ NO_PROCESS = ProcessIdentity("", 0, 0, 0)
 class AlwaysSeven:
     """Computes nothing, and draws the same token for whoever asks."""
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         return [Drawn(7) for _ in batch.samples]
 
 
