@@ -43,7 +43,7 @@ class WorkerConfig:
         Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"
     )
     speculate: Speculate = option(
-        Speculate.AUTO,
+        Speculate.OFF,
         help="guess tokens from the text so far and verify several a step, where a request does not say: auto is on with "
         "the compiled kernels, whose answers it does not change; with torch, sums and so now and then a token depend on "
         "how many are computed at once",
