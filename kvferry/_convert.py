@@ -38,6 +38,7 @@ def generate_request(
     stop_token_ids: Sequence[int],
     ignore_eos: bool,
     logprobs: int | None,
+    speculate: bool | None,
     request_id: str | None,
 ) -> inference_pb2.GenerateRequest:
     """Raises InvalidRequestError for what protobuf cannot carry; ranges are the gateway's to judge."""
@@ -53,6 +54,7 @@ def generate_request(
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 num_logprobs=logprobs,
+                speculate=speculate,
             ),
             stop=(stop,) if isinstance(stop, str) else stop,
             request_id=request_id or "",
@@ -230,6 +232,8 @@ def _decode(message: common_pb2.DecodeStats) -> types.DecodeStats:
         prefilled_locally=message.prefilled_locally,
         num_preemptions=message.num_preemptions,
         first_step_s=message.first_step_us * _US if message.HasField("first_step_us") else None,
+        num_drafted_tokens=message.num_drafted_tokens,
+        num_accepted_tokens=message.num_accepted_tokens,
     )
 
 

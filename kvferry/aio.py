@@ -182,6 +182,7 @@ class AsyncClient:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        speculate: bool | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> AsyncStream:
@@ -199,6 +200,7 @@ class AsyncClient:
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
+                speculate=speculate,
                 request_id=request_id,
             ),
             timeout,
@@ -218,6 +220,7 @@ class AsyncClient:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        speculate: bool | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> AsyncStream:
@@ -235,6 +238,7 @@ class AsyncClient:
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
+                speculate=speculate,
                 request_id=request_id,
             ),
             timeout,

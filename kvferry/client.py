@@ -188,14 +188,16 @@ class Client:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        speculate: bool | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Stream:
         """Continues ``prompt``, text or token ids as they stand, without a chat template.
 
         ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable; the answer ends before the first of ``stop``;
-        ``logprobs`` asks for each token's log-probability and for that many likeliest alternatives (0 to 20).  What is
-        None is the gateway's to choose.
+        ``logprobs`` asks for each token's log-probability and for that many likeliest alternatives (0 to 20);
+        ``speculate`` for several tokens a step where the answer repeats what was said before, for more speed and the same
+        tokens.  What is None is the gateway's to choose, or the worker's.
         """
         return self._stream(
             _convert.generate_request(
@@ -210,6 +212,7 @@ class Client:
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
+                speculate=speculate,
                 request_id=request_id,
             ),
             timeout,
@@ -229,6 +232,7 @@ class Client:
         stop_token_ids: Sequence[int] = (),
         ignore_eos: bool = False,
         logprobs: int | None = None,
+        speculate: bool | None = None,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Stream:
@@ -246,6 +250,7 @@ class Client:
                 stop_token_ids=stop_token_ids,
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
+                speculate=speculate,
                 request_id=request_id,
             ),
             timeout,

@@ -2,7 +2,7 @@
 
 ``user``, ``metadata`` and ``store`` are accepted and change nothing, as OpenAI documents them: they label a request for
 the account's own bookkeeping.  ``n`` can only be 1, ``echo`` only false, and the penalties only 0, which is what clients
-send that always send them.  ``top_k`` is not OpenAI's.  Any other field is refused rather than ignored.
+send that always send them.  ``top_k`` and ``speculate`` are not OpenAI's.  Any other field is refused rather than ignored.
 """
 
 from __future__ import annotations
@@ -124,6 +124,7 @@ class GenerationRequest(_Strict):
     # OpenAI's are signed; a negative one stands for the unsigned number of the same bits.
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: Stop | None = None
+    speculate: bool | None = None
     n: Annotated[int, _only(1)] | None = None
     frequency_penalty: Annotated[float, _only(0)] | None = None
     presence_penalty: Annotated[float, _only(0)] | None = None
@@ -151,6 +152,7 @@ class GenerationRequest(_Strict):
             top_k=self.top_k,
             seed=None if self.seed is None else self.seed % 2**64,
             num_logprobs=self.num_logprobs,
+            speculate=self.speculate,
         )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
         request = inference_pb2.GenerateRequest(model=self.model, sampling=sampling, stop=stop, request_id=request_id)

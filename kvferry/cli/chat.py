@@ -29,6 +29,7 @@ def chat(
     top_k: options.TopK = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    speculate: options.Speculate = None,
     show_timeline: options.ShowTimeline = False,
 ) -> None:
     """Talk with the model; it remembers the conversation.
@@ -69,6 +70,7 @@ def chat(
                     top_k=top_k,
                     seed=seed,
                     stop=stop or (),
+                    speculate=speculate,
                     timeout=timeout,
                 ) as stream:
                     _show(stream, ctrl_c)

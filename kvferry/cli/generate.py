@@ -22,6 +22,7 @@ def generate(
     top_k: options.TopK = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    speculate: options.Speculate = None,
     show_timeline: options.ShowTimeline = False,
     as_json: options.Json = False,
 ) -> None:
@@ -46,6 +47,7 @@ def generate(
             top_k=top_k,
             seed=seed,
             stop=stop or (),
+            speculate=speculate,
             timeout=timeout,
         ) as stream:
             if as_json:

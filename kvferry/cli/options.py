@@ -47,6 +47,15 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(help="End before this text; may be given again.", show_default=False, rich_help_panel=_SAMPLE),
 ]
+Speculate = Annotated[
+    bool | None,
+    typer.Option(
+        "--speculate/--no-speculate",
+        help="Guess tokens from the text so far, several a step; the worker's choice by default.",
+        show_default=False,
+        rich_help_panel=_SAMPLE,
+    ),
+]
 ShowTimeline = Annotated[bool, typer.Option("--timeline", help="Print where the request's time went.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 

@@ -60,9 +60,11 @@ def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
         if transfer is not None:
             made.append(("wait for KV", duration(decode.wait_for_kv_s), "from the ticket to the commit"))
         again = f", {decode.num_preemptions} preemption(s)" if decode.num_preemptions else ""
-        made.append(
-            ("decode compute", duration(decode.compute_s), f"{timeline.decode_worker}, {decode.num_steps} steps{again}")
-        )
+        drafts = ""
+        if decode.num_drafted_tokens:
+            drafts = f", {decode.num_accepted_tokens} of {decode.num_drafted_tokens} drafted tokens accepted"
+        detail = f"{timeline.decode_worker}, {decode.num_steps} steps{drafts}{again}"
+        made.append(("decode compute", duration(decode.compute_s), detail))
     made += [
         ("ITL p50", duration(timeline.itl_p50_s), "between tokens"),
         ("ITL p99", duration(timeline.itl_p99_s), ""),

@@ -116,6 +116,8 @@ def _finished_proto(stream: DecodeStream, reason: common_pb2.FinishReason.ValueT
             num_cached_tokens=sequence.num_cached,
             prefilled_locally=stream.ticket is None,
             num_preemptions=sequence.num_preemptions,
+            num_drafted_tokens=sequence.num_drafted,
+            num_accepted_tokens=sequence.num_accepted,
         ),
     )
     if stream.kv_ready_s is not None and stream.first_step_s is not None:

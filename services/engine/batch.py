@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from services.engine.sampling_params import Sampling
+from services.engine.sampling_params import Sample, Sampling
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -18,12 +18,22 @@ I64 = npt.NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One sequence's share of a step: compute ``token_ids`` at positions ``start`` onward.  The first ``start`` positions
-    of ``block_table`` hold valid KV.  ``sampling`` is None while a prompt has further chunks to come."""
+    of ``block_table`` hold valid KV.  ``sampling`` is None while a prompt has further chunks to come.  The last
+    ``num_drafts`` of ``token_ids`` are guesses: with a sampling, a token is drawn for each of their places and one more."""
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     sampling: Sampling | None
+    num_drafts: int = 0
+
+    @property
+    def drafts(self) -> Sequence[int]:
+        return self.token_ids[len(self.token_ids) - self.num_drafts :]
+
+    @property
+    def num_samples(self) -> int:
+        return 0 if self.sampling is None else self.num_drafts + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +43,7 @@ class Batch:
     token_ids, positions: [T].  slots: [T], block * block_size + offset where each token's KV is stored.
     qo_indptr: [S + 1], token ranges.  kv_indptr: [S + 1], ranges into kv_indices, the blocks that hold the context
     including the new tokens.  kv_last_page_len: [S], tokens in the last block, 1..block_size.
-    samples: (sequence, sampling, position of the token to draw), for the sequences whose last new token's logits count.
+    samples: for each sequence with a sampling, the token behind its last one that is known, and behind each draft.
     """
 
     token_ids: I64
@@ -43,7 +53,7 @@ class Batch:
     kv_indptr: I32
     kv_indices: I32
     kv_last_page_len: I32
-    samples: tuple[tuple[int, Sampling, int], ...]
+    samples: tuple[Sample, ...]
 
     @property
     def num_sequences(self) -> int:
@@ -74,8 +84,16 @@ def build_batch(entries: Sequence[Entry], block_size: int) -> Batch:
         kv_indptr=kv_indptr,
         kv_indices=kv_indices,
         kv_last_page_len=((ends - 1) % block_size + 1).astype(np.int32),
-        samples=tuple((i, e.sampling, int(ends[i])) for i, e in enumerate(entries) if e.sampling is not None),
+        samples=tuple(s for e, end in zip(entries, qo_indptr[1:].tolist(), strict=True) for s in _samples(e, end)),
     )
+
+
+def _samples(entry: Entry, end_row: int) -> Iterator[Sample]:
+    if entry.sampling is None:
+        return
+    end = entry.start + len(entry.token_ids)
+    for behind, draft in zip(range(entry.num_drafts, -1, -1), (*entry.drafts, None), strict=True):
+        yield Sample(end_row - 1 - behind, entry.sampling, end - behind, draft)
 
 
 def _indptr(lengths: I32) -> I32:

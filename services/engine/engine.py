@@ -17,7 +17,7 @@ from services.engine.blocks import CacheChange
 from services.engine.gaps import Gaps
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
-from services.engine.sequence import Event, SequenceId
+from services.engine.sequence import Event, SequenceId, TokenDrawn
 
 log = structlog.get_logger(__name__)
 
@@ -30,17 +30,21 @@ class Runner(Protocol):
     def late_s(self) -> float:
         """Of the last run, how long it waited for the interpreter after the numbers were there; 0 where none tells."""
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
-        """Computes a step and draws one token per entry of ``batch.samples``, in order.  Blocks; one thread calls it."""
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+        """Computes a step and draws one token per entry of ``batch.samples``, in order; None behind a draft that is not
+        what was drawn.  Blocks; one thread calls it."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What was computed so far.  Tokens, and seconds of model time."""
+    """What was computed so far.  Tokens, and seconds of model time.  ``drafted_tokens`` were guessed and verified; the
+    ``accepted_tokens`` among them count as ``decode_tokens`` too."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     steps: int = 0
     busy_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
@@ -127,9 +131,9 @@ class Engine:
         started_s = time.monotonic()
         drawn, failure = self._compute(plan)
         elapsed_s = time.monotonic() - started_s
-        self._account(plan, num_prefill, num_decode, elapsed_s)
         with self._lock:
             events = self._scheduler.fail(plan, failure) if failure else self._scheduler.complete(plan, drawn)
+            self._account(plan, num_prefill, num_decode, _num_accepted(events), elapsed_s)
             self._listener.on_events(events, StepTime(tuple(s.id for s in plan.sequences), started_s, elapsed_s))
             self._tell_cache_changes()
         return True
@@ -139,7 +143,7 @@ class Engine:
         if changes := self._scheduler.pool.take_changes():
             self._listener.on_cache_changes(changes)
 
-    def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed], str]:
+    def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed | None], str]:
         try:
             batch = build_batch(plan.entries, self._scheduler.limits.block_size)
             if self._idle_since_s is not None:
@@ -152,8 +156,11 @@ class Engine:
             return [], f"the model could not be run: {e}"
         return drawn, ""
 
-    def _account(self, plan: Plan, prefill: int, decode: int, elapsed_s: float) -> None:
+    def _account(self, plan: Plan, prefill: int, decode: int, accepted: int, elapsed_s: float) -> None:
         work = self.work
+        decode += accepted
+        work.drafted_tokens += plan.num_draft_tokens
+        work.accepted_tokens += accepted
         work.steps += 1
         work.busy_s += elapsed_s
         work.decode_tokens += decode
@@ -178,6 +185,12 @@ class Engine:
         except BaseException as e:
             log.exception("engine_died")
             self._listener.on_death(e)
+
+
+def _num_accepted(events: list[Event]) -> int:
+    """Tokens beside the one that a step brings each sequence."""
+    drawn = [event.id for event in events if isinstance(event, TokenDrawn)]
+    return len(drawn) - len(set(drawn))
 
 
 def _blend(old: float, new: float, weight: float) -> float:

@@ -23,7 +23,7 @@ class LlamaModel:
 
     def forward(self, batch: Batch, kv_arena: torch.Tensor, attention: Attention) -> torch.Tensor:
         """Writes the new tokens' KV into ``kv_arena`` ([num_blocks, layers, 2, block_size, kv_heads, head_dim]) and returns
-        logits, [len(batch.samples), vocab] in the weights' type: one row for each sequence that draws a token."""
+        logits, [len(batch.samples), vocab] in the weights' type: one row for each token to draw."""
         block_size = kv_arena.shape[3]
         slots = torch.from_numpy(batch.slots)
         blocks, offsets = slots // block_size, slots % block_size
@@ -34,8 +34,7 @@ class LlamaModel:
             kv_layer = kv_arena[:, number]
             hidden = hidden + self._attend(layer, hidden, rotation, kv_layer, (blocks, offsets), plan)
             hidden = hidden + self._transform(layer, hidden)
-        last_tokens = torch.tensor([int(batch.qo_indptr[sequence + 1]) - 1 for sequence, _, _ in batch.samples])
-        sampled = hidden[last_tokens.long()]
+        sampled = hidden[torch.tensor([sample.row for sample in batch.samples], dtype=torch.long)]
         return functional.linear(self._norm(sampled, self.weights.norm), self.weights.head)
 
     def _attend(self, layer: LayerWeights, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor],

@@ -48,9 +48,10 @@ class TorchRunner:
         flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=num_blocks * prod(layout.block_shape))
         self._arena = flat.view(num_blocks, *layout.block_shape)
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
-        """One drawn token per entry of ``batch.samples``, in their order; the KV of all new tokens is in the pool."""
-        return draw(self.logits(batch), [(sampling, position) for _, sampling, position in batch.samples])
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+        """One drawn token per entry of ``batch.samples``, in their order, None behind a draft that is not what was drawn.
+        The KV of all new tokens is in the pool."""
+        return draw(self.logits(batch), batch.samples)
 
     def logits(self, batch: Batch) -> F32:
         """As ``run``, but what it would draw from: [len(batch.samples), vocab] in float32."""

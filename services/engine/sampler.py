@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from services.engine.sampling_params import DrawFailed, Drawn, Sampling
+from services.engine.sampling_params import DrawFailed, Drawn, Sample, Sampling
 
 F32 = npt.NDArray[np.float32]
 I64 = npt.NDArray[np.int64]
@@ -16,10 +16,18 @@ I64 = npt.NDArray[np.int64]
 _FIRST_LOOK = 256
 
 
-def draw(logits: F32, samples: Sequence[tuple[Sampling, int]]) -> list[Drawn | DrawFailed]:
-    """One token per row of ``logits`` [n, vocab], for n pairs of parameters and the position to draw.  Each row is treated
-    alone, in float64, so its company in a batch changes nothing.  DrawFailed for a row that holds NaN or infinity."""
-    return [_draw(row, sampling, position) for row, (sampling, position) in zip(logits, samples, strict=True)]
+def draw(logits: F32, samples: Sequence[Sample]) -> list[Drawn | DrawFailed | None]:
+    """One token per row of ``logits`` [n, vocab], for n samples.  Each row is treated alone, in float64, so its company in
+    a batch changes nothing.  DrawFailed for a row that holds NaN or infinity; None, without looking at it, for one behind
+    a draft that is not what was drawn."""
+    drawn: list[Drawn | DrawFailed | None] = []
+    refused = False
+    for row, sample in zip(logits, samples, strict=True):
+        token = None if refused else _draw(row, sample.sampling, sample.position)
+        drawn.append(token)
+        accepted = isinstance(token, Drawn) and token.token_id == sample.draft
+        refused = sample.draft is not None and not accepted
+    return drawn
 
 
 def uniform(seed: int, position: int) -> float:

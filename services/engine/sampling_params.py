@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,16 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
     num_logprobs: int | None = None
+
+
+class Sample(NamedTuple):
+    """The token at ``position`` is to be drawn, from the logits of the token before it: number ``row`` of its batch.
+    ``draft``, where it is given, was guessed for it, and the next sample is the one behind the draft."""
+
+    row: int
+    sampling: Sampling
+    position: int
+    draft: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

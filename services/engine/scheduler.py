@@ -11,11 +11,13 @@ from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
+from itertools import islice
 from types import MappingProxyType
 
 from services.engine.batch import Entry
 from services.engine.blocks import BlockPool, OutOfBlocksError
 from services.engine.hashing import extend_chain
+from services.engine.lookup import share_out
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.sequence import (
     ChunkComputed,
@@ -41,7 +43,8 @@ class NeverFitsError(Exception):
 @dataclass(frozen=True, slots=True)
 class Limits:
     """``max_step_tokens`` bounds one step's new tokens, and so a prefill chunk; ``max_running`` its sequences;
-    ``max_pinned`` the blocks that others than sequences may hold (services/worker/pins.py)."""
+    ``max_pinned`` the blocks that others than sequences may hold (services/worker/pins.py).  Drafts are added to a step as
+    long as it has no more than ``max_draft_rows`` tokens."""
 
     block_size: int
     context_length: int
@@ -49,12 +52,13 @@ class Limits:
     max_running: int = 64
     max_waiting: int = 256
     max_pinned: int = 0
+    max_draft_rows: int = 24
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step computes: ``counts[i]`` tokens of ``sequences[i]``.  ``started`` happened while planning: to be told
-    whatever becomes of the step."""
+    """What one step computes: ``counts[i]`` tokens of ``sequences[i]``, and the drafts behind them in ``entries[i]``.
+    ``started`` happened while planning: to be told whatever becomes of the step."""
 
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
@@ -68,6 +72,10 @@ class Plan:
     @property
     def num_prefill_tokens(self) -> int:
         return sum(self.counts) - self.num_decode_tokens
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(entry.num_drafts for entry in self.entries)
 
 
 class Scheduler:
@@ -176,7 +184,9 @@ class Scheduler:
         started = []
         self._fill_from_ready()
         self._grow()
-        self._fill_from_ready()  # a preemption may have made a place
+        while self._ready and len(self._running) < self.limits.max_running:  # a preemption made a place
+            self._fill_from_ready()
+            self._grow()
         while self._waiting and len(self._running) < self.limits.max_running:
             event = self._try_start(self._waiting[0])
             if event is None:
@@ -193,21 +203,23 @@ class Scheduler:
             chosen.append((sequence, count))
         if not chosen:
             return None
+        drafts = self._draft(chosen)
         self._in_flight = frozenset(s.id for s, _ in chosen)
         return Plan(
             sequences=tuple(s for s, _ in chosen),
             counts=tuple(n for _, n in chosen),
-            entries=tuple(self._entry(s, n) for s, n in chosen),
+            entries=tuple(self._entry(s, n, drafts.get(s.id, [])) for s, n in chosen),
             started=tuple(started),
         )
 
-    def complete(self, plan: Plan, drawn: Sequence_[Drawn | DrawFailed]) -> list[Event]:
-        """Takes the step's result; ``drawn`` holds one token for each entry with a sampling, in order."""
+    def complete(self, plan: Plan, drawn: Sequence_[Drawn | DrawFailed | None]) -> list[Event]:
+        """Takes the step's result; ``drawn`` holds ``num_samples`` tokens for each entry, in order.  Those behind a draft
+        that is not what was drawn for its place do not count, and may be None."""
         self._in_flight = frozenset()
         events: list[Event] = []
         draws = iter(drawn)
         for sequence, count, entry in zip(plan.sequences, plan.counts, plan.entries, strict=True):
-            token = next(draws) if entry.sampling is not None else None
+            tokens = list(islice(draws, entry.num_samples))
             if sequence.aborted:
                 self._end(sequence)
                 continue
@@ -218,10 +230,7 @@ class Scheduler:
             if sequence.num_output == 0:
                 sequence.num_chunks += 1
                 events.append(ChunkComputed(sequence.id, sequence.num_computed))
-            if isinstance(token, DrawFailed):
-                events.append(self._fail(sequence, token.message))
-            elif token is not None:
-                events.append(self._append(sequence, token))
+            events += self._take(sequence, entry, tokens)
         return events
 
     def fail(self, plan: Plan, message: str) -> list[Event]:
@@ -253,14 +262,18 @@ class Scheduler:
     def _check_room(self, need: int) -> None:
         """A reservation must not take what others count on: a block for each sequence that grows, and what the first in
         the queue waits for.  Otherwise a stream of reservations would starve them for ever."""
-        kept = self.num_running + self._num_reserved
-        if self._waiting and len(self._running) < self.limits.max_running:
-            kept += self._num_blocks(len(self._waiting[0].tokens))
+        kept = self._num_kept()
         if need + kept > self.pool.num_available:
             raise OutOfBlocksError(
                 f"{need} blocks asked for; {self.pool.num_available} of {self.pool.num_blocks} are available and {kept} of "
                 f"them are kept for requests that run or wait"
             )
+
+    def _num_kept(self) -> int:
+        kept = self.num_running + self._num_reserved
+        if self._waiting and len(self._running) < self.limits.max_running:
+            kept += self._num_blocks(len(self._waiting[0].tokens))
+        return kept
 
     def _try_start(self, sequence: Sequence) -> Started | None:
         self._extend_chain(sequence)
@@ -314,11 +327,66 @@ class Scheduler:
         sequence.stage = Stage.WAITING
         self._waiting.appendleft(sequence)
 
-    def _entry(self, sequence: Sequence, count: int) -> Entry:
+    def _draft(self, chosen: list[tuple[Sequence, int]]) -> dict[SequenceId, list[int]]:
+        """What is guessed to follow the sequences that decode, as far as rows of the step and blocks are to spare: whoever
+        runs, waits or reserves goes first."""
+        num_rows = sum(count for _, count in chosen)
+        room = min(self.limits.max_draft_rows, self.limits.max_step_tokens) - num_rows
+        if room <= 0:
+            return {}
+        proposed = []
+        for sequence, _ in chosen:
+            if sequence.drafter is not None and sequence.num_output and sequence.num_to_compute == 1:
+                # One token is drawn behind the last draft.
+                most = min(sequence.max_tokens - sequence.num_output, self.max_length - len(sequence.tokens)) - 1
+                proposed.append((sequence, sequence.drafter.propose(sequence.tokens, min(most, room))))
+        given = share_out([len(tokens) for _, tokens in proposed], room)
+        drafts = {}
+        for (sequence, tokens), count in zip(proposed, given, strict=True):
+            drafts[sequence.id] = tokens[: self._make_room(sequence, count)]
+        return drafts
+
+    def _make_room(self, sequence: Sequence, count: int) -> int:
+        """For how many of ``count`` drafts there is a place; takes the blocks for them."""
+        num_tokens, block_size = len(sequence.tokens), self.limits.block_size
+        need = self._num_blocks(num_tokens + count) - len(sequence.block_table)
+        spare = max(0, self.pool.num_available - self._num_kept())
+        sequence.block_table += self.pool.allocate(max(0, min(need, spare)))
+        return min(count, len(sequence.block_table) * block_size - num_tokens)
+
+    def _entry(self, sequence: Sequence, count: int, drafts: list[int]) -> Entry:
         start = sequence.num_computed
         last = start + count == len(sequence.tokens)
-        tokens = sequence.tokens[start : start + count]
-        return Entry(tokens, start, sequence.block_table, sequence.sampling if last else None)
+        tokens = sequence.tokens[start : start + count] + drafts
+        return Entry(tokens, start, sequence.block_table, sequence.sampling if last else None, len(drafts))
+
+    def _take(self, sequence: Sequence, entry: Entry, drawn: Sequence_[Drawn | DrawFailed | None]) -> list[Event]:
+        """Appends what was drawn, up to and including the first token that is not what was drafted for its place: behind it
+        the logits are of another text."""
+        events: list[Event] = []
+        for token, draft in zip(drawn, (*entry.drafts, None), strict=False):
+            if isinstance(token, DrawFailed):
+                events.append(self._fail(sequence, token.message))
+                break
+            assert token is not None
+            events.append(self._append(sequence, token))
+            if token.token_id != draft or sequence.stage is not Stage.RUNNING:
+                break
+            sequence.num_computed += 1  # the draft's KV is the token's
+            self._remember(sequence)
+        if sequence.drafter is not None and entry.num_drafts:
+            num_accepted = sum(isinstance(event, TokenDrawn) for event in events[1:])
+            sequence.num_drafted += entry.num_drafts
+            sequence.num_accepted += num_accepted
+            sequence.drafter.learn(len(sequence.tokens), entry.num_drafts, num_accepted)
+            self._trim(sequence)
+        return events
+
+    def _trim(self, sequence: Sequence) -> None:
+        """Gives back the blocks that only refused drafts needed."""
+        kept = self._num_blocks(len(sequence.tokens))
+        self.pool.release(sequence.block_table[kept:])
+        sequence.block_table = sequence.block_table[:kept]
 
     def _append(self, sequence: Sequence, drawn: Drawn) -> TokenDrawn:
         sequence.tokens.append(drawn.token_id)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NewType
 
+from services.engine.lookup import Drafter
 from services.engine.sampling_params import Drawn, Sampling
 
 SequenceId = NewType("SequenceId", str)
@@ -26,7 +27,8 @@ class Stage(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """``tokens`` is the prompt and what was drawn; KV is valid for the first ``num_computed`` of them."""
+    """``tokens`` is the prompt and what was drawn; KV is valid for the first ``num_computed`` of them.  ``drafter`` is None
+    where nothing is to be guessed."""
 
     id: SequenceId
     tokens: list[int]
@@ -35,6 +37,7 @@ class Sequence:
     stop_ids: frozenset[int]
     chain: list[bytes]  # root hash, then the hash of each full block known so far
     prefill_only: bool = False
+    drafter: Drafter | None = None
 
     num_prompt: int = field(init=False)
     stage: Stage = field(init=False, default=Stage.WAITING)
@@ -44,6 +47,8 @@ class Sequence:
     num_remembered: int = field(init=False, default=0)  # blocks whose hash is in the cache index
     num_preemptions: int = field(init=False, default=0)
     num_chunks: int = field(init=False, default=0)
+    num_drafted: int = field(init=False, default=0)  # tokens guessed and verified
+    num_accepted: int = field(init=False, default=0)
     aborted: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:

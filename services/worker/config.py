@@ -22,6 +22,12 @@ class Kernels(Enum):
     COMPILED = "compiled"
 
 
+class Speculate(Enum):
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerConfig:
     """A worker: the model, a KV pool that other workers can reach, and a gRPC server that says who may write into it."""
@@ -38,6 +44,12 @@ class WorkerConfig:
     )
     kernels: Kernels = option(
         Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"
+    )
+    speculate: Speculate = option(
+        Speculate.OFF,
+        help="guess tokens from the text so far and verify several a step, where a request does not say: auto is on with "
+        "the compiled kernels, whose answers it does not change; with torch, sums and so now and then a token depend on "
+        "how many are computed at once",
     )
     threads: int = option(1, help="CPU threads for the model", minimum=1)
     cpus: str = option(

@@ -9,6 +9,7 @@ from kvferry.errors import ConflictError, InvalidRequestError
 from services.engine.blocks import Counts
 from services.engine.hashing import HASH_NBYTES
 from services.engine.layout import KvLayout
+from services.engine.lookup import Drafter
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
 
@@ -28,8 +29,10 @@ def to_sequence(
     vocab_size: int,
     context_length: int,
     prefill_only: bool,
+    speculate: bool,
 ) -> Sequence:
-    """Raises InvalidRequestError for what a gateway should have refused."""
+    """``speculate`` holds where the request does not say.  Raises InvalidRequestError for what a gateway should have
+    refused."""
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens")
     if len(prompt) >= context_length:
@@ -41,6 +44,8 @@ def to_sequence(
             raise InvalidRequestError(f"sampling.{name} is not set; a gateway fills it in")
     if params.max_tokens < 1:
         raise InvalidRequestError(f"sampling.max_tokens is {params.max_tokens}; it must be at least 1")
+    if params.HasField("speculate"):
+        speculate = params.speculate
     stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
     return Sequence(
         id=id_,
@@ -56,6 +61,7 @@ def to_sequence(
         stop_ids=stop_ids,
         chain=[chain_root],
         prefill_only=prefill_only,
+        drafter=Drafter() if speculate and not prefill_only else None,
     )
 
 

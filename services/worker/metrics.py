@@ -43,6 +43,10 @@ class _WorkerCollector(Collector):
         tokens.add_metric(["decode"], work.decode_tokens)
         tokens.add_metric(["prefix_cache"], work.cached_tokens)
         yield tokens
+        yield CounterMetricFamily("kvferry_drafted_tokens", "Tokens guessed and verified", value=work.drafted_tokens)
+        yield CounterMetricFamily(
+            "kvferry_accepted_tokens", "Guessed tokens that turned out right", value=work.accepted_tokens
+        )
         yield CounterMetricFamily("kvferry_steps", "Engine steps", value=work.steps)
         yield CounterMetricFamily("kvferry_step_seconds", "Seconds the model ran", value=work.busy_s)
         yield _gap_histogram(worker.engine.gaps)

@@ -31,7 +31,7 @@ from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_server, running, split_address
 from services.runtime.startup import StartupError
-from services.worker.config import Kernels, WorkerConfig, parse_nbytes, weights_cache_folder
+from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes, weights_cache_folder
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
@@ -157,7 +157,9 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             huge_pages=region.huge_pages,
         )
         pins = PinBook(pool, max_blocks=limits.max_pinned, max_pins=MAX_PINS)
-        yield Worker(identity, model, layout, transport, region, engine, router, pins)
+        exact = isinstance(weights, PackedWeights)
+        speculates = config.speculate is Speculate.ON or (config.speculate is Speculate.AUTO and exact)
+        yield Worker(identity, model, layout, transport, region, engine, router, pins, speculates=speculates)
 
 
 def _warm_runner(model: ModelConfig, weights: Weights | PackedWeights, layout: KvLayout, arena: memoryview,

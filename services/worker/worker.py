@@ -67,6 +67,7 @@ class Worker:
     engine: Engine
     router: EventRouter
     pins: PinBook
+    speculates: bool = False  # where a request does not say
     check_role: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
     draining: bool = False
@@ -94,6 +95,7 @@ class Worker:
             vocab_size=self.model.vocab_size,
             context_length=self.model.context_length,
             prefill_only=prefill_only,
+            speculate=self.speculates,
         )
 
     def add(self, sequence: Sequence) -> None:

@@ -56,6 +56,17 @@ def test_generate_reads_stdin(gateway: FakeGateway) -> None:
     assert request.text == "from a pipe"
 
 
+@pytest.mark.parametrize(("flags", "sent"), [([], None), (["--speculate"], True), (["--no-speculate"], False)])
+def test_speculation_is_asked_for_or_left_to_the_worker(
+    gateway: FakeGateway, flags: list[str], sent: bool | None
+) -> None:
+    assert CliRunner().invoke(APP, ["generate", "x", *flags]).exit_code == 0
+    assert CliRunner().invoke(APP, ["chat", *flags], input="Hi\n").exit_code == 0
+    for request in gateway.requests:
+        assert isinstance(request, inference_pb2.GenerateRequest)
+        assert (request.sampling.speculate if request.sampling.HasField("speculate") else None) is sent
+
+
 def test_generate_json(gateway: FakeGateway) -> None:
     done = CliRunner().invoke(APP, ["generate", "x", "--json"])
     value = json.loads(done.stdout)

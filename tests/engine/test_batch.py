@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.engine.batch import Entry, build_batch
-from services.engine.sampling_params import Sampling
+from services.engine.sampling_params import Sample, Sampling
 
 
 @st.composite
@@ -17,7 +17,9 @@ def entries(draw: st.DrawFn) -> tuple[int, list[Entry]]:
         num_blocks = -(-(start + length) // block_size) + draw(st.integers(0, 3))
         table = draw(st.lists(st.integers(0, 999), min_size=num_blocks, max_size=num_blocks))
         tokens = draw(st.lists(st.integers(0, 49151), min_size=length, max_size=length))
-        made.append(Entry(tokens, start, table, draw(st.sampled_from([None, Sampling(seed=number)]))))
+        sampling = draw(st.sampled_from([None, Sampling(seed=number)]))
+        num_drafts = draw(st.integers(0, length - 1)) if sampling else 0
+        made.append(Entry(tokens, start, table, sampling, num_drafts))
     return block_size, made
 
 
@@ -26,7 +28,7 @@ def test_a_batch_says_what_its_entries_say(case: tuple[int, list[Entry]]) -> Non
     block_size, made = case
     batch = build_batch(made, block_size)
     token_ids, positions, slots, qo_indptr, kv_indptr, kv_indices, last, samples = [], [], [], [0], [0], [], [], []
-    for number, entry in enumerate(made):
+    for entry in made:
         for offset, token in enumerate(entry.token_ids):
             position = entry.start + offset
             token_ids.append(token)
@@ -40,7 +42,12 @@ def test_a_batch_says_what_its_entries_say(case: tuple[int, list[Entry]]) -> Non
         qo_indptr.append(len(token_ids))
         kv_indptr.append(len(kv_indices))
         if entry.sampling is not None:
-            samples.append((number, entry.sampling, end))
+            known = len(entry.token_ids) - entry.num_drafts
+            row, position = qo_indptr[-2] + known - 1, entry.start + known
+            for draft in entry.token_ids[known:]:
+                samples.append(Sample(row, entry.sampling, position, draft))
+                row, position = row + 1, position + 1
+            samples.append(Sample(row, entry.sampling, position, None))
     assert batch.token_ids.tolist() == token_ids
     assert batch.positions.tolist() == positions
     assert batch.slots.tolist() == slots

@@ -8,7 +8,8 @@ import threading
 from services.engine.batch import Batch
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine, StepTime
-from services.engine.sampling_params import Drawn, Sampling
+from services.engine.lookup import Drafter
+from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Event, Sequence, SequenceId
 
@@ -22,7 +23,7 @@ class Recorder:
         self.seen: list[str] = []
         self.breaks = False
 
-    def run(self, batch: Batch) -> list[Drawn]:
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         self.seen.append("run")
         if self.breaks:
             raise RuntimeError("out of memory")
@@ -111,3 +112,15 @@ def test_the_engines_thread_keeps_to_its_processors() -> None:
     assert ran.wait(10)
     e.close()
     assert found == [{cpu}]
+
+
+def test_accepted_drafts_are_counted() -> None:
+    """The model says 1 for ever, as its prompt does: 8 tokens, 1 of them drawn with the prompt, the rest in two steps."""
+    e = engine(Recorder())
+    with e.exclusive() as scheduler:
+        scheduler.add(Sequence(SequenceId("a"), [1] * 8, Sampling(), 8, frozenset(), [b"root"], drafter=Drafter()))
+    while e.step():
+        pass
+    work = e.work
+    assert (work.prefill_tokens, work.decode_tokens, work.steps) == (8, 7, 3)
+    assert (work.drafted_tokens, work.accepted_tokens) == (5, 5)

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.engine.sampler import draw, uniform
-from services.engine.sampling_params import DrawFailed, Drawn, Sampling
+from services.engine.sampling_params import DrawFailed, Drawn, Sample, Sampling
 
 LOGITS = (np.random.default_rng(1).standard_normal((6, 5000)) * 3).astype(np.float32)
 
 
 def one(row: np.ndarray[tuple[int], np.dtype[np.float32]], position: int = 0, **parameters: float) -> Drawn:
-    drawn = draw(row[None], [(Sampling(**parameters), position)])[0]  # type: ignore[arg-type]
+    drawn = draw(row[None], [Sample(0, Sampling(**parameters), position)])[0]  # type: ignore[arg-type]
     assert isinstance(drawn, Drawn)
     return drawn
 
@@ -57,7 +59,7 @@ def test_greedy_is_the_lowest_of_the_likeliest() -> None:
 def test_draws_are_the_inverse_of_the_distribution(row: int, temperature: float, top_k: int, top_p: float, seed: int,
                                                    position: int) -> None:  # fmt: skip
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    (drawn,) = draw(LOGITS[row][None], [(sampling, position)])
+    (drawn,) = draw(LOGITS[row][None], [Sample(0, sampling, position)])
     assert isinstance(drawn, Drawn)
     assert drawn.token_id == naive(LOGITS[row], sampling, position)
 
@@ -70,11 +72,21 @@ def test_equal_logits_are_ordered_by_id() -> None:
 
 
 def test_a_draw_does_not_depend_on_its_batch() -> None:
-    samples = [(Sampling(temperature=0.2 * n, seed=n, top_p=0.9, num_logprobs=n), 10 + n) for n in range(6)]
+    samples = [Sample(n, Sampling(temperature=0.2 * n, seed=n, top_p=0.9, num_logprobs=n), 10 + n) for n in range(6)]
     together = draw(LOGITS, samples)
     alone = [draw(LOGITS[n][None], [samples[n]])[0] for n in range(6)]
     assert together == alone
     assert draw(LOGITS[::-1], samples[::-1]) == alone[::-1]
+
+
+def test_nothing_is_drawn_behind_a_refused_draft() -> None:
+    greedy = [int(row.argmax()) for row in LOGITS]
+    samples = [Sample(0, Sampling(), 1, greedy[0]), Sample(1, Sampling(), 2, greedy[1] + 1), Sample(2, Sampling(), 3, 4),
+               Sample(3, Sampling(), 4), Sample(4, Sampling(), 1), Sample(5, Sampling(), 1, greedy[5])]  # fmt: skip
+    logits = LOGITS[:6].copy()
+    logits[2:4] = np.nan
+    drawn = [token and cast(Drawn, token).token_id for token in draw(logits, samples)]
+    assert drawn == [*greedy[:2], None, None, *greedy[4:6]]
 
 
 def test_seed_and_position_decide() -> None:
@@ -145,7 +157,7 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
 def test_logits_that_are_no_numbers_fail_their_own_row_only(bad: float) -> None:
     rows = LOGITS[:2].copy()
     rows[0, 17] = bad
-    sick, well = draw(rows, [(Sampling(), 3), (Sampling(), 3)])
+    sick, well = draw(rows, [Sample(0, Sampling(), 3), Sample(1, Sampling(), 3)])
     assert isinstance(sick, DrawFailed)
     assert "position 3" in sick.message
     assert well == one(LOGITS[1], 3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -22,23 +23,31 @@ def next_token(tokens: list[int]) -> int:
     return (sum((i + 1) * t for i, t in enumerate(tokens)) * 31 + len(tokens)) % 997
 
 
+def echo(tokens: list[int]) -> int:
+    """Mostly repeats itself, so that drafts are right now and then; still any token may change it."""
+    mood = next_token(tokens)
+    return tokens[-3] if len(tokens) > 3 and mood % 6 else mood // 6 % 5
+
+
 class FakeModel:
     """Keeps, per slot of the pool, the token whose KV lies there; attention reads the tokens back from the slots."""
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, next_: Callable[[list[int]], int] = next_token) -> None:
         self.slots: list[int | None] = [None] * (num_blocks * BLOCK)
         self.tokens_computed = 0
+        self._next = next_
 
-    def run(self, plan: Plan) -> list[Drawn]:
-        drawn = []
+    def run(self, plan: Plan) -> list[Drawn | DrawFailed | None]:
+        """Draws for every place, those behind refused drafts too: the scheduler is to ignore them."""
+        drawn: list[Drawn | DrawFailed | None] = []
         for entry in plan.entries:
             for i, token in enumerate(entry.token_ids):
                 self.slots[self._slot(entry.block_table, entry.start + i)] = token
             self.tokens_computed += len(entry.token_ids)
-            if entry.sampling is not None:
-                end = entry.start + len(entry.token_ids)
+            last = entry.start + len(entry.token_ids)
+            for end in range(last - entry.num_samples + 1, last + 1):
                 context = [self.slots[self._slot(entry.block_table, i)] for i in range(end)]
-                drawn.append(Drawn(next_token([t for t in context if t is not None])))
+                drawn.append(Drawn(self._next([t for t in context if t is not None])))
         return drawn
 
     @staticmethod
@@ -50,10 +59,10 @@ def sequence(name: str, prompt: list[int], max_tokens: int, **kwargs: object) ->
     return Sequence(SequenceId(name), list(prompt), Sampling(), max_tokens, frozenset(), [ROOT], **kwargs)  # type: ignore[arg-type]
 
 
-def expected(prompt: list[int], max_tokens: int) -> list[int]:
+def expected(prompt: list[int], max_tokens: int, next_: Callable[[list[int]], int] = next_token) -> list[int]:
     tokens = list(prompt)
     for _ in range(max_tokens):
-        tokens.append(next_token(tokens))
+        tokens.append(next_(tokens))
     return tokens[len(prompt) :]
 
 
@@ -68,7 +77,7 @@ def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000) -> dict[st
         plan = s.plan()
         if plan is None:
             return outputs
-        assert sum(plan.counts) <= s.limits.max_step_tokens
+        assert sum(len(e.token_ids) for e in plan.entries) <= s.limits.max_step_tokens
         for event in s.complete(plan, model.run(plan)):
             if isinstance(event, TokenDrawn):
                 assert event.index == len(outputs.setdefault(event.id, []))
@@ -274,6 +283,20 @@ def test_with_one_place_a_preemption_hands_it_on() -> None:
                 outputs[event.id].append(event.drawn.token_id)
         s.check_integrity()
     assert outputs == {name: expected([1, 2, 3], 12) for name in ("a", "b")}
+
+
+def test_whoever_takes_a_preempted_ones_place_gets_the_block_it_needs() -> None:
+    """Its prompt fills its blocks, so its second token needs another."""
+    s, model = scheduler(4, max_running=1), FakeModel(4)
+    for name, first in (("a", 1), ("b", 5)):
+        q = sequence(name, [first, 2, 3, 4], 8)
+        _, lent = s.reserve(q)
+        model.slots[lent[0] * BLOCK : lent[0] * BLOCK + 4] = q.tokens
+        s.deliver(q.id, lent, Drawn(next_token(q.tokens)))
+    s.pool.allocate(1)
+    while plan := s.plan():
+        s.complete(plan, model.run(plan))
+    assert s.num_sequences == 0
 
 
 def test_a_failed_step_ends_its_sequences_only() -> None:

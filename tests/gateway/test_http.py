@@ -165,6 +165,7 @@ async def test_an_impossible_token_still_makes_valid_json() -> None:
 async def test_every_field_reaches_the_front_door() -> None:
     front_door = answering()
     fields = {"temperature": 0, "top_p": 0.5, "top_k": 4, "seed": -1, "stop": ["a", "b"], "logprobs": True}
+    fields["speculate"] = False
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "n": 1, "stream": False, "presence_penalty": 0.0}
     messages = [
         {"role": "developer", "content": "d"},
@@ -182,7 +183,7 @@ async def test_every_field_reaches_the_front_door() -> None:
         ("assistant", "c"),
     ]
     assert request.sampling == common_pb2.SamplingParams(
-        max_tokens=9, temperature=0, top_p=0.5, top_k=4, seed=2**64 - 1, num_logprobs=3
+        max_tokens=9, temperature=0, top_p=0.5, top_k=4, seed=2**64 - 1, num_logprobs=3, speculate=False
     )
     assert (request.model, list(request.stop), request.request_id) == (MODEL, ["a", "b"], "me")
 
@@ -243,6 +244,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, text(top_p=0), "top_p", "greater than 0"),
     (TEXT, text(top_p=1.5), "top_p", "less than or equal to 1"),
     (TEXT, text(top_k=-1), "top_k", "greater than or equal to 0"),
+    (TEXT, text(speculate="yes"), "speculate", "valid boolean"),
     (TEXT, text(seed=2**64), "seed", "less than or equal to"),
     (TEXT, text(n=2), "n", "'n' must be 1, the only value served, not 2"),
     (TEXT, text(n=True), "n", "valid integer"),

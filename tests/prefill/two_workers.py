@@ -64,7 +64,7 @@ class MadeUpRunner:
         self.may_run = threading.Event()
         self.may_run.set()
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         assert self.may_run.wait(30)
         size = self._pool.shape[3]
         for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):

@@ -51,7 +51,14 @@ async def test_chat_result(client: kvferry.AsyncClient, gateway: FakeGateway) ->
 
 async def test_both_clients_send_the_same(client: kvferry.AsyncClient, gateway: FakeGateway) -> None:
     options = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.25, "top_k": 4, "seed": 1, "stop": ["end"]}
-    options |= {"stop_token_ids": [9], "ignore_eos": True, "logprobs": 1, "model": "tiny", "request_id": "mine"}
+    options |= {
+        "stop_token_ids": [9],
+        "ignore_eos": True,
+        "logprobs": 1,
+        "speculate": True,
+        "model": "tiny",
+        "request_id": "mine",
+    }
     await client.generate([1, 2], **options).result()
     await client.chat([{"role": "user", "content": "Hi"}], **options).result()
 
@@ -63,6 +70,7 @@ async def test_both_clients_send_the_same(client: kvferry.AsyncClient, gateway: 
     await asyncio.to_thread(blocking)
     assert gateway.requests[:2] == gateway.requests[2:]
     assert gateway.requests[0].sampling.ignore_eos
+    assert gateway.requests[0].sampling.speculate
 
 
 async def test_a_slow_reader_loses_nothing_of_a_long_answer(client: kvferry.AsyncClient, gateway: FakeGateway) -> None:

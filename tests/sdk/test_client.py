@@ -69,6 +69,7 @@ def test_every_parameter_reaches_the_server(client: kvferry.Client, gateway: Fak
         stop_token_ids=[9],
         ignore_eos=True,
         logprobs=0,
+        speculate=False,
         request_id="mine",
     ).result()
     assert gateway.requests == [
@@ -84,6 +85,7 @@ def test_every_parameter_reaches_the_server(client: kvferry.Client, gateway: Fak
                 stop_token_ids=[9],
                 ignore_eos=True,
                 num_logprobs=0,
+                speculate=False,
             ),
             stop=["end"],
             request_id="mine",

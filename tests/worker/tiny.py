@@ -35,7 +35,7 @@ class AlwaysSeven:
 
     late_s = 0.0
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         return [Drawn(7) for _ in batch.samples]
 
 

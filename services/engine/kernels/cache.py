@@ -32,8 +32,11 @@ log = structlog.get_logger(__name__)
 
 _ENGINE = Path(__file__).parents[1]
 # All that decides which bytes a model's weights become.
-_SOURCES = (Path(__file__), *(_ENGINE / name for name in ("kernels/packing.py", "kernels/packed.py", "kernels/kernels.c", "weights.py",
-            "gguf_weights.py", "safetensors_weights.py", "rope.py")))  # fmt: skip
+_SOURCES = (
+    Path(__file__),
+    *(_ENGINE / "kernels" / name for name in ("packing.py", "packed.py", "kernels.c")),
+    *(_ENGINE / name for name in ("weights.py", "gguf_weights.py", "safetensors_weights.py", "rope.py")),
+)
 
 MAX_NBYTES = 32 << 30  # of all files together; those unused for longest go first
 _ALIGNMENT = 64

@@ -62,9 +62,9 @@ class CompiledModel:
 
     def forward(self, batch: Batch, arena: memoryview, num_blocks: int) -> F32:
         """Writes the new tokens' KV into ``arena`` and returns logits, [len(batch.samples), vocab]: one row for each
-        sequence that draws a token."""
+        token to draw."""
         self._check(batch, num_blocks)
-        sampled = np.array([batch.qo_indptr[s + 1] - 1 for s, _, _ in batch.samples], dtype=np.int64)
+        sampled = np.array([sample.row for sample in batch.samples], dtype=np.int64)
         logits = np.empty((len(sampled), self._weights.head.num_rows), dtype=np.float32)
         struct = BatchStruct(
             num_tokens=batch.num_tokens,

@@ -37,8 +37,8 @@ class CompiledRunner:
     def late_s(self) -> float:
         return self.model.late_s
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed]:
-        return draw(self.logits(batch), [(sampling, position) for _, sampling, position in batch.samples])
+    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+        return draw(self.logits(batch), batch.samples)
 
     def logits(self, batch: Batch) -> F32:
         return self.model.forward(batch, self._arena, self._num_blocks)

@@ -76,7 +76,7 @@ class Ours:
         self.run(entries)
         return time.perf_counter() - began
 
-    def run(self, entries: Sequence[Entry]) -> list[Drawn | DrawFailed]:
+    def run(self, entries: Sequence[Entry]) -> list[Drawn | DrawFailed | None]:
         return self.runner.run(build_batch(entries, BLOCK_SIZE))
 
     def prefill(self, prompt: Sequence[int]) -> float:

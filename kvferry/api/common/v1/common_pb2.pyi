@@ -73,6 +73,7 @@ class SamplingParams(google.protobuf.message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: builtins.int
     IGNORE_EOS_FIELD_NUMBER: builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: builtins.int
+    SPECULATE_FIELD_NUMBER: builtins.int
     max_tokens: builtins.int
     """How many tokens to generate at most; must be > 0. Unset: what the context still holds."""
     temperature: builtins.float
@@ -87,6 +88,11 @@ class SamplingParams(google.protobuf.message.Message):
     """Do not end at the model's end-of-sequence tokens."""
     num_logprobs: builtins.int
     """Return the log-probability of each token, and of this many likeliest alternatives (0..20). Unset: none."""
+    speculate: builtins.bool
+    """Look up further tokens in the text so far, and verify several to a step. Changes how fast tokens come and, where the
+    worker's sums do not depend on the number of rows (the compiled CPU kernels), not one of them. Unset: the worker's
+    choice.
+    """
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Generation ends when one of these is drawn, besides the model's own end-of-sequence tokens. At most 64."""
@@ -102,10 +108,11 @@ class SamplingParams(google.protobuf.message.Message):
         stop_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         ignore_eos: builtins.bool = ...,
         num_logprobs: builtins.int | None = ...,
+        speculate: builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_tokens", b"_max_tokens", "_num_logprobs", b"_num_logprobs", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "num_logprobs", b"num_logprobs", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_tokens", b"_max_tokens", "_num_logprobs", b"_num_logprobs", "_seed", b"_seed", "_speculate", b"_speculate", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_tokens", b"max_tokens", "num_logprobs", b"num_logprobs", "seed", b"seed", "speculate", b"speculate", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_tokens", b"_max_tokens", "_num_logprobs", b"_num_logprobs", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "num_logprobs", b"num_logprobs", "seed", b"seed", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_max_tokens", b"_max_tokens", "_num_logprobs", b"_num_logprobs", "_seed", b"_seed", "_speculate", b"_speculate", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "num_logprobs", b"num_logprobs", "seed", b"seed", "speculate", b"speculate", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_tokens: typing_extensions.TypeAlias = typing.Literal["max_tokens"]
     _WhichOneofArgType__max_tokens: typing_extensions.TypeAlias = typing.Literal["_max_tokens", b"_max_tokens"]
@@ -113,6 +120,8 @@ class SamplingParams(google.protobuf.message.Message):
     _WhichOneofArgType__num_logprobs: typing_extensions.TypeAlias = typing.Literal["_num_logprobs", b"_num_logprobs"]
     _WhichOneofReturnType__seed: typing_extensions.TypeAlias = typing.Literal["seed"]
     _WhichOneofArgType__seed: typing_extensions.TypeAlias = typing.Literal["_seed", b"_seed"]
+    _WhichOneofReturnType__speculate: typing_extensions.TypeAlias = typing.Literal["speculate"]
+    _WhichOneofArgType__speculate: typing_extensions.TypeAlias = typing.Literal["_speculate", b"_speculate"]
     _WhichOneofReturnType__temperature: typing_extensions.TypeAlias = typing.Literal["temperature"]
     _WhichOneofArgType__temperature: typing_extensions.TypeAlias = typing.Literal["_temperature", b"_temperature"]
     _WhichOneofReturnType__top_k: typing_extensions.TypeAlias = typing.Literal["top_k"]
@@ -125,6 +134,8 @@ class SamplingParams(google.protobuf.message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_logprobs) -> _WhichOneofReturnType__num_logprobs | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__speculate) -> _WhichOneofReturnType__speculate | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @typing.overload
@@ -416,6 +427,8 @@ class DecodeStats(google.protobuf.message.Message):
     PREFILLED_LOCALLY_FIELD_NUMBER: builtins.int
     NUM_PREEMPTIONS_FIELD_NUMBER: builtins.int
     FIRST_STEP_US_FIELD_NUMBER: builtins.int
+    NUM_DRAFTED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_ACCEPTED_TOKENS_FIELD_NUMBER: builtins.int
     wait_for_kv_us: builtins.int
     """From the ticket to the writer's commit."""
     compute_us: builtins.int
@@ -431,6 +444,9 @@ class DecodeStats(google.protobuf.message.Message):
     exposed_us, it bounds from above the time between the end of the last chunk's compute and that step, whatever hosts
     the workers run on: what is counted twice is the way back of the commit's answer.
     """
+    num_drafted_tokens: builtins.int
+    """Tokens that were looked up and verified, and how many of them turned out right."""
+    num_accepted_tokens: builtins.int
     def __init__(
         self,
         *,
@@ -441,10 +457,12 @@ class DecodeStats(google.protobuf.message.Message):
         prefilled_locally: builtins.bool = ...,
         num_preemptions: builtins.int = ...,
         first_step_us: builtins.int | None = ...,
+        num_drafted_tokens: builtins.int = ...,
+        num_accepted_tokens: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_step_us", b"_first_step_us", "first_step_us", b"first_step_us"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_step_us", b"_first_step_us", "compute_us", b"compute_us", "first_step_us", b"first_step_us", "num_cached_tokens", b"num_cached_tokens", "num_preemptions", b"num_preemptions", "num_steps", b"num_steps", "prefilled_locally", b"prefilled_locally", "wait_for_kv_us", b"wait_for_kv_us"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_first_step_us", b"_first_step_us", "compute_us", b"compute_us", "first_step_us", b"first_step_us", "num_accepted_tokens", b"num_accepted_tokens", "num_cached_tokens", b"num_cached_tokens", "num_drafted_tokens", b"num_drafted_tokens", "num_preemptions", b"num_preemptions", "num_steps", b"num_steps", "prefilled_locally", b"prefilled_locally", "wait_for_kv_us", b"wait_for_kv_us"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__first_step_us: typing_extensions.TypeAlias = typing.Literal["first_step_us"]
     _WhichOneofArgType__first_step_us: typing_extensions.TypeAlias = typing.Literal["_first_step_us", b"_first_step_us"]
