@@ -241,6 +241,7 @@ def on_steps(count: int, step: float, least: float) -> torch.Tensor:
         *(on_steps(count, 0.0625, -0.3125) for count in (2, 3, 15, 16, 17, 31, 100, 127, 128)),
         on_steps(16, 0.0625, 5.0),
         on_steps(16, 0.0625, -20.0),
+        on_steps(16, 1.25 * 2.0**-9, 20.0),
         on_steps(16, 2.0**-14 * 1.5, -0.0123291015625),
         *(on_steps(count, 0.0625, -0.0625 * (count // 2)) for count in (129, 200, 254, 255, 256)),
         torch.zeros(64, 64),
