@@ -14,7 +14,7 @@ from typing import Protocol, Self
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterConfig, Role, clone_root, plan
 from tests.bench.system import gaps, streams
-from tests.bench.system.mix import Ask
+from tests.bench.system.mix import Ask, num_tokens
 
 ROOT = Path(__file__).resolve().parents[3]
 KV_GIB = 1
@@ -51,6 +51,8 @@ class Alone:
         self._process.stdin.write(json.dumps([dataclasses.asdict(ask) for ask in asks]) + "\n")
         self._process.stdin.flush()
         answer = json.loads(self._line())
+        if answer is None or answer["tokens"] != num_tokens(asks):
+            raise RuntimeError(f"the engine alone gave {answer} where {num_tokens(asks)} tokens were asked for")
         return answer["seconds"], answer["gaps"]
 
     def _line(self) -> str:
