@@ -70,7 +70,7 @@ ServedModel = Annotated[
 Dtype = Annotated[
     str | None,
     typer.Option(
-        help="Type of weights and KV: float32, bfloat16, float16 or int8 (weights).",
+        help="Type of weights and KV: float32, bfloat16, float16 or int8 (weights); auto by default.",
         show_default=False,
         rich_help_panel=_RUN,
     ),

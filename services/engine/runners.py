@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 
 
+AUTO = "auto"
+
+
 class WarmRunner(Runner, Protocol):
     def warm_up(self) -> None:
         """Pays for what the first step would otherwise pay for.  Leaves the pool alone."""
@@ -35,6 +38,14 @@ class WarmRunner(Runner, Protocol):
 def kv_dtype(dtype: str) -> str:
     """The type of the KV of a model that is served as ``dtype``: 8 bits are for weights alone."""
     return "bfloat16" if dtype == "int8" else dtype
+
+
+def choose_dtype(config: ModelConfig, dtype: str, *, compiled: bool) -> str:
+    """What AUTO stands for here: the fastest type that keeps the likeliest tokens of float32 (ADR 8), or float32 where the
+    kernels cannot be had.  Any other is itself."""
+    if dtype != AUTO:
+        return dtype
+    return "int8" if compiled and _kernels_missing(config, "int8") is None else "float32"
 
 
 def load_for_runner(

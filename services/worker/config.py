@@ -40,7 +40,9 @@ class WorkerConfig:
         help="a .gguf file, a Hugging Face directory or id, or a name that ships with a package",
     )
     dtype: str = option(
-        "float32", help="type of weights and KV: float32, bfloat16, float16, or int8 (weights alone; KV is bfloat16)"
+        "auto",
+        help="type of weights and KV: float32, bfloat16, float16, int8 (weights alone; KV is bfloat16), or auto: int8 with "
+        "the compiled kernels, float32 without",
     )
     kernels: Kernels = option(
         Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"

@@ -22,7 +22,7 @@ from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
 from services.engine.model_files import open_model
-from services.engine.runners import WarmRunner, create_runner, kv_dtype, load_for_runner
+from services.engine.runners import WarmRunner, choose_dtype, create_runner, kv_dtype, load_for_runner
 from services.engine.scheduler import Limits, Scheduler
 from services.runtime.channels import Channels
 from services.runtime.cpus import Cpus, format_cpus, pinned
@@ -98,8 +98,9 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     try:
         files = await asyncio.to_thread(open_model, config.model)
         compiled = config.kernels is Kernels.COMPILED
+        dtype = await asyncio.to_thread(choose_dtype, files.config, config.dtype, compiled=compiled)
         weights = await asyncio.to_thread(
-            load_for_runner, files.config, files.path, config.dtype,
+            load_for_runner, files.config, files.path, dtype,
             compiled=compiled, cache_folder=weights_cache_folder(config.weights_cache),
         )  # fmt: skip
         transport = create("ucx")
@@ -108,7 +109,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     model = files.config
     layout = KvLayout(
         model_revision=model.revision,
-        dtype=kv_dtype(config.dtype),
+        dtype=kv_dtype(dtype),
         block_size=config.block_size,
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,

@@ -16,7 +16,7 @@ from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig, ModelError
 from services.engine.model_files import ModelFiles
 from services.engine.runner import TorchRunner
-from services.engine.runners import create_runner, kv_dtype, load_for_runner
+from services.engine.runners import AUTO, choose_dtype, create_runner, kv_dtype, load_for_runner
 from services.engine.weights import Weights
 from tests.engine.test_kernels import make_config, make_weights
 
@@ -84,3 +84,15 @@ def test_untied_and_biased_models_are_packed_whole() -> None:
 def _pool(config: ModelConfig, dtype: str) -> tuple[KvLayout, memoryview, int]:
     layout = KvLayout(config.revision, kv_dtype(dtype), 16, config.num_layers, config.num_kv_heads, config.head_dim)
     return layout, memoryview(bytearray(2 * layout.block_nbytes)), 2
+
+
+def test_auto_is_int8_with_the_kernels_and_float32_without(smollm2: ModelFiles) -> None:
+    assert choose_dtype(smollm2.config, AUTO, compiled=True) == "int8"
+    assert choose_dtype(smollm2.config, AUTO, compiled=False) == "float32"
+    assert choose_dtype(make_config(head_dim=48), AUTO, compiled=True) == "float32"
+    assert choose_dtype(smollm2.config, "bfloat16", compiled=True) == "bfloat16"
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_auto_is_float32_without_a_compiler(smollm2: ModelFiles) -> None:
+    assert choose_dtype(smollm2.config, AUTO, compiled=True) == "float32"

@@ -89,7 +89,9 @@ class Running:
 @contextmanager
 def started(log_dir: Path, environment: Mapping[str, str] = ENVIRONMENT, **settings: Any) -> Iterator[Running]:
     """A cluster of a config's settings; those of ``environment`` outlive a restart of a member."""
-    config = ClusterConfig(**{"grpc_port": 0, "http_port": 0, "threads": 1, "kv_memory": "512MiB", **settings})
+    config = ClusterConfig(
+        **{"grpc_port": 0, "http_port": 0, "threads": 1, "kv_memory": "512MiB", "dtype": "float32", **settings}
+    )
     planned = plan(config, clone_root())
     members = [replace(m, environment={**m.environment, **environment}) for m in planned.members]
     local = LocalCluster(members, log_dir, grpc_address=planned.grpc_address, http_url=planned.http_url)

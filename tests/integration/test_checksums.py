@@ -29,7 +29,7 @@ def verifying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {**ENVIRONMENT, "KVFERRY_VERIFY_TRANSFERS": "all"}.items():
             patch.setenv(name, value)
-        config = ClusterConfig(grpc_port=0, http_port=0, threads=1, kv_memory="512MiB")
+        config = ClusterConfig(grpc_port=0, http_port=0, threads=1, kv_memory="512MiB", dtype="float32")
         planned = plan(config, clone_root())
         members = [
             replace(m, command=tuple("tests.integration.garbling" if w == "services.prefill" else w for w in m.command))

@@ -14,8 +14,8 @@ from tests.integration.answers import CHATS, NUM_TOKENS, RAW, lone_answers, spli
 from tests.integration.conftest import ENVIRONMENT
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_split_equals_alone(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [None, "bfloat16"], ids=["int8 by default", "bfloat16"])
+def test_split_equals_alone(dtype: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
     config = ClusterConfig(dtype=dtype, grpc_port=0, http_port=0, threads=1, kv_memory="512MiB")

@@ -86,7 +86,7 @@ class Holder:
 def holder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Holder]:
     address, nobody, metrics_port = (ports.join(ports.LOOPBACK, port) for port in ports.pick_free(3, avoid=()))
     flags = {
-        "--listen": address, "--directory": nobody, "--worker-id": "holder", "--threads": "1",
+        "--listen": address, "--directory": nobody, "--worker-id": "holder", "--threads": "1", "--dtype": "float32",
         "--kv-memory": str(NUM_BLOCKS * BLOCK_NBYTES), "--pin-lifetime-s": str(LIFETIME_S),
         "--metrics-port": metrics_port.rpartition(":")[2],
     }  # fmt: skip
