@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 
 from services.engine.checkpoint import DEFAULT_MODEL
 from services.engine.model_files import ModelFiles, open_model
+
+# A shell's background jobs ignore SIGINT and hand that down: children of the tests get it as from a terminal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

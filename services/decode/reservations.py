@@ -140,8 +140,7 @@ class Reservations:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._tasks.cancel()
-        await self._tasks.ended()
+        await self._tasks.stop()
 
     @asynccontextmanager
     async def open(

@@ -28,6 +28,12 @@ class Tasks:
         for task in self._running:
             task.cancel()
 
+    async def stop(self) -> None:
+        """Cancels all, those too that are spawned in the meantime, and returns once they have ended."""
+        while self._running:
+            self.cancel()
+            await asyncio.wait(self._running)
+
     async def ended(self) -> None:
         """Also those that are spawned in the meantime.  Whoever wants a task's outcome awaits the task."""
         while self._running:
