@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.engine.checkpoint import DEFAULT_MODEL
-from services.engine.kernels.packing import FORMATS
+from services.engine.kernels.packed import FORMATS
 from services.engine.model_files import ModelFiles, open_model
 from tests.bench.engine import quality
 from tests.bench.engine.engines import Engine, LlamaCpp, Transformers
