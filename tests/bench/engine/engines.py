@@ -149,6 +149,7 @@ class LlamaCpp:
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.n_batch, params.n_ubatch = 16 * 544 + 2304, 16, 2048, 512
         params.n_threads = params.n_threads_batch = threads
+        params.kv_unified = True  # or each sequence gets a sixteenth of the context
         self._context = llama_cpp.llama_init_from_model(self._model, params)
         self._memory = llama_cpp.llama_get_memory(self._context)
         self._batch = llama_cpp.llama_batch_init(2048, 0, 1)
