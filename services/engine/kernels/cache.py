@@ -148,14 +148,12 @@ def _described(weights: PackedWeights) -> dict[str, Any]:
     for part in parts:
         offsets.append(end)
         end = _aligned(end + part.nbytes)
-    matrices = [weights.embedding, *([] if weights.head is weights.embedding else [weights.head])]
-    matrices += [m for layer in weights.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
     header: dict[str, Any] = {
         "dtype": weights.dtype,
         "num_layers": len(weights.layers),
         "tied": weights.head is weights.embedding,
         "biased": bool(weights.layers) and weights.layers[0].qkv_bias is not None,
-        "matrices": [[m.num_rows, m.num_columns, m.scales is not None] for m in matrices],
+        "matrices": [[m.num_rows, m.num_columns, m.scales is not None] for m in weights.matrices()],
         "offsets": offsets,
         "sizes": [part.nbytes for part in parts],
     }

@@ -62,13 +62,15 @@ class PackedWeights:
 
     @property
     def nbytes(self) -> int:
-        matrices = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
-        matrices += [m for layer in self.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
-        return sum(matrix.nbytes for matrix in matrices)
+        return sum(matrix.nbytes for matrix in self.matrices())
+
+    def matrices(self) -> list[PackedMatrix]:
+        """Each once, always in the same order."""
+        outer = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
+        return outer + [m for layer in self.layers for m in (layer.qkv, layer.output, layer.gate_up, layer.down)]
 
     def parts(self) -> Iterator[Numbers]:
         """Everything once, always in the same order."""
-        matrices = [self.embedding] if self.head is self.embedding else [self.embedding, self.head]
         yield self.norm
         yield self.frequencies
         for layer in self.layers:
@@ -76,8 +78,7 @@ class PackedWeights:
             yield layer.mlp_norm
             if layer.qkv_bias is not None:
                 yield layer.qkv_bias
-            matrices += [layer.qkv, layer.output, layer.gate_up, layer.down]
-        for matrix in matrices:
+        for matrix in self.matrices():
             yield matrix.values
             if matrix.scales is not None:
                 yield matrix.scales
