@@ -40,7 +40,8 @@ class Entry:
 class Batch:
     """A step over S sequences and T new tokens, sequences back to back.
 
-    token_ids, positions: [T].  slots: [T], block * block_size + offset where each token's KV is stored.
+    token_ids, positions: [T]; ``awaited_token`` stands for one that the step before is still to draw.
+    slots: [T], block * block_size + offset where each token's KV is stored.
     qo_indptr: [S + 1], token ranges.  kv_indptr: [S + 1], ranges into kv_indices, the blocks that hold the context
     including the new tokens.  kv_last_page_len: [S], tokens in the last block, 1..block_size.
     samples: for each sequence with a sampling, the token behind its last one that is known, and behind each draft.
@@ -62,6 +63,11 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+def awaited_token(sample: int) -> int:
+    """Stands in ``token_ids`` for the token that the step before draws as its ``samples[sample]``."""
+    return -1 - sample
 
 
 def build_batch(entries: Sequence[Entry], block_size: int) -> Batch:

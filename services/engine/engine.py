@@ -1,4 +1,4 @@
-"""The thread that computes.  ``Engine.step`` is the whole story: plan, run, complete, tell."""
+"""The thread that has steps computed.  ``Engine.step`` is the whole story: plan, hand over, complete, tell."""
 
 from __future__ import annotations
 
@@ -12,27 +12,17 @@ from typing import Protocol
 
 import structlog
 
-from services.engine.batch import Batch, build_batch
+from services.engine.batch import build_batch
 from services.engine.blocks import CacheChange
 from services.engine.gaps import Gaps
-from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import Event, SequenceId, TokenDrawn
+from services.engine.steps import Outcome, Runner, Step
 
 log = structlog.get_logger(__name__)
 
 RATE_HALF_LIFE_S = 5.0
 CLOSE_TIMEOUT_S = 10.0
-
-
-class Runner(Protocol):
-    @property
-    def late_s(self) -> float:
-        """Of the last run, how long it waited for the interpreter after the numbers were there; 0 where none tells."""
-
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
-        """Computes a step and draws one token per entry of ``batch.samples``, in order; None behind a draft that is not
-        what was drawn.  Blocks; one thread calls it."""
 
 
 @dataclass(slots=True)
@@ -59,6 +49,15 @@ class StepTime:
     started_s: float  # time.monotonic()
     elapsed_s: float
 
+    @staticmethod
+    def of(plan: Plan, outcome: Outcome) -> StepTime:
+        return StepTime(tuple(s.id for s in plan.sequences), outcome.began_s, outcome.ended_s - outcome.began_s)
+
+    @staticmethod
+    def none(plan: Plan) -> StepTime:
+        """Of a step that failed."""
+        return StepTime(tuple(s.id for s in plan.sequences), time.monotonic(), 0.0)
+
 
 class Listener(Protocol):
     """Called on any thread, with the engine's lock held; must neither block nor call back."""
@@ -74,23 +73,33 @@ class Listener(Protocol):
         """The engine's thread has ended by a bug: nothing will be computed any more."""
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A step between its plan and its end; without ``step`` it could not even be handed over."""
+
+    plan: Plan
+    step: Step | None = None
+    failure: str = ""
+
+
 class Engine:
-    """Owns the thread that runs the model.  The scheduler may be used from any thread inside ``exclusive()``; it is never
-    held while the model runs, so reserving or aborting does not wait for a step."""
+    """Owns the thread that has steps computed.  The scheduler may be used from any thread inside ``exclusive()``; it is
+    never held while the model runs, so reserving or aborting does not wait for a step."""
 
     def __init__(
         self, scheduler: Scheduler, runner: Runner, listener: Listener, cpus: frozenset[int] = frozenset()
     ) -> None:
-        """``cpus``: where its thread may run; empty leaves that to the system."""
+        """``cpus``: where its thread may run, if it is the one that computes; empty leaves that to the system."""
         self.work = Work()
         self.gaps = Gaps()
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
-        self._cpus = cpus
+        self._cpus = frozenset() if runner.runs_ahead else cpus
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._ahead: _Flight | None = None  # handed over while the step before it ran
         self._idle_since_s: float | None = None  # time.monotonic(); None while there was nothing to compute
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -98,7 +107,7 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """Ends the thread after the step under way.  Idempotent; blocks for up to that step, at most ``CLOSE_TIMEOUT_S``:
+        """Ends the thread after the steps under way.  Idempotent; blocks for up to these, at most ``CLOSE_TIMEOUT_S``:
         the thread is a daemon, so the process can end without it."""
         self._stopping = True
         self._wake.set()
@@ -119,53 +128,77 @@ class Engine:
                 self._wake.set()
 
     def step(self) -> bool:
-        """Computes one step; False when there is nothing to compute."""
+        """Completes one step, and shortly before its end hands over the next where the runner takes it; False when there is
+        nothing to compute."""
+        flight, self._ahead = self._ahead or self._launch(), None
+        if flight is None:
+            self._idle_since_s = None
+            return False
+        if flight.step is not None and self._runner.runs_ahead:
+            flight.step.wait_nearly()
+            self._ahead = self._launch()
+        outcome = self._land(flight)
+        with self._lock:
+            if outcome is None:
+                events, time_ = self._scheduler.fail(flight.plan, flight.failure), StepTime.none(flight.plan)
+            else:
+                events, time_ = self._scheduler.complete(flight.plan, outcome.draws), StepTime.of(flight.plan, outcome)
+            self._account(flight.plan, _num_accepted(events), time_.elapsed_s)
+            self._listener.on_events(events, time_)
+            self._tell_cache_changes()
+        return True
+
+    def _launch(self) -> _Flight | None:
+        """Plans a step and hands it over; None when there is nothing to compute, or not yet."""
         with self._lock:
             plan = self._scheduler.plan()
             if plan is None:
-                self._idle_since_s = None
-                return False
+                return None
             if plan.started:
                 self._listener.on_started(list(plan.started))
-        num_prefill, num_decode = plan.num_prefill_tokens, plan.num_decode_tokens
-        started_s = time.monotonic()
-        drawn, failure = self._compute(plan)
-        elapsed_s = time.monotonic() - started_s
-        with self._lock:
-            events = self._scheduler.fail(plan, failure) if failure else self._scheduler.complete(plan, drawn)
-            self._account(plan, num_prefill, num_decode, _num_accepted(events), elapsed_s)
-            self._listener.on_events(events, StepTime(tuple(s.id for s in plan.sequences), started_s, elapsed_s))
-            self._tell_cache_changes()
-        return True
+        try:
+            return _Flight(plan, self._runner.start(build_batch(plan.entries, self._scheduler.limits.block_size)))
+        except Exception as e:
+            return self._failed(_Flight(plan), e)
+
+    def _land(self, flight: _Flight) -> Outcome | None:
+        """None: it failed."""
+        if flight.step is None:
+            return None
+        try:
+            outcome = flight.step.result()
+        except Exception as e:
+            self._failed(flight, e)
+            return None
+        if self._idle_since_s is not None:
+            self.gaps.observe(max(0.0, outcome.began_s - self._idle_since_s))
+        self._idle_since_s = outcome.ended_s
+        return outcome
+
+    def _failed(self, flight: _Flight, error: Exception) -> _Flight:
+        """One batch fails, not the worker."""
+        log.error("step_failed", sequences=[s.id for s in flight.plan.sequences], exc_info=error)
+        self._idle_since_s = None
+        flight.failure = f"the model could not be run: {error}"
+        return flight
 
     def _tell_cache_changes(self) -> None:
         """With the lock held, so that they are told in their order."""
         if changes := self._scheduler.pool.take_changes():
             self._listener.on_cache_changes(changes)
 
-    def _compute(self, plan: Plan) -> tuple[list[Drawn | DrawFailed | None], str]:
-        try:
-            batch = build_batch(plan.entries, self._scheduler.limits.block_size)
-            if self._idle_since_s is not None:
-                self.gaps.observe(time.monotonic() - self._idle_since_s)
-            drawn = self._runner.run(batch)
-            self._idle_since_s = time.monotonic() - self._runner.late_s
-        except Exception as e:  # one batch fails, not the worker
-            log.exception("step_failed", sequences=[s.id for s in plan.sequences])
-            self._idle_since_s = None
-            return [], f"the model could not be run: {e}"
-        return drawn, ""
-
-    def _account(self, plan: Plan, prefill: int, decode: int, accepted: int, elapsed_s: float) -> None:
+    def _account(self, plan: Plan, accepted: int, elapsed_s: float) -> None:
         work = self.work
-        decode += accepted
+        prefill, decode = plan.num_prefill_tokens, plan.num_decode_tokens + accepted
         work.drafted_tokens += plan.num_draft_tokens
         work.accepted_tokens += accepted
         work.steps += 1
         work.busy_s += elapsed_s
         work.decode_tokens += decode
         work.prefill_tokens += prefill
-        work.cached_tokens += sum(s.num_cached for s in plan.started)
+        work.cached_tokens += sum(event.num_cached for event in plan.started)
+        if elapsed_s == 0:
+            return
         weight = 1 - 0.5 ** (elapsed_s / RATE_HALF_LIFE_S)
         # A mixed step says little about either phase alone.
         if prefill and not decode:
@@ -182,6 +215,8 @@ class Engine:
                 # Looked at again after the clear: close() may have set both in between.
                 if not self.step() and not self._stopping:
                     self._wake.wait()
+            if self._ahead is not None:  # it writes into the pool
+                self._land(self._ahead)
         except BaseException as e:
             log.exception("engine_died")
             self._listener.on_death(e)

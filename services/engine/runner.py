@@ -13,7 +13,7 @@ from services.engine.layout import KvLayout
 from services.engine.model import LlamaModel
 from services.engine.model_config import ModelConfig
 from services.engine.sampler import F32, draw
-from services.engine.sampling_params import DrawFailed, Drawn
+from services.engine.steps import Blocking, Draws
 from services.engine.warm_up import WARM_UP_BLOCKS, check_pool, warm_up_batches
 from services.engine.weights import DTYPES, Weights
 
@@ -25,7 +25,7 @@ class TorchRunner:
     as long as no batch names it.
     """
 
-    late_s = 0.0  # torch does not tell
+    runs_ahead = False
 
     def __init__(
         self,
@@ -48,7 +48,10 @@ class TorchRunner:
         flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=num_blocks * prod(layout.block_shape))
         self._arena = flat.view(num_blocks, *layout.block_shape)
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+    def start(self, batch: Batch) -> Blocking:
+        return Blocking(lambda: self.run(batch))
+
+    def run(self, batch: Batch) -> Draws:
         """One drawn token per entry of ``batch.samples``, in their order, None behind a draft that is not what was drawn.
         The KV of all new tokens is in the pool."""
         return draw(self.logits(batch), batch.samples)

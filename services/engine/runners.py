@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from services.engine.engine import Runner
 from services.engine.hf_checkpoint import weight_files
 from services.engine.kernels import cache
 from services.engine.kernels.library import KernelsUnavailable, load
@@ -16,6 +15,7 @@ from services.engine.kernels.packed import FORMATS, PackedWeights
 from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig, ModelError
+from services.engine.steps import Runner
 
 # torch takes seconds to import, and a worker whose packed weights are in the cache does without: what needs it is imported
 # where it is used.

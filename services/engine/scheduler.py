@@ -3,6 +3,9 @@
 One core for every role.  A sequence has tokens and a count of how many are computed; decoding is the case of one token
 to compute, prefill of many, so chunked prefill, prefix hits, preempted sequences and KV that a writer delivered all
 take the same path (as in vLLM's V1 scheduler).
+
+A step may be planned while the one before it runs, so that nobody waits for the plan: its tokens that are still to be
+drawn are named by who draws them.  What ends with such a token is computed once too often, and that is thrown away.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
 
-from services.engine.batch import Entry
+from services.engine.batch import Entry, awaited_token
 from services.engine.blocks import BlockPool, OutOfBlocksError
 from services.engine.hashing import extend_chain
 from services.engine.lookup import share_out
@@ -30,6 +33,8 @@ from services.engine.sequence import (
     StepFailed,
     TokenDrawn,
 )
+
+MOST_OPEN = 2  # plans
 
 
 class QueueFullError(Exception):
@@ -64,10 +69,7 @@ class Plan:
     counts: tuple[int, ...]
     entries: tuple[Entry, ...]
     started: tuple[Started, ...]
-
-    @property
-    def num_decode_tokens(self) -> int:
-        return sum(s.num_output > 0 and n == 1 for s, n in zip(self.sequences, self.counts, strict=True))
+    num_decode_tokens: int
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -80,7 +82,7 @@ class Plan:
 
 class Scheduler:
     """Not thread-safe.  Between ``plan`` and its ``complete`` the planned sequences keep their blocks, whoever aborts
-    them: a step in flight writes into them."""
+    them: a step in flight writes into them.  Two plans may be open, to be completed in their order."""
 
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool = pool
@@ -91,7 +93,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._ready: deque[Sequence] = deque()  # KV delivered, no place in the batch yet
         self._running: list[Sequence] = []  # by age
-        self._in_flight: frozenset[SequenceId] = frozenset()
+        self._open: deque[Plan] = deque()
         self._num_reserved = 0
 
     @property
@@ -166,7 +168,7 @@ class Scheduler:
         if sequence is None:
             return
         sequence.aborted = True
-        if id_ not in self._in_flight:
+        if sequence.num_steps == 0:
             self._end(sequence)
 
     def halt(self, id_: SequenceId) -> None:
@@ -178,15 +180,19 @@ class Scheduler:
             sequence.stage = Stage.HELD
 
     def plan(self) -> Plan | None:
-        """The next step, or None when nothing can be computed.  Running sequences come first, single tokens before
-        chunks, so that a long prompt delays the others by one chunk at most."""
-        assert not self._in_flight, "the step before was not completed"
+        """The next step, or None when nothing can be computed, or not before the one under way is completed.  Running
+        sequences come first, single tokens before chunks, so that a long prompt delays the others by one chunk at most."""
+        assert len(self._open) < MOST_OPEN, "the step before the last was not completed"
+        if any(s.num_awaited and s.drafter is not None for s in self._running):
+            return None  # what to guess depends on the token to come
         started = []
         self._fill_from_ready()
-        self._grow()
+        if not self._grow():
+            return None
         while self._ready and len(self._running) < self.limits.max_running:  # a preemption made a place
             self._fill_from_ready()
-            self._grow()
+            if not self._grow():
+                return None
         while self._waiting and len(self._running) < self.limits.max_running:
             event = self._try_start(self._waiting[0])
             if event is None:
@@ -196,6 +202,8 @@ class Scheduler:
         budget = self.limits.max_step_tokens
         chosen: list[tuple[Sequence, int]] = []
         for sequence in sorted(self._running, key=lambda s: s.num_to_compute > 1):  # stable: age within each kind
+            if self._is_over(sequence):
+                continue
             count = min(sequence.num_to_compute, budget)
             if count == 0:
                 break
@@ -204,18 +212,20 @@ class Scheduler:
         if not chosen:
             return None
         drafts = self._draft(chosen)
-        self._in_flight = frozenset(s.id for s, _ in chosen)
-        return Plan(
+        plan = Plan(
             sequences=tuple(s for s, _ in chosen),
             counts=tuple(n for _, n in chosen),
             entries=tuple(self._entry(s, n, drafts.get(s.id, [])) for s, n in chosen),
             started=tuple(started),
+            num_decode_tokens=sum(n == 1 and s.num_to_come > s.num_prompt for s, n in chosen),
         )
+        self._open_plan(plan)
+        return plan
 
     def complete(self, plan: Plan, drawn: Sequence_[Drawn | DrawFailed | None]) -> list[Event]:
         """Takes the step's result; ``drawn`` holds ``num_samples`` tokens for each entry, in order.  Those behind a draft
         that is not what was drawn for its place do not count, and may be None."""
-        self._in_flight = frozenset()
+        self._close_plan(plan)
         events: list[Event] = []
         draws = iter(drawn)
         for sequence, count, entry in zip(plan.sequences, plan.counts, plan.entries, strict=True):
@@ -224,7 +234,7 @@ class Scheduler:
                 self._end(sequence)
                 continue
             if sequence.stage is not Stage.RUNNING:
-                continue  # halted while the step ran
+                continue  # halted, or at its end, before the step was done
             sequence.num_computed += count
             self._remember(sequence)
             if sequence.num_output == 0:
@@ -236,11 +246,11 @@ class Scheduler:
     def fail(self, plan: Plan, message: str) -> list[Event]:
         """The step could not be computed: its sequences end, those that only started with it do not.  Prefill-only ones
         keep their blocks until ``abort``, for a transfer may still be reading them."""
-        self._in_flight = frozenset()
+        self._close_plan(plan)
         for sequence in plan.sequences:
             if sequence.aborted:
                 self._end(sequence)
-        return [self._fail(s, message) for s in plan.sequences if not s.aborted]
+        return [self._fail(s, message) for s in plan.sequences if s.stage is Stage.RUNNING]
 
     def check_integrity(self, pinned: Mapping[int, int] = MappingProxyType({})) -> None:
         """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it and the
@@ -251,6 +261,36 @@ class Scheduler:
             for block in sequence.block_table:
                 held[block] = held.get(block, 0) + 1
         assert held == self.pool.references(), "references differ from the block tables and pins"
+
+    def _open_plan(self, plan: Plan) -> None:
+        num_samples = 0
+        for sequence, count, entry in zip(plan.sequences, plan.counts, plan.entries, strict=True):
+            sequence.num_steps += 1
+            sequence.num_in_steps += count
+            if entry.sampling is not None:
+                sequence.num_awaited += 1
+                sequence.awaited_sample = num_samples
+            num_samples += entry.num_samples
+        self._open.append(plan)
+
+    def _close_plan(self, plan: Plan) -> None:
+        assert self._open.popleft() is plan, "steps are completed in their order"
+        for sequence, count, entry in zip(plan.sequences, plan.counts, plan.entries, strict=True):
+            sequence.num_steps -= 1
+            sequence.num_in_steps -= count
+            sequence.num_awaited -= entry.sampling is not None
+            if sequence.stage is Stage.ENDED and sequence.num_steps == 0:
+                self._forget(sequence)
+
+    def _is_over(self, sequence: Sequence) -> bool:
+        """Whether the token that is awaited is its last, whatever it is."""
+        if sequence.aborted:
+            return True
+        return sequence.num_awaited > 0 and (
+            sequence.prefill_only
+            or sequence.num_to_come - sequence.num_prompt >= sequence.max_tokens
+            or sequence.num_to_come >= self.max_length
+        )
 
     def _check_fits(self, sequence: Sequence) -> None:
         if sequence.num_prompt >= self.max_length:
@@ -303,20 +343,24 @@ class Scheduler:
         while self._ready and len(self._running) < self.limits.max_running:
             self._running.append(self._ready.popleft())
 
-    def _grow(self) -> None:
-        """Gives each running sequence the block its next token needs, oldest first, preempting the youngest for it."""
+    def _grow(self) -> bool:
+        """Gives each running sequence the block its next token needs, oldest first, preempting the youngest for it.  False
+        when that must wait for the step under way, which needs the blocks of all that are in it."""
         for sequence in list(self._running):
             if sequence.stage is not Stage.RUNNING:
                 continue  # preempted a moment ago for an older one
-            while len(sequence.block_table) < self._num_blocks(len(sequence.tokens)):
+            while not self._is_over(sequence) and len(sequence.block_table) < self._num_blocks(sequence.num_to_come):
                 try:
                     sequence.block_table += self.pool.allocate(1)
                 except OutOfBlocksError:
+                    if self._open:
+                        return False
                     # Not a prefill-only one: its blocks may be the source of a transfer.
                     victim = next(s for s in reversed(self._running) if not s.prefill_only)
                     self._preempt(victim)
                     if victim is sequence:
                         break
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -355,10 +399,12 @@ class Scheduler:
         return min(count, len(sequence.block_table) * block_size - num_tokens)
 
     def _entry(self, sequence: Sequence, count: int, drafts: list[int]) -> Entry:
-        start = sequence.num_computed
-        last = start + count == len(sequence.tokens)
-        tokens = sequence.tokens[start : start + count] + drafts
-        return Entry(tokens, start, sequence.block_table, sequence.sampling if last else None, len(drafts))
+        start = sequence.num_scheduled
+        last = start + count == sequence.num_to_come
+        tokens = sequence.tokens[start : start + count]
+        if len(tokens) < count:
+            tokens = [*tokens, awaited_token(sequence.awaited_sample)]
+        return Entry(tokens + drafts, start, sequence.block_table, sequence.sampling if last else None, len(drafts))
 
     def _take(self, sequence: Sequence, entry: Entry, drawn: Sequence_[Drawn | DrawFailed | None]) -> list[Event]:
         """Appends what was drawn, up to and including the first token that is not what was drafted for its place: behind it
@@ -416,6 +462,11 @@ class Scheduler:
         self._num_reserved -= sequence.stage is Stage.RESERVED
         sequence.stage = Stage.ENDED
         self._leave_queues(sequence)
+        if sequence.num_steps == 0:
+            self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Gives back the blocks of one that has ended and that no step writes into any more."""
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         del self._sequences[sequence.id]

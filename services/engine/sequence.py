@@ -28,7 +28,8 @@ class Stage(Enum):
 @dataclass(slots=True, eq=False)
 class Sequence:
     """``tokens`` is the prompt and what was drawn; KV is valid for the first ``num_computed`` of them.  ``drafter`` is None
-    where nothing is to be guessed."""
+    where nothing is to be guessed.  Steps that are not completed compute ``num_in_steps`` more and will draw
+    ``num_awaited`` tokens, the last of them as ``awaited_sample`` of the newest step."""
 
     id: SequenceId
     tokens: list[int]
@@ -50,6 +51,10 @@ class Sequence:
     num_drafted: int = field(init=False, default=0)  # tokens guessed and verified
     num_accepted: int = field(init=False, default=0)
     aborted: bool = field(init=False, default=False)
+    num_steps: int = field(init=False, default=0)  # that are not completed and name it
+    num_in_steps: int = field(init=False, default=0)
+    num_awaited: int = field(init=False, default=0)
+    awaited_sample: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.tokens)
@@ -59,8 +64,18 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def num_to_come(self) -> int:
+        """Its tokens when the steps that are not completed have drawn theirs."""
+        return len(self.tokens) + self.num_awaited
+
+    @property
+    def num_scheduled(self) -> int:
+        return self.num_computed + self.num_in_steps
+
+    @property
     def num_to_compute(self) -> int:
-        return len(self.tokens) - self.num_computed
+        """That no step computes yet."""
+        return self.num_to_come - self.num_scheduled
 
 
 @dataclass(frozen=True, slots=True)

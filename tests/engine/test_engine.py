@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from services.engine.batch import Batch
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine, StepTime
 from services.engine.lookup import Drafter
-from services.engine.sampling_params import DrawFailed, Drawn, Sampling
+from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
-from services.engine.sequence import Event, Sequence, SequenceId
+from services.engine.sequence import Event, Sequence, SequenceId, StepFailed, TokenDrawn
+from services.engine.steps import Blocking, Draws, Outcome
 
 
 class Recorder:
     """Runner and listener in one, so that the order between them is seen."""
 
-    late_s = 0.0
+    runs_ahead = False
 
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.breaks = False
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+    def start(self, batch: Batch) -> Blocking:
+        return Blocking(lambda: self.run(batch))
+
+    def run(self, batch: Batch) -> Draws:
         self.seen.append("run")
         if self.breaks:
             raise RuntimeError("out of memory")
@@ -81,17 +86,17 @@ def test_a_gap_is_counted_between_steps_that_follow_each_other_and_not_over_idle
     add(e, "a", 12)  # two chunks
     assert e.step()
     assert sum(e.gaps.counts) == 0
-    recorder.late_s = 0.3  # the numbers were there before the step's thread had the interpreter again
+    time.sleep(0.3)
     assert e.step()
     assert sum(e.gaps.counts) == 1
+    assert e.gaps.counts[-1] == 1
+    assert e.gaps.total_s > 0.3
     assert not e.step()
     add(e, "b", 24)  # of which the cache holds 12
     assert e.step()
     assert sum(e.gaps.counts) == 1
     assert e.step()
     assert sum(e.gaps.counts) == 2
-    assert e.gaps.counts[-1] == 1
-    assert e.gaps.total_s > 0.3
 
 
 def test_the_engines_thread_keeps_to_its_processors() -> None:
@@ -124,3 +129,71 @@ def test_accepted_drafts_are_counted() -> None:
     work = e.work
     assert (work.prefill_tokens, work.decode_tokens, work.steps) == (8, 7, 3)
     assert (work.drafted_tokens, work.accepted_tokens) == (5, 5)
+
+
+class Ahead(Recorder):
+    """Takes the next step while one is under way; computes the plan's tokens as 10, 11, 12 and so on."""
+
+    runs_ahead = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_started = 0
+
+    def start(self, batch: Batch) -> AheadStep:  # type: ignore[override]
+        if self.breaks:
+            raise RuntimeError("no such block")
+        self.num_started += 1
+        self.seen.append(f"start {self.num_started} {batch.token_ids.tolist()}")
+        return AheadStep(self, self.num_started, batch)
+
+
+class AheadStep:
+    def __init__(self, runner: Ahead, number: int, batch: Batch) -> None:
+        self._runner, self._number, self._batch = runner, number, batch
+
+    def wait_nearly(self) -> None:
+        self._runner.seen.append(f"nearly {self._number}")
+
+    def result(self) -> Outcome:
+        self._runner.seen.append(f"result {self._number}")
+        return Outcome([Drawn(9 + self._number) for _ in self._batch.samples], self._number, self._number + 0.75)
+
+
+def stream(e: Engine, name: str, max_tokens: int) -> None:
+    with e.exclusive() as scheduler:
+        scheduler.add(Sequence(SequenceId(name), [1, 2], Sampling(), max_tokens, frozenset({12}), [b"root"]))
+
+
+def test_the_next_step_is_handed_over_before_the_one_under_way_has_ended() -> None:
+    recorder = Ahead()
+    e = engine(recorder)
+    stream(e, "a", 9)
+    while e.step():
+        pass
+    assert recorder.seen == [
+        *("Started a", "start 1 [1, 2]"),
+        *("nearly 1", "start 2 [-1]", "result 1", "ChunkComputed a", "TokenDrawn a"),
+        *("nearly 2", "start 3 [-1]", "result 2", "TokenDrawn a"),
+        *("nearly 3", "start 4 [-1]", "result 3", "TokenDrawn a"),  # token 12 ends it
+        *("nearly 4", "result 4"),
+    ]
+    assert sum(e.gaps.counts) == 3
+    assert e.gaps.total_s == 3 * 0.25
+    assert (e.work.prefill_tokens, e.work.decode_tokens) == (2, 3)
+
+
+def test_a_step_that_cannot_be_handed_over_fails_when_its_turn_comes() -> None:
+    recorder = Ahead()
+    e = engine(recorder)
+    stream(e, "a", 9)
+    heard: list[Event] = []
+    recorder.on_events = lambda events, step: heard.extend(events)  # type: ignore[method-assign]
+    assert e.step()
+    recorder.breaks = True
+    while e.step():
+        pass
+    assert [type(event) for event in heard[1:]] == [TokenDrawn, TokenDrawn, StepFailed]
+    with e.exclusive() as scheduler:
+        scheduler.check_integrity()
+        assert scheduler.num_sequences == 0

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from services.engine.blocks import BlockPool, OutOfBlocksError
 from services.engine.hashing import chain_root
+from services.engine.lookup import Drafter
 from services.engine.sampling_params import DrawFailed, Drawn, Sampling
 from services.engine.scheduler import Limits, NeverFitsError, Plan, QueueFullError, Scheduler
 from services.engine.sequence import FinishReason, Sequence, SequenceId, StepFailed, TokenDrawn
@@ -36,19 +37,26 @@ class FakeModel:
         self.slots: list[int | None] = [None] * (num_blocks * BLOCK)
         self.tokens_computed = 0
         self._next = next_
+        self._drawn: list[int] = []  # by the step before
 
     def run(self, plan: Plan) -> list[Drawn | DrawFailed | None]:
         """Draws for every place, those behind refused drafts too: the scheduler is to ignore them."""
         drawn: list[Drawn | DrawFailed | None] = []
         for entry in plan.entries:
             for i, token in enumerate(entry.token_ids):
-                self.slots[self._slot(entry.block_table, entry.start + i)] = token
+                known = token if token >= 0 else self._drawn[-1 - token]
+                self.slots[self._slot(entry.block_table, entry.start + i)] = known
             self.tokens_computed += len(entry.token_ids)
             last = entry.start + len(entry.token_ids)
             for end in range(last - entry.num_samples + 1, last + 1):
                 context = [self.slots[self._slot(entry.block_table, i)] for i in range(end)]
                 drawn.append(Drawn(self._next([t for t in context if t is not None])))
+        self._drawn = [d.token_id for d in drawn if isinstance(d, Drawn)]
         return drawn
+
+    def forget_draws(self) -> None:
+        """The step failed: whoever computes on with its tokens computes something."""
+        self._drawn = [0] * 100
 
     @staticmethod
     def _slot(table: object, position: int) -> int:
@@ -71,12 +79,15 @@ def scheduler(num_blocks: int, **limits: int) -> Scheduler:
     return Scheduler(BlockPool(num_blocks), Limits(**{**defaults, **limits}))
 
 
-def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000) -> dict[str, list[int]]:
+def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000, ahead: bool = False) -> dict[str, list[int]]:
+    """``ahead``: a step is planned before the one before it is completed, where the scheduler can."""
     outputs: dict[str, list[int]] = {}
+    following: Plan | None = None
     for _ in range(max_steps):
-        plan = s.plan()
+        plan = following or s.plan()
         if plan is None:
             return outputs
+        following = s.plan() if ahead else None
         assert sum(len(e.token_ids) for e in plan.entries) <= s.limits.max_step_tokens
         for event in s.complete(plan, model.run(plan)):
             if isinstance(event, TokenDrawn):
@@ -93,15 +104,16 @@ def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000) -> dict[st
     ),
     st.integers(13, 40),
     st.integers(1, 9),
+    st.booleans(),
 )
-def test_batching_caching_and_preemption_change_no_token(
-    requests: list[tuple[list[int], int]], num_blocks: int, max_step_tokens: int
+def test_batching_caching_preemption_and_planning_ahead_change_no_token(
+    requests: list[tuple[list[int], int]], num_blocks: int, max_step_tokens: int, ahead: bool
 ) -> None:
     s = scheduler(num_blocks, max_step_tokens=max_step_tokens)
     model = FakeModel(num_blocks)
     for i, (prompt, max_tokens) in enumerate(requests):
         s.add(sequence(str(i), prompt, max_tokens))
-    outputs = run_to_end(s, model)
+    outputs = run_to_end(s, model, ahead=ahead)
     assert outputs == {str(i): expected(p, n) for i, (p, n) in enumerate(requests)}
     counts = s.pool.counts()
     assert counts.free == counts.total - counts.cached
@@ -391,3 +403,83 @@ def test_the_longest_answer_ends_beside_pins_that_never_do() -> None:
     assert s.num_sequences == 0
     with pytest.raises(AssertionError, match="and pins"):
         s.check_integrity()
+
+
+def planned(s: Scheduler) -> Plan:
+    plan = s.plan()
+    assert plan is not None
+    return plan
+
+
+def test_a_step_is_planned_with_the_tokens_that_the_one_before_it_draws() -> None:
+    s, model = scheduler(20), FakeModel(20)
+    s.add(sequence("a", [1, 2, 3], 9))
+    s.add(sequence("b", [4, 5], 9))
+    first, second = planned(s), planned(s)
+    assert [e.token_ids for e in first.entries] == [[1, 2, 3], [4, 5]]
+    assert [(e.token_ids, e.start) for e in second.entries] == [([-1], 3), ([-2], 2)]
+    assert (first.num_decode_tokens, second.num_decode_tokens) == (0, 2)
+    s.complete(first, model.run(first))
+    third = planned(s)
+    assert [e.start for e in third.entries] == [4, 3]
+    events = s.complete(second, model.run(second)) + s.complete(third, model.run(third))
+    assert [e.drawn.token_id for e in events if isinstance(e, TokenDrawn) and e.id == "a"] == expected([1, 2, 3], 3)[1:]
+    assert [e.drawn.token_id for e in events if isinstance(e, TokenDrawn) and e.id == "b"] == expected([4, 5], 3)[1:]
+
+
+def test_what_a_stop_token_ends_keeps_its_blocks_while_a_step_still_computes_it() -> None:
+    answer = expected([1, 2, 3], 3)
+    s, model = scheduler(20), FakeModel(20)
+    s.add(Sequence(SequenceId("a"), [1, 2, 3], Sampling(), 9, frozenset({answer[0]}), [ROOT]))
+    first, second = planned(s), planned(s)
+    events = s.complete(first, model.run(first))
+    assert [e.finish for e in events if isinstance(e, TokenDrawn)] == [FinishReason.STOP]
+    assert s.pool.counts().active == 1, "the step in flight writes there"
+    assert s.plan() is None
+    assert s.complete(second, model.run(second)) == []
+    assert (s.pool.counts().active, s.num_sequences) == (0, 0)
+    s.check_integrity()
+
+
+def test_nothing_is_computed_behind_a_token_that_is_known_to_be_the_last() -> None:
+    s = scheduler(20)
+    s.add(sequence("a", [1, 2, 3], 1))
+    s.add(sequence("b", [4], 9, prefill_only=True))
+    planned(s)
+    assert s.plan() is None
+
+
+def test_without_blocks_the_next_step_waits_for_the_one_under_way() -> None:
+    s, model = scheduler(3), FakeModel(3)
+    s.add(sequence("a", [1, 2, 3, 4], 3))
+    s.add(sequence("b", [5, 6, 7], 2))
+    first = planned(s)
+    assert [q.id for q in first.sequences] == ["a", "b"]
+    s.pool.allocate(1)
+    assert s.plan() is None
+    s.complete(first, model.run(first))
+    again = planned(s)
+    assert [q.id for q in again.sequences] == ["a"], "b was preempted for it"
+
+
+def test_what_to_guess_waits_for_the_token_under_way() -> None:
+    s, model = scheduler(20), FakeModel(20)
+    s.add(sequence("a", [1, 2, 3], 9, drafter=Drafter()))
+    first = planned(s)
+    assert s.plan() is None
+    s.complete(first, model.run(first))
+    assert s.plan() is not None
+
+
+def test_a_step_that_fails_takes_its_sequences_out_of_the_next() -> None:
+    s, model = scheduler(20, max_step_tokens=5), FakeModel(20)
+    s.add(sequence("a", [1, 2, 3], 9))
+    first = planned(s)
+    s.add(sequence("b", [4, 5], 1))
+    second = planned(s)
+    assert s.fail(first, "broken") == [StepFailed(SequenceId("a"), "broken")]
+    model.forget_draws()
+    events = s.complete(second, model.run(second))
+    assert [(e.id, e.drawn.token_id) for e in events if isinstance(e, TokenDrawn)] == [("b", expected([4, 5], 1)[0])]
+    assert s.num_sequences == 0
+    s.check_integrity()

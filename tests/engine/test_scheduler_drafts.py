@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Sequence_
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from services.engine.blocks import OutOfBlocksError
 from services.engine.lookup import Drafter
 from services.engine.sampling_params import DrawFailed, Drawn, Sampling
-from services.engine.scheduler import NeverFitsError, Plan, Scheduler
+from services.engine.scheduler import MOST_OPEN, NeverFitsError, Plan, Scheduler
 from services.engine.sequence import Event, FinishReason, Sequence, SequenceId, Stage, StepFailed, TokenDrawn
 from tests.engine.test_scheduler import BLOCK, ROOT, FakeModel, echo, expected, scheduler, sequence
 
@@ -172,7 +173,7 @@ class Interruptions(RuleBasedStateMachine):
     def open(self, num_blocks: int, max_step_tokens: int, max_running: int) -> None:
         self.scheduler = scheduler(num_blocks, max_step_tokens=max_step_tokens, max_running=max_running)
         self.model = FakeModel(num_blocks, echo)
-        self.plan: Plan | None = None
+        self.plans: deque[Plan] = deque()
         self.made: dict[str, Sequence] = {}
         self.answers: dict[str, list[int]] = {}
         self.told: dict[str, list[int]] = {}
@@ -233,19 +234,20 @@ class Interruptions(RuleBasedStateMachine):
             self.scheduler.halt(q.id)
         self.scheduler.abort(SequenceId(name))
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: len(self.plans) < MOST_OPEN)
     @rule()
     def begin(self) -> None:
-        self.plan = self.scheduler.plan()
+        if plan := self.scheduler.plan():
+            self.plans.append(plan)
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.plans)
     @rule(fails=st.integers(0, 9))
     def finish(self, fails: int) -> None:
-        plan, self.plan = self.plan, None
-        assert plan is not None
+        plan = self.plans.popleft()
         if fails == 0:
             self.cut |= {q.id for q in plan.sequences}
             self.hear(self.scheduler.fail(plan, "broken"))
+            self.model.forget_draws()
             return
         assert sum(len(e.token_ids) for e in plan.entries) <= self.scheduler.limits.max_step_tokens
         self.hear(self.scheduler.complete(plan, self.model.run(plan)))
@@ -261,7 +263,7 @@ class Interruptions(RuleBasedStateMachine):
     def blocks_add_up_and_nobody_has_spoken_otherwise(self) -> None:
         self.scheduler.check_integrity()
         for q in self.scheduler._sequences.values():
-            if self.plan is None:
+            if not self.plans:
                 assert len(q.block_table) <= -(-len(q.tokens) // BLOCK), "blocks of drafts stayed behind"
         for name, told in self.told.items():
             assert told == self.answers[name][: len(told)]
@@ -269,7 +271,7 @@ class Interruptions(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        if self.plan is not None:
+        while self.plans:
             self.finish(1)
         for name in self.cut:
             self.scheduler.abort(SequenceId(name))
@@ -278,7 +280,7 @@ class Interruptions(RuleBasedStateMachine):
                 if q.stage is Stage.HELD:  # its transfer has ended
                     self.scheduler.abort(q.id)
             self.begin()
-            if self.plan is not None:
+            if self.plans:
                 self.finish(1)
             self.blocks_add_up_and_nobody_has_spoken_otherwise()
         for name, q in self.made.items():

@@ -22,8 +22,9 @@ from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
-from services.engine.sampling_params import DrawFailed, Drawn
+from services.engine.sampling_params import Drawn
 from services.engine.scheduler import Limits, Scheduler
+from services.engine.steps import Blocking, Draws
 from services.engine.weights import DTYPES
 from services.prefill.conversion import Converter
 from services.prefill.ferries import Ferries
@@ -57,14 +58,17 @@ def token_kv(token: int, position: int) -> torch.Tensor:
 
 
 class MadeUpRunner:
-    late_s = 0.0
+    runs_ahead = False
 
     def __init__(self, pool: torch.Tensor) -> None:
         self._pool = pool
         self.may_run = threading.Event()
         self.may_run.set()
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+    def start(self, batch: Batch) -> Blocking:
+        return Blocking(lambda: self.run(batch))
+
+    def run(self, batch: Batch) -> Draws:
         assert self.may_run.wait(30)
         size = self._pool.shape[3]
         for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):

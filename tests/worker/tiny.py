@@ -11,8 +11,9 @@ from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
-from services.engine.sampling_params import DrawFailed, Drawn
+from services.engine.sampling_params import Drawn
 from services.engine.scheduler import Limits, Scheduler
+from services.engine.steps import Blocking, Draws
 from services.runtime.process import ProcessIdentity
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
@@ -33,9 +34,12 @@ NO_PROCESS = ProcessIdentity("", 0, 0, 0)
 class AlwaysSeven:
     """Computes nothing, and draws the same token for whoever asks."""
 
-    late_s = 0.0
+    runs_ahead = False
 
-    def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
+    def start(self, batch: Batch) -> Blocking:
+        return Blocking(lambda: self.run(batch))
+
+    def run(self, batch: Batch) -> Draws:
         return [Drawn(7) for _ in batch.samples]
 
 

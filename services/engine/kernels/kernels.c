@@ -1,30 +1,30 @@
-/* What Python calls: the choice of an instruction set, and the memory and the plan of a step. */
-#include "step.h"
+/* The choice of an instruction set, and the memory and the plan of a step. */
+#include "kernels.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-typedef struct {
+struct kvf_kernels {
     kvf_work *step;
+    kvf_draw *draw;
     kvf_pool *pool;
     void *memory; /* what steps work in; grows with the largest step */
     size_t nbytes;
-} kvf_engine;
+};
 
 static const struct {
     const char *name;
     kvf_work *step;
+    kvf_draw *draw;
 } variants[] = {
 #if defined(__x86_64__)
-    {"avx512bf16", kvf_step_avx512bf16},
-    {"avx512", kvf_step_avx512},
-    {"avx2", kvf_step_avx2},
+    {"avx512bf16", kvf_step_avx512bf16, kvf_draw_avx512bf16},
+    {"avx512", kvf_step_avx512, kvf_draw_avx512},
+    {"avx2", kvf_step_avx2, kvf_draw_avx2},
 #endif
-    {"portable", kvf_step_portable},
+    {"portable", kvf_step_portable, kvf_draw_portable},
 };
 
-#define MAX_STEPS 255
 #define NUM_VARIANTS ((int)(sizeof variants / sizeof *variants))
 
 static int supports(const char *name)
@@ -50,25 +50,38 @@ const char *kvf_instruction_set(int number)
     return NULL;
 }
 
-/* instruction_set: one that this processor has.  NULL when memory or threads cannot be had. */
-kvf_engine *kvf_open(const char *instruction_set, int num_threads)
+/* One draw, outside of steps; the caller has room for num_logprobs.  -1 without memory. */
+int kvf_draw_row(const char *instruction_set, const float *row, long num, const kvf_sampling *by, kvf_drawn *drawn,
+                 int64_t *top, double *top_logprobs)
 {
-    kvf_engine *engine = calloc(1, sizeof *engine);
-    if (!engine) return NULL;
+    kvf_candidate *order = malloc(num * sizeof *order);
+    if (!order) return -1;
     for (int i = 0; i < NUM_VARIANTS; i++)
-        if (!strcmp(variants[i].name, instruction_set)) engine->step = variants[i].step;
-    engine->pool = kvf_pool_open(num_threads);
-    if (engine->pool) return engine;
-    free(engine);
+        if (!strcmp(variants[i].name, instruction_set)) variants[i].draw(row, num, by, drawn, top, top_logprobs, order);
+    free(order);
+    return 0;
+}
+
+kvf_kernels *kvf_kernels_open(const char *instruction_set, int num_threads)
+{
+    kvf_kernels *kernels = calloc(1, sizeof *kernels);
+    if (!kernels) return NULL;
+    for (int i = 0; i < NUM_VARIANTS; i++)
+        if (!strcmp(variants[i].name, instruction_set)) {
+            kernels->step = variants[i].step;
+            kernels->draw = variants[i].draw;
+        }
+    kernels->pool = kvf_pool_open(num_threads);
+    if (kernels->pool) return kernels;
+    free(kernels);
     return NULL;
 }
 
-/* Not while a step runs. */
-void kvf_close(kvf_engine *engine)
+void kvf_kernels_close(kvf_kernels *kernels)
 {
-    kvf_pool_close(engine->pool);
-    free(engine->memory);
-    free(engine);
+    kvf_pool_close(kernels->pool);
+    free(kernels->memory);
+    free(kernels);
 }
 
 static long padded(long n, long to) { return (n + to - 1) / to * to; }
@@ -92,6 +105,7 @@ static size_t lay_out(kvf_step *step, char *memory, int num_threads)
     long widest = most(layer->qkv.num_rows, layer->gate_up.num_rows);
     long inputs = most(most(layer->qkv.num_columns, layer->output.num_columns), layer->down.num_columns);
     step->row_stride = inputs;
+    step->token_ids = take(memory, &at, rows * sizeof(int64_t));
     step->tiles = take(memory, &at, step->num_tiles * sizeof(kvf_tile));
     step->slot_tile = take(memory, &at, step->num_slots * sizeof(int32_t));
     step->row_sequence = take(memory, &at, rows * sizeof(int32_t));
@@ -103,6 +117,10 @@ static size_t lay_out(kvf_step *step, char *memory, int num_threads)
     step->rows = take(memory, &at, num_threads * inputs * sizeof(float));
     step->turns = take(memory, &at, rows * model->head_dim * sizeof(float));
     step->partials = take(memory, &at, step->num_partials * (model->head_dim + PARTIAL_HEAD) * sizeof(float));
+    step->logits = step->batch->logits;
+    if (!step->logits) step->logits = take(memory, &at, step->batch->num_sampled * model->head.num_rows * sizeof(float));
+    if (step->batch->sampling)
+        step->candidates = take(memory, &at, num_threads * model->vocab_size * sizeof(kvf_candidate));
     return at;
 }
 
@@ -141,62 +159,28 @@ static long plan(kvf_step *step, long max_chunks)
     return total_chunks;
 }
 
-static int is_multiple(float rise, float per_step, float tolerance)
+int kvf_compute(kvf_kernels *kernels, kvf_step *step, const int64_t *drawn_before, long num_drawn_before)
 {
-    float steps = rise * per_step, whole = (steps + 12582912.0f) - 12582912.0f; /* rounds */
-    return steps - whole <= tolerance && whole - steps <= tolerance;
-}
-
-/* How many steps lie between the least and the greatest of a group: as few as have every weight at a step, which is how
- * files that were quantized are met; MAX_STEPS where nothing does. */
-static int count_steps(const float *weights, float least, float span)
-{
-    float per_span = 1 / span;
-    for (int count = 1; count < MAX_STEPS; count++) {
-        int i = 0;
-        while (i < GROUP && is_multiple(weights[i] - least, count * per_span, count * 0x1p-14f)) i++;
-        if (i == GROUP) return count;
+    int num_threads = kvf_pool_size(kernels->pool);
+    const kvf_batch *batch = step->batch;
+    step->draw = kernels->draw;
+    long max_chunks = plan(step, INT32_MAX) * step->model->num_kv_heads / (4 * num_threads);
+    plan(step, max_chunks);
+    size_t nbytes = lay_out(step, NULL, num_threads);
+    if (nbytes > kernels->nbytes) {
+        free(kernels->memory);
+        kernels->nbytes = 0;
+        kernels->memory = aligned_alloc(64, nbytes);
+        if (!kernels->memory) return -1;
+        kernels->nbytes = nbytes;
     }
-    return MAX_STEPS;
-}
-
-/* to: [num_groups][3], of each group of weights the least, how far the greatest is above it, and the number of steps.  The
- * least is NaN where a weight is not finite. */
-void kvf_count_steps(const float *weights, long num_groups, float *to)
-{
-    for (; num_groups; num_groups--, weights += GROUP, to += 3) {
-        float least = weights[0], greatest = weights[0], finite = 0;
-        for (int i = 0; i < GROUP; i++) {
-            finite += weights[i] * 0.0f;
-            least = weights[i] < least ? weights[i] : least;
-            greatest = weights[i] > greatest ? weights[i] : greatest;
-        }
-        to[0] = least + finite;
-        to[1] = greatest - least;
-        to[2] = greatest > least ? count_steps(weights, least, greatest - least) : 0;
+    lay_out(step, kernels->memory, num_threads);
+    plan(step, max_chunks);
+    for (long i = 0; i < batch->num_tokens; i++) {
+        int64_t token = batch->token_ids[i], number = -1 - token;
+        if (token < 0) token = number < num_drawn_before ? drawn_before[number] : 0;
+        step->token_ids[i] = token;
     }
-}
-
-/* Computes a step; blocks.  One caller at a time.  -1 when there is no memory, and then nothing was done. */
-int kvf_run(kvf_engine *engine, const kvf_model *model, kvf_batch *batch)
-{
-    int num_threads = kvf_pool_size(engine->pool);
-    kvf_step step = {.model = model, .batch = batch};
-    long max_chunks = plan(&step, INT32_MAX) * model->num_kv_heads / (4 * num_threads);
-    plan(&step, max_chunks);
-    size_t nbytes = lay_out(&step, NULL, num_threads);
-    if (nbytes > engine->nbytes) {
-        free(engine->memory);
-        engine->nbytes = 0;
-        engine->memory = aligned_alloc(64, nbytes);
-        if (!engine->memory) return -1;
-        engine->nbytes = nbytes;
-    }
-    lay_out(&step, engine->memory, num_threads);
-    plan(&step, max_chunks);
-    kvf_pool_run(engine->pool, engine->step, &step);
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    batch->ended_ns = now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+    kvf_pool_run(kernels->pool, kernels->step, step);
     return 0;
 }

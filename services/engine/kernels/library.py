@@ -1,4 +1,4 @@
-"""The compiled kernels by ctypes: the structs of step.h and the functions of kernels.c."""
+"""The compiled kernels by ctypes: the structs of step.h and the functions of steps.c."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayerStruct(ctypes.Structure):
 class ModelStruct(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("format", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim",
-                                       "intermediate_size", "window")),
+                                       "intermediate_size", "vocab_size", "window")),
         ("norm_eps", c_float),
         ("frequencies", c_void_p),
         ("norm", c_void_p),
@@ -43,8 +43,10 @@ class BatchStruct(ctypes.Structure):
         *((name, c_void_p) for name in ("token_ids", "positions", "slots", "qo_indptr", "kv_indptr", "kv_indices",
                                         "sampled", "arena")),
         *((name, c_int64) for name in ("block_size", "kv_half")),
+        *((name, c_void_p) for name in ("sampling", "drawn", "top", "top_logprobs")),
+        ("top_stride", c_int64),
         ("logits", c_void_p),
-        ("ended_ns", c_int64),
+        *((name, c_int64) for name in ("began_ns", "ended_ns", "failed")),
     )  # fmt: skip
 
 
@@ -58,8 +60,12 @@ def load() -> ctypes.CDLL:
     library.kvf_instruction_set.restype, library.kvf_instruction_set.argtypes = c_char_p, [c_int]
     library.kvf_open.restype, library.kvf_open.argtypes = c_void_p, [c_char_p, c_int]
     library.kvf_close.restype, library.kvf_close.argtypes = None, [c_void_p]
-    library.kvf_run.restype = c_int
-    library.kvf_run.argtypes = [c_void_p, ctypes.POINTER(ModelStruct), ctypes.POINTER(BatchStruct)]
+    library.kvf_start.restype = c_int
+    library.kvf_start.argtypes = [c_void_p, ctypes.POINTER(ModelStruct), ctypes.POINTER(BatchStruct)]
+    for wait in (library.kvf_wait_nearly, library.kvf_wait):
+        wait.restype, wait.argtypes = None, [c_void_p, c_int]
+    library.kvf_draw_row.restype = c_int
+    library.kvf_draw_row.argtypes = [c_char_p, c_void_p, c_long, *[c_void_p] * 4]
     library.kvf_count_steps.restype, library.kvf_count_steps.argtypes = None, [c_void_p, c_long, c_void_p]
     return library
 

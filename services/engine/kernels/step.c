@@ -1,4 +1,4 @@
-/* One step, from token ids to logits: what each thread of the pool does, phase by phase.
+/* One step, from token ids to drawn tokens: what each thread of the pool does, phase by phase.
  *
  * Compiled once for each instruction set, under the name KVF_STEP.
  */
@@ -45,12 +45,13 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     for (long i = 0, i##_end = 0; i < i##_end || (i = kvf_claim(pool, count, &i##_end)) < (count); i++)
 
     EACH(row, num_rows) {
-        unpack_row(format, &model->embedding, batch->token_ids[row], hidden_size, step->hidden + row * stride);
+        unpack_row(format, &model->embedding, step->token_ids[row], hidden_size, step->hidden + row * stride);
         turn(model->frequencies, model->head_dim / 2, batch->positions[row], step->turns + row * model->head_dim);
     }
     kvf_barrier(pool);
     for (long number = 0; number < model->num_layers; number++) {
         const kvf_layer *layer = &model->layers[number];
+        if (thread == 0 && number == model->num_layers - model->num_layers / 8) step->nearly(step->engine);
 
         operand x = inputs_of(step, format, layer->qkv.num_columns);
         EACH(row, num_rows) {
@@ -101,5 +102,11 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
         prepare(format, own, hidden_size, model->head.num_columns, &x, i);
     }
     kvf_barrier(pool);
-    multiply(pool, format, batch->num_sampled, x, &model->head, (target){batch->logits, model->head.num_rows, NULL, 0});
+    multiply(pool, format, batch->num_sampled, x, &model->head, (target){step->logits, model->head.num_rows, NULL, 0});
+    if (!batch->sampling) return;
+    kvf_barrier(pool);
+    EACH(i, batch->num_sampled)
+        step->draw(step->logits + i * model->head.num_rows, model->vocab_size, &batch->sampling[i], &batch->drawn[i],
+                   batch->top + i * batch->top_stride, batch->top_logprobs + i * batch->top_stride,
+                   step->candidates + thread * model->vocab_size);
 }

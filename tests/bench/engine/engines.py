@@ -18,7 +18,8 @@ from services.engine.layout import KvLayout
 from services.engine.model_files import ModelFiles
 from services.engine.runner import TorchRunner
 from services.engine.runners import kv_dtype
-from services.engine.sampling_params import DrawFailed, Drawn, Sampling
+from services.engine.sampling_params import Sampling
+from services.engine.steps import Outcome
 from services.engine.weights import load_weights
 from tests.bench.engine.limits import large_pages
 
@@ -34,20 +35,6 @@ class Engine(Protocol):
         """Seconds from a prompt to its first token."""
 
 
-class _Timed:
-    """The library, and how long its last step ran."""
-
-    def __init__(self, library: Any) -> None:
-        self._library = library
-        self.seconds = 0.0
-
-    def kvf_run(self, *arguments: Any) -> int:
-        began = time.perf_counter()
-        status: int = self._library.kvf_run(*arguments)
-        self.seconds = time.perf_counter() - began
-        return status
-
-
 class Ours:
     """A runner over a pool; ``torch_only``: eager torch.  A step is all of it: metadata, model, draw."""
 
@@ -61,6 +48,7 @@ class Ours:
         weights = load_weights(config, files.path, "float32" if dtype == "int8" else dtype)
         self.weights_nbytes = sum(t.nbytes for t in _tensors(weights))
         pool = (self.layout, memoryview(self._arena), self.num_blocks, threads)
+        self.inside_s = 0.0  # how long the kernels ran in the last step
         self.runner: TorchRunner | CompiledRunner
         if torch_only:
             self.runner = TorchRunner(config, weights, *pool)
@@ -68,16 +56,17 @@ class Ours:
             packed = pack(config, weights, dtype)
             self.weights_nbytes = packed.nbytes
             self.runner = CompiledRunner(config, packed, *pool)
-            self.inside = self.runner.model._lib = _Timed(self.runner.model._lib)
 
     def decode(self, batch: int, context: int) -> float:
         entries = self._entries(batch, context)
         began = time.perf_counter()
-        self.run(entries)
-        return time.perf_counter() - began
+        outcome = self.run(entries)
+        taken_s = time.perf_counter() - began
+        self.inside_s = outcome.ended_s - outcome.began_s
+        return taken_s
 
-    def run(self, entries: Sequence[Entry]) -> list[Drawn | DrawFailed | None]:
-        return self.runner.run(build_batch(entries, BLOCK_SIZE))
+    def run(self, entries: Sequence[Entry]) -> Outcome:
+        return self.runner.start(build_batch(entries, BLOCK_SIZE)).result()
 
     def prefill(self, prompt: Sequence[int]) -> float:
         began = time.perf_counter()

@@ -90,7 +90,7 @@ class Side:
         decodes = plan.num_prefill_tokens == 0
         entries = [replace(e, block_table=[b + self._first_block for b in e.block_table]) for e in plan.entries]
         shifted = time.perf_counter()
-        events = self._scheduler.complete(plan, self._ours.run(entries))
+        events = self._scheduler.complete(plan, self._ours.run(entries).draws)
         elapsed = time.perf_counter() - shifted + planned - began
         drawn = [event for event in events if isinstance(event, TokenDrawn)]
         for event in drawn:

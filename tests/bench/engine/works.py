@@ -98,7 +98,7 @@ class Works:
             began = time.perf_counter()
             scheduler.add(Sequence(SequenceId("prefix"), list(prompt), GREEDY, 1, frozenset(), root))
             while (plan := scheduler.plan()) is not None:
-                drawn = ours.run(plan.entries)
+                drawn = ours.run(plan.entries).draws
                 if any(isinstance(event, TokenDrawn) for event in scheduler.complete(plan, drawn)):
                     break
             return time.perf_counter() - began
@@ -121,7 +121,7 @@ class Works:
 
         def step() -> float:
             seconds = ours.decode(batch, context)
-            inside.append(ours.inside.seconds / seconds)
+            inside.append(ours.inside_s / seconds)
             return seconds
 
         calls: dict[str, Callable[[], float]] = {"ours": step, "read": lambda: setting.read() * nbytes}
