@@ -6,6 +6,7 @@ import asyncio
 import sys
 from contextlib import AsyncExitStack
 
+import prometheus_client
 import structlog
 from grpc_health.v1 import health_pb2
 
@@ -16,6 +17,7 @@ from gateway.http.app import create_app
 from gateway.http.front_door import Vocabulary
 from gateway.http.limits import HttpLimits
 from gateway.http.server import HttpServer
+from gateway.metrics import ViewCollector
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.view import ClusterView, watch
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -50,7 +52,8 @@ async def run_gateway(config: GatewayConfig) -> None:
         except Error as e:
             raise StartupError(str(e)) from e
         channels = await stack.enter_async_context(Channels())
-        view = ClusterView()
+        view = ClusterView(max_index_entries=config.max_index_entries)
+        prometheus_client.REGISTRY.register(ViewCollector(view))
         dispatcher = Dispatcher(
             view, channels, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
             max_attempts=config.max_attempts, stall_timeout_s=config.stall_timeout_s,

@@ -33,7 +33,7 @@ _log = structlog.stdlib.get_logger("services.directory")
 
 async def serve(settings: DirectoryConfig) -> None:
     """Serves until cancelled."""
-    store = MemoryStore(max_events=settings.history_events)
+    store = MemoryStore(max_events=settings.history_events, max_index_entries=settings.max_index_entries)
     server = create_server()
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(store), server)
     await add_standard_services(server, [_SERVICE_NAME])
