@@ -396,7 +396,7 @@ EXPORT size_t kvd_list(const kvd_index *index, int worker, int tier, uint32_t *c
 EXPORT size_t kvd_match(const kvd_index *index, uint64_t workers, const char *hashes, size_t count, kvd_prefix *prefixes)
 {
     uint64_t hash[MAX_WINDOW][2], mixed[MAX_WINDOW], holding = workers, any = 0;
-    uint32_t num_held[NUM_WORKERS], num_elsewhere[NUM_WORKERS];
+    uint32_t num_held[NUM_WORKERS], num_elsewhere[NUM_WORKERS] = {0};
     size_t window = 1, num_prefixes = 0;
     for (size_t from = 0; from < count && holding; from += window, window = window < MAX_WINDOW ? 2 * window : window) {
         size_t n = count - from < window ? count - from : window;
@@ -406,10 +406,7 @@ EXPORT size_t kvd_match(const kvd_index *index, uint64_t workers, const char *ha
             uint64_t *slot = find(index, table_of(index, mixed[i]), hash[i], mixed[i]);
             const kvd_record *record = slot ? record_at(index, number_in(*slot)) : NULL;
             uint64_t holders = record ? holders_of(record) & holding : 0;
-            if (!from && !i) {
-                any = holding = holders;
-                memset(num_elsewhere, 0, sizeof num_elsewhere);
-            }
+            if (!from && !i) any = holders;
             for (uint64_t lost = holding & ~holders; lost; lost &= lost - 1)
                 num_held[__builtin_ctzll(lost)] = (uint32_t)(from + i);
             holding = holders;
@@ -417,7 +414,7 @@ EXPORT size_t kvd_match(const kvd_index *index, uint64_t workers, const char *ha
                 num_elsewhere[__builtin_ctzll(rest)]++;
         }
     }
-    for (uint64_t rest = any & holding; rest; rest &= rest - 1) num_held[__builtin_ctzll(rest)] = (uint32_t)count;
+    for (uint64_t rest = holding & any; rest; rest &= rest - 1) num_held[__builtin_ctzll(rest)] = (uint32_t)count;
     for (; any; any &= any - 1) {
         uint32_t worker = (uint32_t)__builtin_ctzll(any);
         prefixes[num_prefixes++] = (kvd_prefix){worker, num_held[worker], num_held[worker] - num_elsewhere[worker]};

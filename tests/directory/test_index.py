@@ -16,8 +16,12 @@ from services.runtime.tier import Tier
 Held = dict[int, set[Tier]]
 
 
+# With it as their second half, all hashes mix to the same, whatever the seed.
+COLLIDING = 0x9E3779B97F4A7C15
+
+
 def block(n: int) -> bytes:
-    return n.to_bytes(16, "big")
+    return n.to_bytes(8, "little") + (COLLIDING if n % 2 and n < 40 else 0).to_bytes(8, "little")
 
 
 def blocks(numbers: Iterable[int]) -> bytes:
@@ -26,7 +30,7 @@ def blocks(numbers: Iterable[int]) -> bytes:
 
 def held_by(index: BlockIndex, worker: str, tier: Tier) -> list[int]:
     data = b"".join(index.held_by(worker, tier, 3))
-    return [int.from_bytes(data[i : i + 16], "big") for i in range(0, len(data), 16)]
+    return [int.from_bytes(data[i : i + 8], "little") for i in range(0, len(data), 16)]
 
 
 @dataclass
