@@ -40,7 +40,7 @@ class BlockIndex:
     """Chain hash (16 bytes) -> the workers whose prefix cache holds that block, and in which tiers.
 
     A chain hash stands for its block and all before it, but a worker may have evicted earlier blocks of a chain.  Hashes
-    come and go as bytes, 16 each, back to back.
+    come and go as bytes, 16 each, back to back.  Raises IndexUnavailable where the compiled core cannot be had.
 
     At most ``max_entries`` pairs of block and worker are held, at about 60 bytes each (ADR 11); what comes beyond them is
     left out and counted, so that lookups then find less than there is.  Not thread-safe, but the counts may be read from
@@ -50,7 +50,7 @@ class BlockIndex:
     def __init__(self, *, max_entries: int = DEFAULT_MAX_ENTRIES, table_bits: int = 10) -> None:
         self._max_entries = max_entries
         self._table_bits = table_bits
-        self._groups: list[_Group] = []
+        self._groups = [_Group(table_bits)]
         self._members: dict[str, _Member] = {}
         # Cleared, with blocks that have yet to be dropped.
         self._leaving: deque[_Member] = deque()

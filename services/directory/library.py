@@ -9,14 +9,20 @@ from ctypes import c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from services.directory.build import build
 
 NUM_WORKERS = 64
-NUM_TIERS = 2
+
+
+class IndexUnavailable(Exception):
+    """The block index could not be compiled or loaded; the message says what to do."""
 
 
 @functools.cache
 def load() -> ctypes.PyDLL:
     """Compiles if need be.  Calls keep the GIL: each is to be short, and it lets other threads read the counts.  Raises
-    RuntimeError or OSError."""
-    library = ctypes.PyDLL(str(build()))
+    IndexUnavailable."""
+    try:
+        library = ctypes.PyDLL(str(build()))
+    except (RuntimeError, OSError) as error:
+        raise IndexUnavailable(str(error)) from error
     library.kvd_open.restype, library.kvd_open.argtypes = c_void_p, [c_uint64, c_uint32]
     library.kvd_close.restype, library.kvd_close.argtypes = None, [c_void_p]
     library.kvd_store.restype = c_size_t
