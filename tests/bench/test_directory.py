@@ -65,9 +65,10 @@ def test_the_load_holds_what_it_says() -> None:
 
 def test_ours_alone_is_measured_against_the_fixed_goals() -> None:
     works = Works(20_000, 1, with_peer=False)
-    rows = [*works.memory(), *works.lookup(), *works.ingest()]
-    assert len(rows) == 6
-    assert all(row.ours >= 0 for row in rows)
+    assert len(works.memory()) == 1  # so little that the process may even have shrunk
+    rows = [*works.lookup(), *works.ingest()]
+    assert len(rows) == 5
+    assert all(row.ours > 0 for row in rows)
 
 
 def test_sides_that_differ_are_noticed() -> None:
