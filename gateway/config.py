@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
 
@@ -26,5 +27,10 @@ class GatewayConfig:
     stall_timeout_s: float = option(120.0, help="a worker silent for so long has failed", minimum=0.1)
     max_request_s: float = option(600.0, help="longest time for one request", minimum=0.1)
     max_body_nbytes: int = option(2 * 1024 * 1024, help="largest HTTP request body", minimum=1024)
+    max_index_entries: int = option(
+        DEFAULT_MAX_ENTRIES,
+        help="how many pairs of KV block and worker are known at most, at about 60 bytes each; more are left out",
+        minimum=1,
+    )
     drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")

@@ -37,6 +37,7 @@ from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import Error, InternalError, UnavailableError, from_rpc_error
+from services.directory.index import Prefix
 from services.engine.hashing import chain_root, extend_chain
 from services.runtime.channels import Channels
 
@@ -47,6 +48,7 @@ WORKER_RETRY_S = 2.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
 
+_NO_PREFIX = Prefix(0, 0)
 _ROLES = {common_pb2.WORKER_ROLE_PREFILL: Role.PREFILL, common_pb2.WORKER_ROLE_DECODE: Role.DECODE}
 
 
@@ -157,16 +159,16 @@ class Dispatcher:
 
     def candidates(self, job: Job) -> list[Candidate]:
         """The workers that serve this model, as routing sees them."""
-        prefix_blocks: dict[int, dict[str, int]] = {}  # by block size
+        prefixes: dict[int, dict[str, Prefix]] = {}  # by block size
         found = []
         for worker in self._view.workers.values():
             info, load = worker.info, worker.load
             if info.role not in _ROLES or info.model.revision != self._model_revision or load.draining:
                 continue
             block_size = info.layout.block_size_tokens
-            if block_size not in prefix_blocks:
+            if block_size not in prefixes:
                 root = chain_root(self._model_revision, job.cache_salt)
-                prefix_blocks[block_size] = self._view.longest_prefix(extend_chain(root, job.prompt, block_size))
+                prefixes[block_size] = self._view.longest_prefix(extend_chain(root, job.prompt, block_size))
             key = WorkerKey(info.worker_id, info.incarnation)
             pending = self._pending.get(key, Pending())
             found.append(
@@ -179,7 +181,7 @@ class Dispatcher:
                     num_requests=max(pending.num_requests, load.num_running + load.num_waiting),
                     num_queued_prefill_tokens=max(pending.prefill_tokens, load.num_queued_prefill_tokens),
                     num_free_blocks=load.blocks.free + load.blocks.cached,
-                    num_prefix_blocks=prefix_blocks[block_size].get(info.worker_id, 0),
+                    num_prefix_blocks=prefixes[block_size].get(info.worker_id, _NO_PREFIX).num_blocks,
                     prefill_tokens_per_s=load.prefill_tokens_per_s,
                 )
             )

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 
 import grpc
 import structlog
 
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
-from services.directory.index import BlockIndex, split_hashes
+from services.directory.index import DEFAULT_MAX_ENTRIES, HASH_NBYTES, BlockIndex, Prefix
 from services.runtime.backoff import Backoff
 from services.runtime.channel import open_channel
+from services.runtime.tier import Tier
 
 _log = structlog.stdlib.get_logger(__name__)
 
 # The directory gives a sign of life every 2 s.
 _SILENCE_S = 6.0
+# Of one step of a response, which the event loop waits for; a call for few costs as much as one for some more.
+_STEP_HASHES = 2048
+_CALL_HASHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +52,17 @@ class ClusterView:
     Not thread-safe.  What the properties return is to be read, not changed.
     """
 
-    def __init__(self, *, grace_s: float = 10.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        *,
+        grace_s: float = 10.0,
+        max_index_entries: int = DEFAULT_MAX_ENTRIES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._grace_s = grace_s
         self._clock = clock
         self._workers: dict[str, directory_pb2.WorkerState] = {}
-        self._index = BlockIndex()
+        self._index = BlockIndex(max_entries=max_index_entries)
         self._revision = 0
         self._heard_s: float | None = None
         self._unconfirmed: set[str] = set()
@@ -72,9 +83,13 @@ class ClusterView:
         """Seconds since the directory was last heard from; infinite before the first time."""
         return float("inf") if self._heard_s is None else self._clock() - self._heard_s
 
-    def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, int]:
+    @property
+    def index(self) -> BlockIndex:
+        return self._index
+
+    def longest_prefix(self, hashes: Sequence[bytes]) -> dict[str, Prefix]:
         """For each worker that holds the chain's first block, how many leading blocks it holds."""
-        return self._index.longest_prefix(hashes)
+        return self._index.longest_prefix(b"".join(hashes))
 
     def num_blocks(self, worker_id: str) -> int:
         """How many blocks the worker's prefix cache holds."""
@@ -83,9 +98,15 @@ class ClusterView:
     def apply(self, response: directory_pb2.WatchResponse) -> list[Change]:
         """Returns who came and went, in order.  Block and load changes are not mentioned; neither is a worker that
         registered again as the same incarnation."""
+        return list(chain.from_iterable(self.apply_in_steps(response)))
+
+    def apply_in_steps(self, response: directory_pb2.WatchResponse) -> Iterator[list[Change]]:
+        """As ``apply``, but a step takes no more than about a millisecond, however many blocks there are.  Only a response
+        that was applied to its end counts for ``revision``; applied again it does no harm."""
         now_s = self._clock()
         self._heard_s = now_s
         changes: list[Change] = []
+        cost = 0
         if response.snapshot:
             self._unconfirmed = set(self._workers)
             self._unconfirmed_until_s = now_s + self._grace_s
@@ -100,14 +121,18 @@ class ClusterView:
                         state.load.CopyFrom(event.load.load)
                 case "blocks":
                     if self._present(event.blocks.worker_id, event.blocks.incarnation) is not None:
-                        self._apply_blocks(event.blocks)
+                        for num_hashes in self._apply_blocks(event.blocks):
+                            cost += num_hashes + _CALL_HASHES
+                            if cost >= _STEP_HASHES:
+                                yield changes
+                                changes, cost = [], 0
         if response.revision or response.snapshot:
             self._revision = response.revision
         if self._unconfirmed and now_s >= self._unconfirmed_until_s:
             for worker_id in sorted(self._unconfirmed):
                 incarnation = self._workers[worker_id].info.incarnation
                 changes += self._leave(worker_id, incarnation, directory_pb2.LEAVE_REASON_UNSPECIFIED)
-        return changes
+        yield changes
 
     def check_integrity(self) -> None:
         """Raises AssertionError when blocks or grace belong to a worker that is not there."""
@@ -143,15 +168,21 @@ class ClusterView:
         self._index.cleared(worker_id)
         return [WorkerGone(worker_id, incarnation, reason)]
 
-    def _apply_blocks(self, blocks: directory_pb2.BlocksChanged) -> None:
+    def _apply_blocks(self, blocks: directory_pb2.BlocksChanged) -> Iterator[int]:
+        """Yields how many hashes a part had, after each.  A tier that is not known here is left out."""
         for event in blocks.events:
-            match event.WhichOneof("event"):
-                case "stored":
-                    self._index.stored(blocks.worker_id, split_hashes(event.stored))
-                case "removed":
-                    self._index.removed(blocks.worker_id, split_hashes(event.removed))
-                case "cleared":
-                    self._index.cleared(blocks.worker_id)
+            tier = Tier.of(event.tier)
+            kind = event.WhichOneof("event")
+            if kind == "cleared":
+                self._index.cleared(blocks.worker_id)
+                yield 0
+            elif tier is not None and kind is not None:
+                change = self._index.stored if kind == "stored" else self._index.removed
+                hashes = event.stored or event.removed
+                for start in range(0, len(hashes), _STEP_HASHES * HASH_NBYTES):
+                    part = hashes[start : start + _STEP_HASHES * HASH_NBYTES]
+                    change(blocks.worker_id, part, tier)
+                    yield len(part) // HASH_NBYTES
 
 
 async def watch(
@@ -175,11 +206,12 @@ async def watch(
                         lost = False
                         _log.info("watching the directory again", directory=directory_address)
                     backoff.reset()
-                    changes = view.apply(response)
-                    for change in changes:
-                        _log_change(change)
-                    if changes and on_change is not None:
-                        on_change(changes)
+                    for changes in view.apply_in_steps(response):
+                        for change in changes:
+                            _log_change(change)
+                        if changes and on_change is not None:
+                            on_change(changes)
+                        await asyncio.sleep(0)  # the requests' turn
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
                 if not lost:
                     lost = True

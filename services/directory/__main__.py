@@ -10,6 +10,7 @@ import structlog
 
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory.config import DirectoryConfig
+from services.directory.library import IndexUnavailable
 from services.directory.metrics import DirectoryCollector
 from services.directory.servicer import DirectoryServicer
 from services.directory.store import MemoryStore
@@ -23,6 +24,7 @@ from services.runtime.server import (
     running,
     split_address,
 )
+from services.runtime.startup import StartupError
 
 _PROG = "python -m services.directory"
 _SERVICE_NAME = directory_pb2.DESCRIPTOR.services_by_name["DirectoryService"].full_name
@@ -32,8 +34,11 @@ _log = structlog.stdlib.get_logger("services.directory")
 
 
 async def serve(settings: DirectoryConfig) -> None:
-    """Serves until cancelled."""
-    store = MemoryStore(max_events=settings.history_events)
+    """Serves until cancelled.  Raises StartupError."""
+    try:
+        store = MemoryStore(max_events=settings.history_events, max_index_entries=settings.max_index_entries)
+    except IndexUnavailable as error:
+        raise StartupError(str(error)) from error
     server = create_server()
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(store), server)
     await add_standard_services(server, [_SERVICE_NAME])

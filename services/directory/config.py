@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
 
@@ -18,5 +19,10 @@ class DirectoryConfig:
     )
     history_events: int = option(
         100_000, help="how many changes are remembered for watchers that resume; others get a snapshot", minimum=1
+    )
+    max_index_entries: int = option(
+        DEFAULT_MAX_ENTRIES,
+        help="how many pairs of KV block and worker are known at most, at about 60 bytes each; more are left out",
+        minimum=1,
     )
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from itertools import islice
 
-from services.directory.index import HASH_NBYTES, BlockIndex, split_hashes
+from services.directory.index import DEFAULT_MAX_ENTRIES, BlockIndex, Prefix, num_hashes
+from services.runtime.tier import Tier
 
-# So many hashes fit into one event of a snapshot (512 KiB).
+# So many hashes are in one event of a snapshot at most (512 KiB).
 _SNAPSHOT_HASHES = 1 << 15
 # What an event without payload is taken to need in the history.
 _EVENT_NBYTES = 256
@@ -48,16 +49,18 @@ class Worker:
 class Stored:
     hashes: bytes
     """16 bytes each, back to back."""
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
 class Removed:
     hashes: bytes
+    tier: Tier = Tier.DEVICE
 
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    pass
+    """In all tiers."""
 
 
 BlockChange = Stored | Removed | Cleared
@@ -129,7 +132,7 @@ class Directory:
 
     ``first_revision`` must be beyond every revision of an earlier life, so that a watcher of that life is recognised;
     ``lease_ids`` yields ids that no earlier life has given.  The history keeps the latest events, at most ``max_events``
-    and about ``max_history_nbytes``.
+    and about ``max_history_nbytes``; the index holds at most ``max_index_entries`` pairs of block and worker.
     """
 
     def __init__(
@@ -139,6 +142,7 @@ class Directory:
         lease_ids: Iterator[int],
         max_events: int = 100_000,
         max_history_nbytes: int = 64 << 20,
+        max_index_entries: int = DEFAULT_MAX_ENTRIES,
     ) -> None:
         assert first_revision > 0, "0 asks for a snapshot"
         self._revision = first_revision
@@ -150,7 +154,7 @@ class Directory:
         self._history_nbytes = 0
         self._members: dict[str, _Member] = {}
         self._by_lease: dict[int, _Member] = {}
-        self._index = BlockIndex()
+        self._index = BlockIndex(max_entries=max_index_entries)
 
     @property
     def revision(self) -> int:
@@ -162,9 +166,9 @@ class Directory:
         return [member.worker for member in list(self._members.values())]
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks that at least one worker holds."""
-        return self._index.num_distinct_blocks
+    def index(self) -> BlockIndex:
+        """To be read, not changed."""
+        return self._index
 
     def register(self, worker: Worker, ttl_s: float, now_s: float) -> int:
         """Returns the lease.  The same incarnation again keeps its lease and its blocks, and numbers its block events
@@ -226,8 +230,8 @@ class Directory:
         nothing applied, when hashes are not 16 bytes each."""
         member = self._member(lease_id, now_s)
         for change in changes:
-            if not isinstance(change, Cleared) and len(change.hashes) % HASH_NBYTES:
-                raise ValueError(f"hashes are {HASH_NBYTES} bytes each, but {len(change.hashes)} bytes were sent")
+            if not isinstance(change, Cleared):
+                num_hashes(change.hashes)
         if first_sequence > member.next_sequence:
             if not changes or not isinstance(changes[0], Cleared):
                 raise SequenceGapError(member.next_sequence, first_sequence)
@@ -241,22 +245,22 @@ class Directory:
             self._append(BlocksChanged(worker_id, member.worker.incarnation, fresh))
         return member.next_sequence
 
-    def longest_prefix(self, hashes: Sequence[bytes]) -> list[tuple[Worker, int]]:
-        """(worker, how many leading blocks of the chain it holds) for each worker that holds any."""
+    def longest_prefix(self, hashes: bytes) -> list[tuple[Worker, Prefix]]:
+        """How much of the chain each worker holds that holds any of it.  Raises ValueError when ``hashes`` are not 16
+        bytes each."""
         return [
-            (self._members[worker_id].worker, length)
-            for worker_id, length in self._index.longest_prefix(hashes).items()
+            (self._members[worker_id].worker, prefix)
+            for worker_id, prefix in self._index.longest_prefix(hashes).items()
         ]
 
     def snapshot(self) -> list[Event]:
         """What a watcher that knows nothing needs in order to know everything; all Joined come first."""
         events: list[Event] = [Joined(member.worker) for member in self._members.values()]
         for worker_id, member in self._members.items():
-            hashes = b"".join(self._index.held_by(worker_id))
-            step = _SNAPSHOT_HASHES * HASH_NBYTES
-            for start in range(0, len(hashes), step):
-                change = Stored(hashes[start : start + step])
-                events.append(BlocksChanged(worker_id, member.worker.incarnation, (change,)))
+            for tier in Tier:
+                for hashes in self._index.held_by(worker_id, tier, _SNAPSHOT_HASHES):
+                    change = Stored(hashes, tier)
+                    events.append(BlocksChanged(worker_id, member.worker.incarnation, (change,)))
         return events
 
     def events_since(self, revision: int) -> list[Event] | None:
@@ -308,10 +312,10 @@ class Directory:
 
 def apply_change(index: BlockIndex, worker_id: str, change: BlockChange) -> None:
     match change:
-        case Stored(hashes):
-            index.stored(worker_id, split_hashes(hashes))
-        case Removed(hashes):
-            index.removed(worker_id, split_hashes(hashes))
+        case Stored(hashes, tier):
+            index.stored(worker_id, hashes, tier)
+        case Removed(hashes, tier):
+            index.removed(worker_id, hashes, tier)
         case Cleared():
             index.cleared(worker_id)
 

@@ -9,7 +9,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from services.directory.core import Role
+from services.directory.index import BlockIndex
 from services.directory.store import MemoryStore
+
+
+def index_metrics(prefix: str, index: BlockIndex) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    """May be called in any thread."""
+    yield GaugeMetricFamily(f"{prefix}_index_entries", "Pairs of KV block and worker held.", value=index.num_entries)
+    yield GaugeMetricFamily(f"{prefix}_index_bytes", "Memory set aside for the block index.", value=index.nbytes)
+    yield CounterMetricFamily(
+        f"{prefix}_index_left_out", "Blocks not taken in since the index was full.", value=index.num_left_out
+    )
 
 
 class DirectoryCollector(Collector):
@@ -26,9 +36,7 @@ class DirectoryCollector(Collector):
         for role in Role:
             workers.add_metric([role.value], by_role[role])
         yield workers
-        yield GaugeMetricFamily(
-            "kvferry_directory_blocks", "Distinct KV blocks that any worker holds.", value=directory.num_blocks
-        )
+        yield from index_metrics("kvferry_directory", directory.index)
         yield GaugeMetricFamily("kvferry_directory_watchers", "Open watch streams.", value=self._store.num_watchers)
         yield CounterMetricFamily(
             "kvferry_directory_events", "Changes since start.", value=directory.revision - self._first_revision

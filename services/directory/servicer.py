@@ -10,8 +10,8 @@ from kvferry import errors
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory import core
-from services.directory.index import split_hashes
 from services.directory.store import Changes, Store
+from services.runtime.tier import Tier
 
 MIN_LEASE_TTL_MS = 1_000
 MAX_LEASE_TTL_MS = 300_000
@@ -69,13 +69,16 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
 
     async def Lookup(self, request: directory_pb2.LookupRequest, context: Any) -> directory_pb2.LookupResponse:
         with _translated():
-            matches = await self._store.longest_prefix(split_hashes(request.hashes))
+            matches = await self._store.longest_prefix(request.hashes)
         return directory_pb2.LookupResponse(
             matches=[
                 directory_pb2.PrefixMatch(
-                    worker_id=worker.worker_id, incarnation=worker.incarnation, num_blocks=num_blocks
+                    worker_id=worker.worker_id,
+                    incarnation=worker.incarnation,
+                    num_blocks=prefix.num_blocks,
+                    num_device_blocks=prefix.num_device_blocks,
                 )
-                for worker, num_blocks in matches
+                for worker, prefix in matches
             ]
         )
 
@@ -119,13 +122,20 @@ def _encode(message: directory_pb2.WorkerInfo | directory_pb2.WorkerLoad) -> byt
 def _change(event: directory_pb2.BlockEvent) -> core.BlockChange:
     match event.WhichOneof("event"):
         case "stored":
-            return core.Stored(event.stored)
+            return core.Stored(event.stored, _tier(event))
         case "removed":
-            return core.Removed(event.removed)
+            return core.Removed(event.removed, _tier(event))
         case "cleared":
             return core.Cleared()
         case _:
             raise errors.InvalidRequestError("a block event must say stored, removed or cleared")
+
+
+def _tier(event: directory_pb2.BlockEvent) -> Tier:
+    tier = Tier.of(event.tier)
+    if tier is None:
+        raise errors.InvalidRequestError(f"this directory knows no tier {event.tier}")
+    return tier
 
 
 def _response(changes: Changes) -> directory_pb2.WatchResponse:
@@ -164,9 +174,9 @@ def _events(events: Sequence[core.Event]) -> Iterator[directory_pb2.Event]:
 
 def _block_event(change: core.BlockChange) -> directory_pb2.BlockEvent:
     match change:
-        case core.Stored(hashes):
-            return directory_pb2.BlockEvent(stored=hashes)
-        case core.Removed(hashes):
-            return directory_pb2.BlockEvent(removed=hashes)
+        case core.Stored(hashes, tier):
+            return directory_pb2.BlockEvent(stored=hashes, tier=directory_pb2.Tier.ValueType(tier.value))
+        case core.Removed(hashes, tier):
+            return directory_pb2.BlockEvent(removed=hashes, tier=directory_pb2.Tier.ValueType(tier.value))
         case core.Cleared():
             return directory_pb2.BlockEvent(cleared=directory_pb2.Cleared())

@@ -14,6 +14,7 @@ from typing import Protocol, Self
 import structlog
 
 from services.directory.core import BlockChange, Directory, Event, Worker, event_nbytes
+from services.directory.index import DEFAULT_MAX_ENTRIES, Prefix
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -48,7 +49,7 @@ class Store(Protocol):
         """Returns the number of the block event expected next."""
         ...
 
-    async def longest_prefix(self, hashes: Sequence[bytes]) -> list[tuple[Worker, int]]: ...
+    async def longest_prefix(self, hashes: bytes) -> list[tuple[Worker, Prefix]]: ...
 
     def watch(self, from_revision: int, heartbeat_s: float) -> AsyncGenerator[Changes, None]:
         """Changes after ``from_revision`` for ever, beginning with a snapshot when they are not remembered; without
@@ -64,12 +65,13 @@ class MemoryStore:
     costs no memory.
     """
 
-    def __init__(self, *, max_events: int = 100_000) -> None:
+    def __init__(self, *, max_events: int = 100_000, max_index_entries: int = DEFAULT_MAX_ENTRIES) -> None:
         # Microseconds since 1970 outrun the revisions of an earlier life; random leases are not those of one.
         self.directory = Directory(
             first_revision=time.time_ns() // 1000,
             lease_ids=itertools.count(secrets.randbits(62) + 1),
             max_events=max_events,
+            max_index_entries=max_index_entries,
         )
         self.num_watchers = 0
         self._closed = False
@@ -113,7 +115,7 @@ class MemoryStore:
         finally:
             self._announce()
 
-    async def longest_prefix(self, hashes: Sequence[bytes]) -> list[tuple[Worker, int]]:
+    async def longest_prefix(self, hashes: bytes) -> list[tuple[Worker, Prefix]]:
         return self.directory.longest_prefix(hashes)
 
     async def watch(self, from_revision: int, heartbeat_s: float) -> AsyncGenerator[Changes, None]:

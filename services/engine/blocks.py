@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from services.runtime.tier import Tier
+
 
 class BlockState(Enum):
     FREE = auto()
@@ -44,10 +46,11 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class CacheChange:
-    """A hash that entered (``stored``) or left the prefix cache."""
+    """A hash that entered (``stored``) or left one tier of the prefix cache."""
 
     hash: bytes
     stored: bool
+    tier: Tier = Tier.DEVICE
 
 
 class BlockPool:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 
 from kvferry.api.directory.v1 import directory_pb2
+from services.runtime.tier import Tier
 
 
 class _Kind(Enum):
     STORED = "stored"
     REMOVED = "removed"
     CLEARED = "cleared"
+
+
+@dataclass(slots=True)
+class _Entry:
+    kind: _Kind
+    tier: Tier
+    hashes: list[bytes]
 
 
 class BlockJournal:
@@ -25,20 +34,20 @@ class BlockJournal:
     def __init__(self, max_hashes: int) -> None:
         self._max_hashes = max_hashes
         self._lock = threading.Lock()
-        self._entries: list[tuple[_Kind, list[bytes]]] = []
+        self._entries: list[_Entry] = []
         self._num_hashes = 0
         self._broken = True
 
-    def stored(self, hashes: Sequence[bytes]) -> None:
-        self._add(_Kind.STORED, hashes)
+    def stored(self, hashes: Sequence[bytes], tier: Tier) -> None:
+        self._add(_Kind.STORED, hashes, tier)
 
-    def removed(self, hashes: Sequence[bytes]) -> None:
-        self._add(_Kind.REMOVED, hashes)
+    def removed(self, hashes: Sequence[bytes], tier: Tier) -> None:
+        self._add(_Kind.REMOVED, hashes, tier)
 
     def cleared(self) -> None:
         with self._lock:
             if not self._broken:
-                self._entries, self._num_hashes = [(_Kind.CLEARED, [])], 0
+                self._entries, self._num_hashes = [_Entry(_Kind.CLEARED, Tier.DEVICE, [])], 0
 
     def break_(self) -> None:
         """The directory has lost track; what waits is of no use to it."""
@@ -60,15 +69,15 @@ class BlockJournal:
         """Removes and returns the oldest events, of about ``max_hashes`` hashes in all; none when nothing waits."""
         with self._lock:
             taken, num_taken = 0, 0
-            for _, hashes in self._entries:
-                if taken and num_taken + len(hashes) > max_hashes:
+            for entry in self._entries:
+                if taken and num_taken + len(entry.hashes) > max_hashes:
                     break
-                taken, num_taken = taken + 1, num_taken + len(hashes)
+                taken, num_taken = taken + 1, num_taken + len(entry.hashes)
             entries, self._entries = self._entries[:taken], self._entries[taken:]
             self._num_hashes -= num_taken
-        return [_event(kind, hashes) for kind, hashes in entries]
+        return [_event(entry.kind, entry.tier, entry.hashes) for entry in entries]
 
-    def _add(self, kind: _Kind, hashes: Sequence[bytes]) -> None:
+    def _add(self, kind: _Kind, hashes: Sequence[bytes], tier: Tier) -> None:
         if not hashes:
             return
         with self._lock:
@@ -78,22 +87,27 @@ class BlockJournal:
                 self._entries, self._num_hashes, self._broken = [], 0, True
                 return
             self._num_hashes += len(hashes)
-            if self._entries and self._entries[-1][0] is kind:
-                self._entries[-1][1].extend(hashes)
+            last = self._entries[-1] if self._entries else None
+            if last is not None and last.kind is kind and last.tier is tier:
+                last.hashes.extend(hashes)
             else:
-                self._entries.append((kind, list(hashes)))
+                self._entries.append(_Entry(kind, tier, list(hashes)))
 
 
-def snapshot_events(hashes: Sequence[bytes], max_hashes: int) -> list[directory_pb2.BlockEvent]:
-    """What replaces everything the directory knew of this worker: cleared, then ``hashes`` in events of at most
-    ``max_hashes``."""
-    parts = (hashes[i : i + max_hashes] for i in range(0, len(hashes), max_hashes))
-    return [_event(_Kind.CLEARED, ()), *(_event(_Kind.STORED, part) for part in parts)]
+def snapshot_events(held: Mapping[Tier, Sequence[bytes]], max_hashes: int) -> list[directory_pb2.BlockEvent]:
+    """What replaces everything the directory knew of this worker: cleared, then what is ``held`` by tier, in events of at
+    most ``max_hashes``."""
+    events = [directory_pb2.BlockEvent(cleared=directory_pb2.Cleared())]
+    for tier, hashes in held.items():
+        parts = (hashes[i : i + max_hashes] for i in range(0, len(hashes), max_hashes))
+        events += [_event(_Kind.STORED, tier, part) for part in parts]
+    return events
 
 
-def _event(kind: _Kind, hashes: Sequence[bytes]) -> directory_pb2.BlockEvent:
+def _event(kind: _Kind, tier: Tier, hashes: Sequence[bytes]) -> directory_pb2.BlockEvent:
+    number = directory_pb2.Tier.ValueType(tier.value)
     if kind is _Kind.STORED:
-        return directory_pb2.BlockEvent(stored=b"".join(hashes))
+        return directory_pb2.BlockEvent(stored=b"".join(hashes), tier=number)
     if kind is _Kind.REMOVED:
-        return directory_pb2.BlockEvent(removed=b"".join(hashes))
+        return directory_pb2.BlockEvent(removed=b"".join(hashes), tier=number)
     return directory_pb2.BlockEvent(cleared=directory_pb2.Cleared())

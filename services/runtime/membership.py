@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self
 
 import grpc
@@ -14,6 +14,7 @@ from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.runtime.backoff import Backoff
 from services.runtime.channel import open_channel
 from services.runtime.journal import BlockJournal, snapshot_events
+from services.runtime.tier import Tier
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -36,9 +37,9 @@ class Membership:
 
     Registers, keeps the lease alive every third of ``lease_ttl_s`` with the current ``load()``, and publishes block
     events in order.  While the directory is away it tries again for ever with a capped, jittered backoff, and the worker
-    does not notice; when the lease has ended meanwhile it registers again and sends ``snapshot()``, the hashes of all
-    blocks now in the prefix cache.  Leaving deregisters (at most 1 s).  Only when another process has registered under
-    the same worker_id does it give up, with an error in the log.
+    does not notice; when the lease has ended meanwhile it registers again and sends ``snapshot()``, by tier the hashes of
+    all blocks now in the prefix cache.  Leaving deregisters (at most 1 s).  Only when another process has registered
+    under the same worker_id does it give up, with an error in the log.
 
     ``load`` and ``snapshot`` are called on the event loop's thread and must not block.
     ``stored``, ``removed`` and ``cleared`` may be called from any thread, at any time, and never block.  Call them after
@@ -51,7 +52,7 @@ class Membership:
         directory_address: str,
         info: directory_pb2.WorkerInfo,
         load: Callable[[], directory_pb2.WorkerLoad],
-        snapshot: Callable[[], Sequence[bytes]],
+        snapshot: Callable[[], Mapping[Tier, Sequence[bytes]]],
         *,
         lease_ttl_s: float = 6.0,
         max_pending_hashes: int = 1 << 18,
@@ -71,14 +72,14 @@ class Membership:
         """Whether the directory held a lease when last heard from."""
         return self._lease_id is not None
 
-    def stored(self, hashes: Sequence[bytes]) -> None:
-        """These blocks (chain hashes, 16 bytes each) are in the prefix cache now."""
-        self._journal.stored(hashes)
+    def stored(self, hashes: Sequence[bytes], tier: Tier = Tier.DEVICE) -> None:
+        """These blocks (chain hashes, 16 bytes each) are in this tier of the prefix cache now."""
+        self._journal.stored(hashes, tier)
         self._wake()
 
-    def removed(self, hashes: Sequence[bytes]) -> None:
-        """These blocks are in the prefix cache no more."""
-        self._journal.removed(hashes)
+    def removed(self, hashes: Sequence[bytes], tier: Tier = Tier.DEVICE) -> None:
+        """These blocks are in this tier of the prefix cache no more."""
+        self._journal.removed(hashes, tier)
         self._wake()
 
     def cleared(self) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import grpc
@@ -31,6 +32,7 @@ from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_server, running, split_address
 from services.runtime.startup import StartupError
+from services.runtime.tier import Tier
 from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes, weights_cache_folder
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
@@ -195,23 +197,15 @@ def _num_blocks(config: WorkerConfig, layout: KvLayout) -> int:
     return num_blocks
 
 
-def _snapshot(worker: Worker) -> Callable[[], list[bytes]]:
-    def hashes() -> list[bytes]:
+def _snapshot(worker: Worker) -> Callable[[], Mapping[Tier, Sequence[bytes]]]:
+    def hashes() -> Mapping[Tier, Sequence[bytes]]:
         with worker.engine.exclusive(wake=False) as scheduler:
-            return scheduler.pool.hashes()
+            return {Tier.DEVICE: scheduler.pool.hashes()}
 
     return hashes
 
 
 def _publish(membership: Membership, changes: Sequence[CacheChange]) -> None:
-    """Runs of changes of one kind, in order."""
-    run: list[bytes] = []
-    stored = True
-    for change in changes:
-        if change.stored is not stored and run:
-            (membership.stored if stored else membership.removed)(run)
-            run = []
-        stored = change.stored
-        run.append(change.hash)
-    if run:
-        (membership.stored if stored else membership.removed)(run)
+    """Runs of changes of one kind in one tier, in order."""
+    for (stored, tier), run in groupby(changes, key=lambda change: (change.stored, change.tier)):
+        (membership.stored if stored else membership.removed)([change.hash for change in run], tier)

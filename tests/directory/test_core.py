@@ -27,6 +27,8 @@ from services.directory.core import (
     Worker,
     event_nbytes,
 )
+from services.directory.index import Prefix
+from services.runtime.tier import Tier
 
 START = 1_000
 
@@ -87,7 +89,7 @@ def test_a_new_incarnation_replaces_and_the_old_one_cannot_return() -> None:
     directory.publish_blocks(old, 1, [Stored(blocks(1, 2))], 0)
     directory.register(worker(incarnation=2), 5, 1)
     assert directory.events_since(START + 2) == [Left("w", 1, LeaveReason.REPLACED), Joined(worker(incarnation=2))]
-    assert directory.longest_prefix([block(1)]) == []
+    assert directory.longest_prefix(block(1)) == []
     with pytest.raises(UnknownLeaseError):
         directory.keep_alive(old, b"load", 1)
     with pytest.raises(ReplacedError, match="incarnation 2"):
@@ -108,7 +110,7 @@ def test_the_same_incarnation_renews() -> None:
     assert directory.events_since(START + 2) == [LoadChanged("w", 1, b"more")]
     # A process that registers again has forgotten its numbers.
     assert directory.publish_blocks(lease, 1, [Cleared(), Stored(blocks(2))], 4) == 3
-    assert directory.longest_prefix([block(1)]) == []
+    assert directory.longest_prefix(block(1)) == []
     with pytest.raises(IncarnationReusedError):
         directory.register(replace(worker(), info=b"another host"), 5, 4)
 
@@ -144,10 +146,10 @@ def test_block_events_are_applied_once_and_gaps_are_noticed() -> None:
     with pytest.raises(SequenceGapError) as caught:
         directory.publish_blocks(lease, 5, [Stored(blocks(4))], 0)
     assert (caught.value.expected, caught.value.got) == (4, 5)
-    assert directory.longest_prefix([block(4)]) == []
+    assert directory.longest_prefix(block(4)) == []
     assert directory.publish_blocks(lease, 5, [Cleared(), Stored(blocks(4))], 0) == 7
-    assert directory.longest_prefix([block(4)]) == [(worker(), 1)]
-    assert directory.longest_prefix([block(1)]) == []
+    assert directory.longest_prefix(block(4)) == [(worker(), Prefix(1, 1))]
+    assert directory.longest_prefix(block(1)) == []
 
 
 def test_broken_hashes_change_nothing() -> None:
@@ -155,7 +157,7 @@ def test_broken_hashes_change_nothing() -> None:
     lease = directory.register(worker(), 5, 0)
     with pytest.raises(ValueError, match="16 bytes"):
         directory.publish_blocks(lease, 1, [Stored(blocks(1)), Stored(b"short")], 0)
-    assert directory.num_blocks == 0
+    assert directory.index.num_entries == 0
     assert directory.publish_blocks(lease, 1, [Stored(blocks(1))], 0) == 2
 
 
@@ -193,12 +195,19 @@ def test_a_snapshot_begins_with_all_who_joined_and_splits_many_blocks() -> None:
     assert all(event_nbytes(event) < 1 << 20 for event in snapshot)
 
 
+def held_in(change: Stored | Removed) -> set[tuple[Tier, bytes]]:
+    return {(change.tier, change.hashes[i : i + 16]) for i in range(0, len(change.hashes), 16)}
+
+
+NUMBERS = st.lists(st.integers(0, 5), max_size=4).map(lambda numbers: blocks(*numbers))
+
+
 class Watcher:
     """What someone knows who has applied events and nothing else."""
 
     def __init__(self) -> None:
         self.workers: dict[str, Worker] = {}
-        self.blocks: dict[str, set[bytes]] = {}
+        self.blocks: dict[str, set[tuple[Tier, bytes]]] = {}
 
     def apply(self, events: list[Event]) -> None:
         for event in events:
@@ -218,7 +227,7 @@ class Watcher:
                         if isinstance(change, Cleared):
                             self.blocks[worker_id].clear()
                             continue
-                        hashes = {change.hashes[i : i + 16] for i in range(0, len(change.hashes), 16)}
+                        hashes = held_in(change)
                         if isinstance(change, Stored):
                             self.blocks[worker_id] |= hashes
                         else:
@@ -233,7 +242,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         self.directory = make(max_events=12)
         self.now_s = 0.0
         # worker_id -> (worker, lease, ttl, expiry, next sequence, blocks)
-        self.model: dict[str, tuple[Worker, int, float, float, int, set[bytes]]] = {}
+        self.model: dict[str, tuple[Worker, int, float, float, int, set[tuple[Tier, bytes]]]] = {}
         self.dead_leases: list[int] = []
         self.watcher = Watcher()
         self.seen = START
@@ -271,8 +280,8 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(),
         change=st.one_of(
-            st.lists(st.integers(0, 5), max_size=4).map(lambda n: Stored(blocks(*n))),
-            st.lists(st.integers(0, 5), max_size=4).map(lambda n: Removed(blocks(*n))),
+            st.builds(Stored, NUMBERS, st.sampled_from(Tier)),
+            st.builds(Removed, NUMBERS, st.sampled_from(Tier)),
             st.just(Cleared()),
         ),
         skew=st.integers(-1, 1),
@@ -292,10 +301,10 @@ class DirectoryMachine(RuleBasedStateMachine):
             match change:
                 case Cleared():
                     held = set()
-                case Stored(hashes):
-                    held = held | {hashes[i : i + 16] for i in range(0, len(hashes), 16)}
-                case Removed(hashes):
-                    held = held - {hashes[i : i + 16] for i in range(0, len(hashes), 16)}
+                case Stored():
+                    held = held | held_in(change)
+                case Removed():
+                    held = held - held_in(change)
         self.model[name] = (known, lease, ttl_s, expiry_s, expected, held)
 
     @precondition(lambda self: self.model)
@@ -334,11 +343,14 @@ class DirectoryMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.directory.check_integrity()
-        expected = {name: entry[0] for name, entry in self.model.items()}
-        assert {w.worker_id: w for w in self.directory.workers()} == expected
+        assert {w.worker_id: w for w in self.directory.workers()} == {name: e[0] for name, e in self.model.items()}
         for n in range(6):
-            holders = {name for name, entry in self.model.items() if block(n) in entry[5]}
-            assert {w.worker_id for w, _ in self.directory.longest_prefix([block(n)])} == holders
+            expected = {
+                name: Prefix(1, int((Tier.DEVICE, block(n)) in entry[5]))
+                for name, entry in self.model.items()
+                if any((tier, block(n)) in entry[5] for tier in Tier)
+            }
+            assert {w.worker_id: prefix for w, prefix in self.directory.longest_prefix(block(n))} == expected
 
 
 TestDirectoryMachine = DirectoryMachine.TestCase

@@ -100,6 +100,33 @@ async def test_the_life_of_a_worker_as_a_watcher_sees_it() -> None:
         watch.cancel()
 
 
+async def test_tiers_are_kept_apart() -> None:
+    async with serving() as (stub, _, _):
+        lease = await register(stub)
+        host = directory_pb2.TIER_HOST
+        in_host = directory_pb2.BlockEvent(stored=block(2) + block(3), tier=host)
+        await publish(stub, lease, 1, stored(1, 2), in_host, directory_pb2.BlockEvent(removed=block(3)))
+        found = await stub.Lookup(directory_pb2.LookupRequest(hashes=b"".join(map(block, (1, 2, 3, 4)))), timeout=5)
+        assert [(m.num_blocks, m.num_device_blocks) for m in found.matches] == [(3, 2)]
+        watch = stub.Watch(directory_pb2.WatchRequest(), timeout=20)
+        blocks = [e.blocks.events[0] for e in (await read(watch)).events if e.WhichOneof("event") == "blocks"]
+        assert [(b.tier, b.stored) for b in blocks] == [(1, block(1) + block(2)), (2, block(2) + block(3))]
+        watch.cancel()
+        with pytest.raises(grpc.aio.AioRpcError, match="knows no tier 9") as caught:
+            await publish(stub, lease, 4, directory_pb2.BlockEvent(stored=block(1), tier=9))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_an_index_that_is_full_says_how_much_it_left_out() -> None:
+    async with serving(max_index_entries=2) as (stub, store, _):
+        registry = CollectorRegistry()
+        registry.register(DirectoryCollector(store))
+        await publish(stub, await register(stub), 1, stored(1, 2, 3))
+        assert registry.get_sample_value("kvferry_directory_index_left_out_total") == 1
+        found = await stub.Lookup(directory_pb2.LookupRequest(hashes=b"".join(map(block, (1, 2, 3)))), timeout=5)
+        assert [m.num_blocks for m in found.matches] == [2]
+
+
 async def test_a_lease_that_nobody_renews_expires_by_itself() -> None:
     async with serving() as (stub, _, _):
         watch = stub.Watch(directory_pb2.WatchRequest(), timeout=20)
@@ -268,7 +295,9 @@ async def test_metrics_count_what_is_there() -> None:
         prefix = "kvferry_directory"
         assert registry.get_sample_value(f"{prefix}_workers", {"role": "decode"}) == 1
         assert registry.get_sample_value(f"{prefix}_workers", {"role": "prefill"}) == 0
-        assert registry.get_sample_value(f"{prefix}_blocks") == 3
+        assert registry.get_sample_value(f"{prefix}_index_entries") == 3
+        assert registry.get_sample_value(f"{prefix}_index_bytes") > 0
+        assert registry.get_sample_value(f"{prefix}_index_left_out_total") == 0
         assert registry.get_sample_value(f"{prefix}_watchers") == 1
         assert registry.get_sample_value(f"{prefix}_events_total") == 2
         watch.cancel()

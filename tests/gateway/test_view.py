@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 
 from gateway import view as view_module
+from gateway.metrics import ViewCollector
 from gateway.view import ClusterView, WorkerGone, WorkerJoined, watch
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory.core import Cleared, Directory, Removed, Role, Stored, Worker
+from services.directory.index import Prefix
 from services.directory.servicer import _response
 from services.directory.store import Changes, _split
 from services.runtime.server import bind, create_server, running
@@ -82,7 +85,7 @@ def test_workers_come_and_go() -> None:
     assert view.apply(response(6, directory_pb2.Event(load={"worker_id": "a", "incarnation": 1, "load": load}))) == []
     assert view.workers["a"].load == load
     assert view.apply(response(7, stored("a", 1, 2))) == []
-    assert view.longest_prefix([block(1), block(2), block(3)]) == {"a": 2}
+    assert view.longest_prefix([block(1), block(2), block(3)]) == {"a": Prefix(2, 2)}
     assert view.num_blocks("a") == 2
     assert view.apply(response(8, left("a"))) == [WorkerGone("a", 1, directory_pb2.LEAVE_REASON_EXPIRED)]
     assert names(view) == set()
@@ -122,7 +125,7 @@ def test_workers_that_a_snapshot_lacks_have_time_to_return() -> None:
     view.apply(response(5, joined("a"), joined("b"), stored("a", 1), snapshot=True))
     assert view.apply(response(500, snapshot=True)) == []
     assert names(view) == {"a", "b"}
-    assert view.longest_prefix([block(1)]) == {"a": 1}
+    assert view.longest_prefix([block(1)]) == {"a": Prefix(1, 1)}
     clock.now_s += 9
     assert view.apply(response(501, joined("b"))) == []
     clock.now_s += 1
@@ -138,7 +141,7 @@ def test_a_worker_that_returns_brings_its_blocks_again() -> None:
     view.apply(response(5, joined("a"), stored("a", 1, 2), snapshot=True))
     view.apply(response(500, joined("a"), stored("a", 2, 3), snapshot=True))
     assert view.longest_prefix([block(1)]) == {}
-    assert view.longest_prefix([block(2), block(3)]) == {"a": 2}
+    assert view.longest_prefix([block(2), block(3)]) == {"a": Prefix(2, 2)}
 
 
 def test_an_incomplete_snapshot_cannot_be_resumed_from() -> None:
@@ -229,8 +232,46 @@ def test_the_view_becomes_what_the_directory_knows(steps: list[tuple[str, str, l
         worker.worker_id: worker.load for worker in directory.workers()
     }
     for n in range(6):
-        expected = {worker.worker_id for worker, _ in directory.longest_prefix([block(n)])}
+        expected = {worker.worker_id for worker, _ in directory.longest_prefix(block(n))}
         assert set(view.longest_prefix([block(n)])) == expected
+
+
+def test_many_blocks_are_applied_in_steps() -> None:
+    view = ClusterView()
+    many = response(
+        5, joined("a"), stored("a", *range(10_000)), joined("b"), *(stored("b", n) for n in range(1_000)), snapshot=True
+    )
+    steps = view.apply_in_steps(many)
+    sizes, changes = [0], []
+    for step in steps:
+        assert view.revision == (5 if view.num_blocks("b") == 1_000 else 0), "a part counted for the whole"
+        changes += step
+        sizes.append(view.num_blocks("a") + view.num_blocks("b"))
+    assert max(b - a for a, b in itertools.pairwise(sizes)) <= 2048
+    assert len(sizes) > 10, "calls for a block each take time too"
+    assert [change.state.info.worker_id for change in changes if isinstance(change, WorkerJoined)] == ["a", "b"]
+    assert sizes[-1] == 11_000
+    view.check_integrity()
+
+
+def test_a_tier_of_later_versions_is_passed_over() -> None:
+    view = ClusterView()
+    unknown = stored("a", 2)
+    unknown.blocks.events[0].tier = 9
+    on_host = stored("a", 3)
+    on_host.blocks.events[0].tier = directory_pb2.TIER_HOST
+    view.apply(response(5, joined("a"), stored("a", 1), unknown, on_host, snapshot=True))
+    assert view.longest_prefix([block(1), block(2)]) == {"a": Prefix(1, 1)}
+    assert view.longest_prefix([block(3)]) == {"a": Prefix(1, 0)}
+
+
+def test_a_full_view_says_how_much_it_left_out() -> None:
+    view = ClusterView(max_index_entries=2)
+    registry = CollectorRegistry()
+    registry.register(ViewCollector(view))
+    view.apply(response(5, joined("a"), stored("a", 1, 2, 3), snapshot=True))
+    assert registry.get_sample_value("kvferry_gateway_index_entries") == 2
+    assert registry.get_sample_value("kvferry_gateway_index_left_out_total") == 1
 
 
 class ScriptedDirectory(directory_pb2_grpc.DirectoryServiceServicer):
@@ -278,7 +319,7 @@ async def test_a_lost_watch_resumes_where_it_was() -> None:
     async with watching(directory, view) as changes, asyncio.timeout(10):
         assert [await directory.from_revisions.get() for _ in range(3)] == [0, 5, 6]
         assert [change.state.info.worker_id for _ in range(2) for change in await changes.get()] == ["a", "b"]
-        assert view.longest_prefix([block(1)]) == {"a": 1}
+        assert view.longest_prefix([block(1)]) == {"a": Prefix(1, 1)}
         assert view.revision == 7
         ever.set()
 

@@ -14,10 +14,16 @@ from gateway.view import Change, ClusterView, WorkerGone, WorkerJoined, watch
 from kvferry import errors
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from services.directory.index import Prefix
 from services.directory.servicer import DirectoryServicer
 from services.directory.store import MemoryStore
 from services.runtime.membership import Membership
 from services.runtime.server import bind, create_server, running
+from services.runtime.tier import Tier
+
+
+def split_hashes(data: bytes) -> list[bytes]:
+    return [data[i : i + 16] for i in range(0, len(data), 16)]
 
 
 def block(n: int) -> bytes:
@@ -60,8 +66,8 @@ class Running:
     def __init__(self, store: MemoryStore, servicer: Servicer, port: int) -> None:
         self.store, self.servicer, self.address = store, servicer, f"127.0.0.1:{port}"
 
-    def held(self, worker_id: str = "d1") -> set[bytes]:
-        return set(self.store.directory._index.held_by(worker_id))
+    def held(self, worker_id: str = "d1", tier: Tier = Tier.DEVICE) -> set[bytes]:
+        return set(split_hashes(b"".join(self.store.directory.index.held_by(worker_id, tier, 1000))))
 
     async def until(self, condition: Callable[[], bool], *, beat_s: float = 0.1) -> None:
         """Waits for a change of the directory that makes ``condition`` true; looks every ``beat_s`` as well."""
@@ -88,13 +94,14 @@ class Worker:
 
     def __init__(self, address: str, worker: directory_pb2.WorkerInfo | None = None, **options: Any) -> None:
         self.cache: set[bytes] = set()
+        self.caches = {Tier.DEVICE: self.cache, Tier.HOST: set[bytes]()}
         self.load = directory_pb2.WorkerLoad()
         self.num_snapshots = 0
         self.membership = Membership(address, worker or info(), lambda: self.load, self.snapshot, **options)
 
-    def snapshot(self) -> list[bytes]:
+    def snapshot(self) -> dict[Tier, list[bytes]]:
         self.num_snapshots += 1
-        return sorted(self.cache)
+        return {tier: sorted(cache) for tier, cache in self.caches.items()}
 
     def store(self, *numbers: int) -> None:
         self.cache |= set(map(block, numbers))
@@ -129,6 +136,23 @@ async def test_joins_reports_and_leaves() -> None:
         assert num_workers(place) == 0
         assert not worker.membership.registered
         assert worker.num_snapshots == 1
+
+
+async def test_each_tier_has_its_blocks() -> None:
+    async with directory() as place, viewing(place.address) as (view, _):
+        worker = Worker(place.address)
+        worker.cache |= {block(1), block(2)}
+        worker.caches[Tier.HOST].add(block(3))
+        async with worker.membership:
+            await place.until(lambda: place.held(tier=Tier.HOST) == {block(3)})
+            assert place.held() == {block(1), block(2)}
+            # As when a block moves from the device to the host.
+            worker.membership.stored([block(2)], Tier.HOST)
+            worker.remove(2)
+            await place.until(lambda: place.held(tier=Tier.HOST) == {block(2), block(3)})
+            await place.until(lambda: place.held() == {block(1)})
+            chain = [block(1), block(2), block(3)]
+            await place.until(lambda: view.longest_prefix(chain) == {"d1": Prefix(3, 1)}, beat_s=0.02)
 
 
 async def test_the_lease_is_kept() -> None:
@@ -185,7 +209,7 @@ async def test_survives_a_restart_of_the_directory_and_sends_its_blocks_again() 
             await place.until(lambda: place.held() == {block(2), block(3)})
             assert place.store.directory.revision > old_revision
             await place.until(lambda: view.revision > old_revision and view.num_blocks("d1") == 2, beat_s=0.02)
-            assert view.longest_prefix([block(3)]) == {"d1": 1}
+            assert view.longest_prefix([block(3)]) == {"d1": Prefix(1, 1)}
             assert view.longest_prefix([block(1)]) == {}
             assert worker.num_snapshots == 2
             assert changes.empty(), "the view let go of a worker that never stopped"
@@ -301,10 +325,10 @@ async def test_a_bug_in_a_callback_does_not_end_membership(monkeypatch: pytest.M
         worker = Worker(place.address)
         failures = [ZeroDivisionError("bug")]
 
-        def snapshot() -> list[bytes]:
+        def snapshot() -> dict[Tier, list[bytes]]:
             if failures:
                 raise failures.pop()
-            return [block(9)]
+            return {Tier.DEVICE: [block(9)]}
 
         worker.membership._snapshot = snapshot
         with structlog.testing.capture_logs() as lines:

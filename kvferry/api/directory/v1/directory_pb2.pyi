@@ -45,6 +45,30 @@ LEAVE_REASON_REPLACED: LeaveReason.ValueType  # 3
 """Another incarnation took its place."""
 Global___LeaveReason: typing_extensions.TypeAlias = LeaveReason
 
+class _Tier:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _TierEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    TIER_UNSPECIFIED: _Tier.ValueType  # 0
+    """Taken as TIER_DEVICE."""
+    TIER_DEVICE: _Tier.ValueType  # 1
+    """The memory that attention reads."""
+    TIER_HOST: _Tier.ValueType  # 2
+    """The host's, from which a copy brings it back."""
+
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+    """Where a worker keeps a block. It may be in several at once."""
+
+TIER_UNSPECIFIED: Tier.ValueType  # 0
+"""Taken as TIER_DEVICE."""
+TIER_DEVICE: Tier.ValueType  # 1
+"""The memory that attention reads."""
+TIER_HOST: Tier.ValueType  # 2
+"""The host's, from which a copy brings it back."""
+Global___Tier: typing_extensions.TypeAlias = Tier
+
 @typing.final
 class WorkerInfo(google.protobuf.message.Message):
     """What a worker is. Constant over an incarnation."""
@@ -455,12 +479,15 @@ class BlockEvent(google.protobuf.message.Message):
     STORED_FIELD_NUMBER: builtins.int
     REMOVED_FIELD_NUMBER: builtins.int
     CLEARED_FIELD_NUMBER: builtins.int
+    TIER_FIELD_NUMBER: builtins.int
     stored: builtins.bytes
     """Chain hashes, 16 bytes each, back to back."""
     removed: builtins.bytes
+    tier: Global___Tier.ValueType
+    """Of what is stored or removed."""
     @property
     def cleared(self) -> Global___Cleared:
-        """The worker holds nothing any more."""
+        """The worker holds nothing any more, in any tier."""
 
     def __init__(
         self,
@@ -468,10 +495,11 @@ class BlockEvent(google.protobuf.message.Message):
         stored: builtins.bytes = ...,
         removed: builtins.bytes = ...,
         cleared: Global___Cleared | None = ...,
+        tier: Global___Tier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["cleared", b"cleared", "event", b"event", "removed", b"removed", "stored", b"stored"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cleared", b"cleared", "event", b"event", "removed", b"removed", "stored", b"stored"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cleared", b"cleared", "event", b"event", "removed", b"removed", "stored", b"stored", "tier", b"tier"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_event: typing_extensions.TypeAlias = typing.Literal["stored", "removed", "cleared"]
     _WhichOneofArgType_event: typing_extensions.TypeAlias = typing.Literal["event", b"event"]
@@ -570,17 +598,22 @@ class PrefixMatch(google.protobuf.message.Message):
     WORKER_ID_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_DEVICE_BLOCKS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     incarnation: builtins.int
     num_blocks: builtins.int
+    """Leading ones without a gap, in any tier."""
+    num_device_blocks: builtins.int
+    """Those of them that are in its device's memory."""
     def __init__(
         self,
         *,
         worker_id: builtins.str = ...,
         incarnation: builtins.int = ...,
         num_blocks: builtins.int = ...,
+        num_device_blocks: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["incarnation", b"incarnation", "num_blocks", b"num_blocks", "worker_id", b"worker_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["incarnation", b"incarnation", "num_blocks", b"num_blocks", "num_device_blocks", b"num_device_blocks", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PrefixMatch: typing_extensions.TypeAlias = PrefixMatch

@@ -108,7 +108,8 @@ class DirectoryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Lookup(self, request, context):
-        """For each worker that holds a prefix of the chain, how many leading blocks it holds.
+        """For each worker that holds a prefix of the chain, how many leading blocks it holds. An index that is full leaves
+        blocks out, so a worker may hold more.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,7 +42,9 @@ class DirectoryServiceStub:
     snapshot (cleared, then everything stored), which is accepted at any later sequence.
     """
     Lookup: grpc.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.LookupRequest, kvferry.api.directory.v1.directory_pb2.LookupResponse]
-    """For each worker that holds a prefix of the chain, how many leading blocks it holds."""
+    """For each worker that holds a prefix of the chain, how many leading blocks it holds. An index that is full leaves
+    blocks out, so a worker may hold more.
+    """
 
 @typing.type_check_only
 class DirectoryServiceAsyncStub(DirectoryServiceStub):
@@ -64,7 +66,9 @@ class DirectoryServiceAsyncStub(DirectoryServiceStub):
     snapshot (cleared, then everything stored), which is accepted at any later sequence.
     """
     Lookup: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.directory.v1.directory_pb2.LookupRequest, kvferry.api.directory.v1.directory_pb2.LookupResponse]  # type: ignore[assignment]
-    """For each worker that holds a prefix of the chain, how many leading blocks it holds."""
+    """For each worker that holds a prefix of the chain, how many leading blocks it holds. An index that is full leaves
+    blocks out, so a worker may hold more.
+    """
 
 class DirectoryServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
@@ -119,6 +123,8 @@ class DirectoryServiceServicer(metaclass=abc.ABCMeta):
         request: kvferry.api.directory.v1.directory_pb2.LookupRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.directory.v1.directory_pb2.LookupResponse, collections.abc.Awaitable[kvferry.api.directory.v1.directory_pb2.LookupResponse]]:
-        """For each worker that holds a prefix of the chain, how many leading blocks it holds."""
+        """For each worker that holds a prefix of the chain, how many leading blocks it holds. An index that is full leaves
+        blocks out, so a worker may hold more.
+        """
 
 def add_DirectoryServiceServicer_to_server(servicer: DirectoryServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
