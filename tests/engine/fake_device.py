@@ -9,23 +9,23 @@ import torch
 
 
 class FakeMark:
-    def __init__(self, *, is_done: bool) -> None:
+    def __init__(self, reach: Callable[[], None]) -> None:
+        """``reach``: what has happened once the device got here."""
         self._done = threading.Event()
-        self.num_waits = 0
-        if is_done:
-            self._done.set()
+        self._reach = reach
 
     def done(self) -> bool:
         return self._done.is_set()
 
     def wait(self) -> None:
         """As if the device had got there."""
-        self.num_waits += 1
+        self._reach()
         self._done.set()
 
 
 class FakeDevice:
-    """``marks``: all that were made, none of them done unless waited for, with ``is_busy``."""
+    """``marks``: all that were made, none of them done unless waited for, with ``is_busy``.  A fetched tensor is empty until
+    a mark behind it is done."""
 
     place = torch.device("cpu")
 
@@ -33,14 +33,20 @@ class FakeDevice:
         self.is_busy = is_busy
         self.marks: list[FakeMark] = []
         self.num_replays = 0
+        self._fetched: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def mark(self) -> FakeMark:
-        mark = FakeMark(is_done=not self.is_busy)
+        fetched, self._fetched = self._fetched, []
+        mark = FakeMark(lambda: [host.copy_(tensor) for host, tensor in fetched])
+        if not self.is_busy:
+            mark.wait()
         self.marks.append(mark)
         return mark
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone()
+        host = torch.full_like(tensor, 10**9)  # no token
+        self._fetched.append((host, tensor))
+        return host
 
     def capture(self, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         compute()

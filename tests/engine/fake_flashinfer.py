@@ -121,7 +121,6 @@ class BatchDecodeWithPagedKVCacheWrapper(_Paged):
         assert float_workspace_buffer.dtype == torch.uint8
         self.device = float_workspace_buffer.device
         self.use_cuda_graph, self.use_tensor_cores = use_cuda_graph, use_tensor_cores
-        self.num_plans = 0
         buffers = (paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer)
         if use_cuda_graph:
             assert all(buffer is not None for buffer in buffers)
@@ -145,17 +144,20 @@ class BatchDecodeWithPagedKVCacheWrapper(_Paged):
         sizes = (num_qo_heads, num_kv_heads, head_dim, page_size)
         self._check_plan(indptr, indices, last_page_len, sizes, q_data_type, kv_data_type)
         assert self.use_tensor_cores or num_qo_heads // num_kv_heads in CUDA_CORE_GROUPS
-        self.num_plans += 1
         if self.use_cuda_graph:
             assert len(last_page_len) == len(self.last_page_len), "the batch size of a CUDA graph is fixed"
             self.indptr.copy_(indptr)
             self.last_page_len.copy_(last_page_len)
             self.indices[: len(indices)].copy_(indices)
+            self.planned = [tensor.tolist() for tensor in (indptr, last_page_len, indices)]
         else:
             self.indptr, self.indices, self.last_page_len = indptr, indices, last_page_len
         self.window_left = window_left
 
     def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if self.use_cuda_graph:
+            buffers = (self.indptr, self.last_page_len, self.indices[: int(self.indptr[-1])])
+            assert [tensor.tolist() for tensor in buffers] == self.planned, "computed by a plan for another step"
         return self._attend(q, paged_kv_cache, list(range(len(q) + 1)), self.window_left, out)
 
 
