@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -17,7 +17,8 @@ from services.engine.blocks import CacheChange
 from services.engine.gaps import Gaps
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
-from services.engine.sequence import Event, SequenceId, TokenDrawn
+from services.engine.ready import Ready
+from services.engine.sequence import ChunkComputed, Event, SequenceId, Started, TokenDrawn
 
 log = structlog.get_logger(__name__)
 
@@ -29,6 +30,11 @@ class Runner(Protocol):
     @property
     def late_s(self) -> float:
         """Of the last run, how long it waited for the interpreter after the numbers were there; 0 where none tells."""
+
+    @property
+    def ready(self) -> Ready | None:
+        """Of the last run, when the KV that it computed is in the pool; None where it is.  A run that leaves some behind has
+        waited for the one before."""
 
     def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         """Computes a step and draws one token per entry of ``batch.samples``, in order; None behind a draft that is not
@@ -91,6 +97,7 @@ class Engine:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._ready: Ready | None = None  # of the last step, which may still run
         self._idle_since_s: float | None = None  # time.monotonic(); None while there was nothing to compute
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -125,15 +132,20 @@ class Engine:
             if plan is None:
                 self._idle_since_s = None
                 return False
+            before = self._ready
             if plan.started:
-                self._listener.on_started(list(plan.started))
+                self._listener.on_started(_once_ready(plan.started, before))
         num_prefill, num_decode = plan.num_prefill_tokens, plan.num_decode_tokens
         started_s = time.monotonic()
         drawn, failure = self._compute(plan)
         elapsed_s = time.monotonic() - started_s
         with self._lock:
             events = self._scheduler.fail(plan, failure) if failure else self._scheduler.complete(plan, drawn)
-            self._account(plan, num_prefill, num_decode, _num_accepted(events), elapsed_s)
+            if self._ready is not None:
+                events = _once_ready(events, self._ready)
+            # The first of several that leave their work behind has waited for no other.
+            took_s = elapsed_s if self._ready is None or before is not None else None
+            self._account(plan, num_prefill, num_decode, _num_accepted(events), took_s)
             self._listener.on_events(events, StepTime(tuple(s.id for s in plan.sequences), started_s, elapsed_s))
             self._tell_cache_changes()
         return True
@@ -149,6 +161,7 @@ class Engine:
             if self._idle_since_s is not None:
                 self.gaps.observe(time.monotonic() - self._idle_since_s)
             drawn = self._runner.run(batch)
+            self._ready = self._runner.ready
             self._idle_since_s = time.monotonic() - self._runner.late_s
         except Exception as e:  # one batch fails, not the worker
             log.exception("step_failed", sequences=[s.id for s in plan.sequences])
@@ -156,16 +169,19 @@ class Engine:
             return [], f"the model could not be run: {e}"
         return drawn, ""
 
-    def _account(self, plan: Plan, prefill: int, decode: int, accepted: int, elapsed_s: float) -> None:
+    def _account(self, plan: Plan, prefill: int, decode: int, accepted: int, elapsed_s: float | None) -> None:
+        """``elapsed_s`` None: nobody knows yet how long it takes."""
         work = self.work
         decode += accepted
         work.drafted_tokens += plan.num_draft_tokens
         work.accepted_tokens += accepted
         work.steps += 1
-        work.busy_s += elapsed_s
         work.decode_tokens += decode
         work.prefill_tokens += prefill
         work.cached_tokens += sum(s.num_cached for s in plan.started)
+        if elapsed_s is None:
+            return
+        work.busy_s += elapsed_s
         weight = 1 - 0.5 ** (elapsed_s / RATE_HALF_LIFE_S)
         # A mixed step says little about either phase alone.
         if prefill and not decode:
@@ -185,6 +201,13 @@ class Engine:
         except BaseException as e:
             log.exception("engine_died")
             self._listener.on_death(e)
+
+
+def _once_ready(events: Iterable[Event], ready: Ready | None) -> list[Event]:
+    """The events, of which those that tell of KV say when it is in the pool."""
+    if ready is None:
+        return list(events)
+    return [replace(e, ready=ready) if isinstance(e, Started | ChunkComputed) else e for e in events]
 
 
 def _num_accepted(events: list[Event]) -> int:

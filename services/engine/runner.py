@@ -27,6 +27,7 @@ class TorchRunner:
     """
 
     late_s = 0.0  # torch does not tell
+    ready = None
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
+from services.engine.ready import Ready
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.weights import DTYPES
@@ -58,6 +59,7 @@ def token_kv(token: int, position: int) -> torch.Tensor:
 
 class MadeUpRunner:
     late_s = 0.0
+    ready: Ready | None = None
 
     def __init__(self, pool: torch.Tensor) -> None:
         self._pool = pool

@@ -11,6 +11,7 @@ from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
+from services.engine.ready import Ready
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Limits, Scheduler
 from services.runtime.process import ProcessIdentity
@@ -34,6 +35,7 @@ class AlwaysSeven:
     """Computes nothing, and draws the same token for whoever asks."""
 
     late_s = 0.0
+    ready: Ready | None = None
 
     def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         return [Drawn(7) for _ in batch.samples]

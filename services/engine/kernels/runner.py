@@ -15,6 +15,8 @@ from services.engine.warm_up import WARM_UP_BLOCKS, check_pool, warm_up_batches
 class CompiledRunner:
     """As ``TorchRunner``: the same calls, the same ownership of ``arena_buffer``."""
 
+    ready = None
+
     def __init__(
         self,
         config: ModelConfig,
