@@ -15,9 +15,9 @@ import structlog
 from services.engine.batch import Batch, build_batch
 from services.engine.blocks import CacheChange
 from services.engine.gaps import Gaps
+from services.engine.ready import Ready
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.scheduler import Plan, Scheduler
-from services.engine.ready import Ready
 from services.engine.sequence import ChunkComputed, Event, SequenceId, Started, TokenDrawn
 
 log = structlog.get_logger(__name__)
@@ -33,8 +33,8 @@ class Runner(Protocol):
 
     @property
     def ready(self) -> Ready | None:
-        """Of the last run, when the KV that it computed is in the pool; None where it is.  A run that leaves some behind has
-        waited for the one before."""
+        """Of the last run, when the KV that it computed is in the pool; None where it is.  A run that leaves some to come
+        has waited for the one before."""
 
     def run(self, batch: Batch) -> list[Drawn | DrawFailed | None]:
         """Computes a step and draws one token per entry of ``batch.samples``, in order; None behind a draft that is not

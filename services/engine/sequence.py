@@ -66,8 +66,8 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The sequence got its blocks; ``num_cached`` prompt tokens need no compute.  Their KV is in the pool once ``ready``, at
-    once where that is None."""
+    """The sequence got its blocks; ``num_cached`` prompt tokens need no compute.  Their KV is in the pool once ``ready``,
+    and by now where that is None."""
 
     id: SequenceId
     block_table: tuple[int, ...]

@@ -24,8 +24,8 @@ class FakeMark:
 
 
 class FakeDevice:
-    """``marks``: all that were made, none of them done unless waited for, with ``is_busy``.  A fetched tensor is empty until
-    a mark behind it is done."""
+    """``marks``: all that were made, none of them done unless waited for, with ``is_busy``.  A fetched tensor is empty
+    until a mark behind it is done."""
 
     place = torch.device("cpu")
 
