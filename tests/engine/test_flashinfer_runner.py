@@ -11,6 +11,7 @@ from services.engine.blocks import BlockPool
 from services.engine.flashinfer_runner import FlashInferRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
+from services.engine.model_files import ModelFiles
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Sequence, SequenceId
@@ -208,3 +209,9 @@ def test_a_layer_of_a_pool_is_what_flashinfer_calls_a_cache() -> None:
     arena = torch.empty((5, *layout.block_shape), dtype=torch.bfloat16)
     keys, values = arena[:, 1].unbind(1)
     assert keys.stride() == values.stride() == (4 * 2 * 16 * 2 * 64, 2 * 64, 64, 1)
+
+
+def test_smollm2_gives_its_tokens(smollm2: ModelFiles, smollm2_weights: Weights) -> None:
+    texts = [smollm2.tokenizer.encode(text, add_special=True) for text in ("The capital of France is", "1, 2, 3,")]
+    found = paged(smollm2.config, smollm2_weights, FakeDevice(), max_running=2).greedy(texts, num_tokens=8, chunk=4)
+    assert found == paged(smollm2.config, smollm2_weights, None).greedy(texts, num_tokens=8, chunk=4)

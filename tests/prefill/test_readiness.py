@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kvferry.errors import AbortedError
+from kvferry.errors import AbortedError, ConflictError
 from services.engine.batch import Batch
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.prefill.readiness import reached
@@ -102,3 +103,14 @@ async def test_a_device_that_never_gets_there_is_given_up() -> None:
 
 async def _collect(items: Any) -> list[Any]:
     return [item async for item in items]
+
+
+async def test_a_pool_on_a_gpu_is_not_converted() -> None:
+    async with two_workers(OWN, layout("bfloat16", 4)) as workers:
+        region = workers.writer.worker.region
+        region._device = SimpleNamespace(device=0)
+        async with workers.ticket(PROMPT) as (ticket, _):
+            with pytest.raises(ConflictError, match="start both workers with the same --block-size and --dtype"):
+                await _collect(workers.ferries.run(list(PROMPT), sampling(), ticket, b"salt"))
+        region._device = None
+        assert workers.writer.worker.is_idle()
