@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system bench-directory wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system bench-directory bench-gpu test-gpu wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ bench-system: $(STAMP) ## Measure 32 mixed streams through the whole system agai
 
 bench-directory: $(STAMP) ## The block index against dynamo's and its limits (ARGS="--only memory")
 	@python -m tests.bench.directory $(ARGS)
+
+test-gpu: $(STAMP) ## Run what needs an NVIDIA GPU, with torch for CUDA and kvferry[gpu] in .venv
+	@python -m pytest -m gpu tests/gpu $(ARGS)
+
+bench-gpu: $(STAMP) ## Decode and prefill on a GPU against the floors of its bytes and sums (ARGS="--rounds 20")
+	@python -m tests.bench.gpu $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

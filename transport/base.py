@@ -13,7 +13,7 @@ import asyncio
 import ctypes
 import gc
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -121,6 +121,13 @@ class Transfer:
         return asyncio.wrap_future(self.future).__await__()
 
 
+class DeviceMemory(Protocol):
+    @property
+    def device(self) -> int: ...
+
+    def fetch(self, offsets: Sequence[int], size: int) -> memoryview: ...
+
+
 class Region:
     """Memory that peers can reach, owned by the transport that allocated it.  A context manager."""
 
@@ -132,7 +139,9 @@ class Region:
         release: Callable[[Region], None],
         *,
         huge_pages: bool = False,
+        device: DeviceMemory | None = None,
     ) -> None:
+        """``device``: what the address is of, where that is not the host's memory."""
         self.address = address
         self.nbytes = nbytes
         self.descriptor = descriptor
@@ -140,19 +149,41 @@ class Region:
         self.num_in_flight = 0  # guarded by the transport
         self.released = False  # guarded by the transport
         self._release = release
-        anchor = (ctypes.c_ubyte * nbytes).from_address(address)
-        self._anchor = weakref.ref(anchor)  # alive for as long as anything looks at the memory
-        self._view: memoryview | None = memoryview(anchor).cast("B")
+        self._device = device
+        self._view: memoryview | None = None
+        self._anchor: weakref.ref[ctypes.Array[ctypes.c_ubyte]] | None = None
+        if device is None:
+            anchor = (ctypes.c_ubyte * nbytes).from_address(address)
+            self._anchor = weakref.ref(anchor)  # alive for as long as anything looks at the memory
+            self._view = memoryview(anchor).cast("B")
+
+    @property
+    def device(self) -> int | None:
+        """The number of the GPU whose memory this is; None is the host's."""
+        return None if self._device is None else self._device.device
+
+    def fetch(self, offsets: Sequence[int], size: int) -> memoryview:
+        """Copies of ``size`` bytes from each offset, behind each other, wherever the region is.  Blocks; the caller sees to
+        it that nobody writes meanwhile.  Raises TransportError where a GPU fails."""
+        if self._device is not None:
+            return self._device.fetch(offsets, size)
+        return memoryview(b"".join(self.view[offset : offset + size] for offset in offsets))
 
     @property
     def view(self) -> memoryview:
-        """All of it, writable bytes: np.frombuffer and torch.frombuffer take it without a copy."""
+        """All of it, writable bytes: np.frombuffer and torch.frombuffer take it without a copy.  Raises TransportError for
+        a GPU's."""
+        if self._device is not None:
+            raise TransportError("a region of a GPU cannot be looked at from the host; fetch what is needed")
         if self._view is None:
             raise TransportClosed("the region was released")
         return self._view
 
     def try_drop_view(self) -> bool:
-        """For the transport: False while an array, a tensor or another view looks at the memory."""
+        """For the transport: False while an array, a tensor or another view looks at the memory.  Of a GPU's, nobody knows:
+        that is its owner's duty."""
+        if self._anchor is None:
+            return True
         self._view = None
         if self._anchor() is not None:
             gc.collect()
@@ -214,9 +245,9 @@ class Transport(Protocol):
     @property
     def incarnation(self) -> int: ...
 
-    def allocate(self, nbytes: int) -> Region:
-        """Zeroed memory.  Blocks while its pages are made, a quarter of a second for 4 GiB that the
-        machine has at hand.  Raises OutOfMemory."""
+    def allocate(self, nbytes: int, device: int | None = None) -> Region:
+        """Zeroed memory, of the host or of the GPU of that number.  Blocks while its pages are made, a quarter of a second
+        for 4 GiB that the machine has at hand.  Raises OutOfMemory, and BackendUnavailable for a GPU that is not there."""
         ...
 
     def open(self, descriptor: bytes) -> RemoteRegion:

@@ -17,7 +17,14 @@ from typing import Self
 from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer, TransferResult
 from transport.completions import Completion, Completions
 from transport.descriptor import Descriptor
-from transport.errors import OutOfMemory, PeerLost, TransferCancelled, TransportClosed, TransportError
+from transport.errors import (
+    BackendUnavailable,
+    OutOfMemory,
+    PeerLost,
+    TransferCancelled,
+    TransportClosed,
+    TransportError,
+)
 from transport.pieces import Offsets, Pieces
 
 PIECE_BYTES = 1 << 20  # a cancel, or a peer's death, takes effect between two
@@ -58,8 +65,10 @@ class LoopbackTransport:
         self._thread.start()
         _transports[self.incarnation] = self
 
-    def allocate(self, nbytes: int) -> Region:
+    def allocate(self, nbytes: int, device: int | None = None) -> Region:
         self._check_open()
+        if device is not None:
+            raise BackendUnavailable("the loopback transport has the host's memory only")
         if nbytes <= 0:
             raise ValueError(f"a region has at least one byte, not {nbytes}")
         try:

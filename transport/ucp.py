@@ -16,6 +16,7 @@ from typing import Self
 from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer, TransferResult
 from transport.build import build
 from transport.completions import Completion, Completions
+from transport.cuda import DeviceSegment
 from transport.descriptor import Descriptor
 from transport.errors import (
     BackendUnavailable,
@@ -91,7 +92,7 @@ class UcpTransport:
         self._num_waiting = 0  # threads that wait in the library, without the lock
         self._connections: dict[int, _Connection] = {}  # by the peer's incarnation
         self._opened: dict[RemoteRegion, _Opened] = {}
-        self._regions: dict[Region, tuple[c_void_p, Segment]] = {}
+        self._regions: dict[Region, tuple[c_void_p, Segment | DeviceSegment]] = {}
         self._closed = False
         self._drained = ctypes.create_string_buffer(_DRAIN_AT_ONCE * _ENDED.size)
         self._done = ctypes.create_string_buffer(_ENDED.size)  # when it is posted; guarded by the completions' lock
@@ -109,18 +110,22 @@ class UcpTransport:
         self._lib.kvf_address(self._ferry, address, length)
         self._address = address.raw
 
-    def allocate(self, nbytes: int) -> Region:
+    def allocate(self, nbytes: int, device: int | None = None) -> Region:
         if nbytes <= 0:
             raise ValueError(f"a region has at least one byte, not {nbytes}")
         self._check_open()
-        segment = make_segment(nbytes, self.incarnation)
+        segment: Segment | DeviceSegment
+        if device is None:
+            segment = make_segment(nbytes, self.incarnation)
+        else:
+            segment = DeviceSegment(nbytes, self.incarnation, device)
         try:
             return self._register(segment)
         except BaseException:
             segment.unmap()
             raise
 
-    def _register(self, segment: Segment) -> Region:
+    def _register(self, segment: Segment | DeviceSegment) -> Region:
         handle, key_length = c_void_p(), c_uint64(_PACKED_KEY_BYTES)
         key = ctypes.create_string_buffer(_PACKED_KEY_BYTES)
         with self._control:
@@ -146,7 +151,10 @@ class UcpTransport:
                 self._address,
                 key.raw[: key_length.value],
             )
-            region = Region(segment.address, segment.nbytes, descriptor.pack(), self._release, huge_pages=segment.huge)
+            region = Region(
+                segment.address, segment.nbytes, descriptor.pack(), self._release,
+                huge_pages=segment.huge, device=segment if isinstance(segment, DeviceSegment) else None,
+            )  # fmt: skip
             self._regions[region] = (handle, segment)
             return region
 
@@ -159,9 +167,12 @@ class UcpTransport:
             return self._connect_to(d, str(e))
 
     def _map(self, d: Descriptor) -> RemoteRegion:
-        if d.segment is None or not may_map(os.environ["UCX_TLS"]):
-            side = "the owner's" if d.segment is None else "this process's"
-            raise CannotMap(f"{side} UCX_TLS allows no shared memory")
+        if d.segment is None:
+            raise CannotMap("the owner's UCX_TLS allows no shared memory, or its pool is a GPU's")
+        if not may_map(os.environ["UCX_TLS"]):
+            raise CannotMap("this process's UCX_TLS allows no shared memory")
+        if any(region.device is not None for region in list(self._regions)):
+            raise CannotMap("this process's pool is a GPU's, which plain stores cannot read")
         segment = open_segment(d.segment, d.nbytes, d.incarnation)
         handle = c_void_p()
         status = self._lib.kvf_map(
@@ -209,6 +220,8 @@ class UcpTransport:
 
     def post(self, op: Op, local: Region, remote: RemoteRegion, local_offsets: Offsets, remote_offsets: Offsets,
              sizes: Offsets | int) -> Transfer:  # fmt: skip
+        if local.device is not None and remote.path is Path.MAPPED:
+            raise ValueError("the remote region was opened before there was one on a GPU; open it again")
         pieces = Pieces.of(local_offsets, remote_offsets, sizes)
         return self._completions.start(op, local, remote, pieces, self._submit)
 

@@ -44,6 +44,7 @@ class Batch:
     slots: [T], block * block_size + offset where each token's KV is stored.
     qo_indptr: [S + 1], token ranges.  kv_indptr: [S + 1], ranges into kv_indices, the blocks that hold the context
     including the new tokens.  kv_last_page_len: [S], tokens in the last block, 1..block_size.
+    kv_spare: [S], the block in the sequence's table behind those, -1 where it has none.
     samples: for each sequence with a sampling, the token behind its last one that is known, and behind each draft.
     """
 
@@ -54,6 +55,7 @@ class Batch:
     kv_indptr: I32
     kv_indices: I32
     kv_last_page_len: I32
+    kv_spare: I32
     samples: tuple[Sample, ...]
 
     @property
@@ -90,7 +92,45 @@ def build_batch(entries: Sequence[Entry], block_size: int) -> Batch:
         kv_indptr=kv_indptr,
         kv_indices=kv_indices,
         kv_last_page_len=((ends - 1) % block_size + 1).astype(np.int32),
+        kv_spare=np.array(
+            [
+                e.block_table[n] if len(e.block_table) > n else -1
+                for e, n in zip(entries, num_blocks.tolist(), strict=True)
+            ],
+            dtype=np.int32,
+        ),
         samples=tuple(s for e, end in zip(entries, qo_indptr[1:].tolist(), strict=True) for s in _samples(e, end)),
+    )
+
+
+def following(batch: Batch, block_size: int) -> Batch | None:
+    """The step in which each sequence computes the token that is drawn for it in ``batch``, as far as it is known before
+    that: token_ids are 0 and samples not named.  Pure.  None unless every sequence decodes, one token without drafts, and
+    has the block that its next one needs."""
+    if not batch.num_sequences == batch.num_tokens == len(batch.samples):
+        return None
+    is_full = batch.kv_last_page_len == block_size
+    if (batch.kv_spare[is_full] < 0).any():
+        return None
+    more = _indptr(is_full.astype(np.int32))
+    return Batch(
+        token_ids=np.zeros_like(batch.token_ids),
+        positions=batch.positions + 1,
+        slots=np.where(is_full, batch.kv_spare.astype(np.int64) * block_size, batch.slots + 1),
+        qo_indptr=batch.qo_indptr,
+        kv_indptr=batch.kv_indptr + more,
+        kv_indices=np.insert(batch.kv_indices, batch.kv_indptr[1:][is_full], batch.kv_spare[is_full]),
+        kv_last_page_len=np.where(is_full, 1, batch.kv_last_page_len + 1).astype(np.int32),
+        kv_spare=np.where(is_full, -1, batch.kv_spare).astype(np.int32),
+        samples=(),
+    )
+
+
+def same_places(one: Batch, other: Batch) -> bool:
+    """Whether the two compute tokens at the same places of the same blocks, whatever the tokens."""
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("positions", "qo_indptr", "kv_indptr", "kv_indices")
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -15,8 +15,9 @@ import structlog
 from services.engine.batch import build_batch
 from services.engine.blocks import CacheChange
 from services.engine.gaps import Gaps
+from services.engine.ready import Ready
 from services.engine.scheduler import Plan, Scheduler
-from services.engine.sequence import Event, SequenceId, TokenDrawn
+from services.engine.sequence import ChunkComputed, Event, SequenceId, Started, TokenDrawn
 from services.engine.steps import Outcome, Runner, Step
 
 log = structlog.get_logger(__name__)
@@ -100,6 +101,7 @@ class Engine:
         self._wake = threading.Event()
         self._stopping = False
         self._ahead: _Flight | None = None  # handed over while the step before it ran
+        self._ready: Ready | None = None  # of the last step that was completed, which may still run
         self._idle_since_s: float | None = None  # time.monotonic(); None while there was nothing to compute
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -137,13 +139,16 @@ class Engine:
         if flight.step is not None and self._runner.runs_ahead:
             flight.step.wait_nearly()
             self._ahead = self._launch()
-        outcome = self._land(flight)
+        before, outcome = self._ready, self._land(flight)
         with self._lock:
             if outcome is None:
                 events, time_ = self._scheduler.fail(flight.plan, flight.failure), StepTime.none(flight.plan)
             else:
                 events, time_ = self._scheduler.complete(flight.plan, outcome.draws), StepTime.of(flight.plan, outcome)
-            self._account(flight.plan, _num_accepted(events), time_.elapsed_s)
+                events, self._ready = _once_ready(events, outcome.ready), outcome.ready
+            # The first of several that leave their work behind has waited for no other.
+            known = outcome is not None and (outcome.ready is None or before is not None)
+            self._account(flight.plan, _num_accepted(events), time_.elapsed_s if known else None)
             self._listener.on_events(events, time_)
             self._tell_cache_changes()
         return True
@@ -155,7 +160,7 @@ class Engine:
             if plan is None:
                 return None
             if plan.started:
-                self._listener.on_started(list(plan.started))
+                self._listener.on_started(_once_ready(plan.started, self._ready))
         try:
             return _Flight(plan, self._runner.start(build_batch(plan.entries, self._scheduler.limits.block_size)))
         except Exception as e:
@@ -187,18 +192,19 @@ class Engine:
         if changes := self._scheduler.pool.take_changes():
             self._listener.on_cache_changes(changes)
 
-    def _account(self, plan: Plan, accepted: int, elapsed_s: float) -> None:
+    def _account(self, plan: Plan, accepted: int, elapsed_s: float | None) -> None:
+        """``elapsed_s`` None: nobody knows how long it takes."""
         work = self.work
         prefill, decode = plan.num_prefill_tokens, plan.num_decode_tokens + accepted
         work.drafted_tokens += plan.num_draft_tokens
         work.accepted_tokens += accepted
         work.steps += 1
-        work.busy_s += elapsed_s
         work.decode_tokens += decode
         work.prefill_tokens += prefill
         work.cached_tokens += sum(event.num_cached for event in plan.started)
-        if elapsed_s == 0:
+        if not elapsed_s:
             return
+        work.busy_s += elapsed_s
         weight = 1 - 0.5 ** (elapsed_s / RATE_HALF_LIFE_S)
         # A mixed step says little about either phase alone.
         if prefill and not decode:
@@ -220,6 +226,13 @@ class Engine:
         except BaseException as e:
             log.exception("engine_died")
             self._listener.on_death(e)
+
+
+def _once_ready(events: Iterable[Event], ready: Ready | None) -> list[Event]:
+    """The events, of which those that tell of KV say when it is in the pool."""
+    if ready is None:
+        return list(events)
+    return [replace(e, ready=ready) if isinstance(e, Started | ChunkComputed) else e for e in events]
 
 
 def _num_accepted(events: list[Event]) -> int:

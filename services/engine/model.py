@@ -2,60 +2,61 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn import functional
 
-from services.engine.attention.base import Attention, AttentionPlan
-from services.engine.batch import Batch
+from services.engine.attention.base import AttentionPlan
 from services.engine.model_config import ModelConfig
-from services.engine.rope import inverse_frequencies, rotate, rotations
+from services.engine.operations.base import Operations, Rotation
 from services.engine.weights import LayerWeights, Weights
 
 
-class LlamaModel:
-    """Holds weights only; all state of a sequence is in the KV pool.  Computes as Hugging Face transformers does, in the
-    weights' type with norms in float32."""
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """A step's tokens, on the model's device.  token_ids, positions: [T].  ``rows``: of which of them logits are wanted;
+    None is all, in order."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    rows: torch.Tensor | None
+
+
+class LlamaModel:
+    """Holds weights only; all state of a sequence is in the KV pool.  Computes in the weights' type with norms in float32,
+    where the weights are."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, operations: Operations) -> None:
         self.config = config
         self.weights = weights
-        self._frequencies = inverse_frequencies(config)
+        self._operations = operations
 
-    def forward(self, batch: Batch, kv_arena: torch.Tensor, attention: Attention) -> torch.Tensor:
+    def forward(self, inputs: Inputs, kv_arena: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """Writes the new tokens' KV into ``kv_arena`` ([num_blocks, layers, 2, block_size, kv_heads, head_dim]) and returns
-        logits, [len(batch.samples), vocab] in the weights' type: one row for each token to draw."""
-        block_size = kv_arena.shape[3]
-        slots = torch.from_numpy(batch.slots)
-        blocks, offsets = slots // block_size, slots % block_size
-        hidden = functional.embedding(torch.from_numpy(batch.token_ids), self.weights.embedding)
-        rotation = rotations(self._frequencies, torch.from_numpy(batch.positions), hidden.dtype)
-        plan = attention.plan(batch)
-        for number, layer in enumerate(self.weights.layers):
-            kv_layer = kv_arena[:, number]
-            hidden = hidden + self._attend(layer, hidden, rotation, kv_layer, (blocks, offsets), plan)
-            hidden = hidden + self._transform(layer, hidden)
-        sampled = hidden[torch.tensor([sample.row for sample in batch.samples], dtype=torch.long)]
-        return functional.linear(self._norm(sampled, self.weights.norm), self.weights.head)
+        logits, [rows, vocab] in the weights' type.  Without a word to the host: a CUDA graph can hold it."""
+        operations, weights = self._operations, self.weights
+        rotation = operations.rotation(inputs.positions)
+        hidden = functional.embedding(inputs.token_ids, weights.embedding)
+        normalized = operations.normalize(hidden, weights.layers[0].attention_norm)
+        next_norms = [layer.attention_norm for layer in weights.layers[1:]] + [weights.norm]
+        for number, (layer, next_norm) in enumerate(zip(weights.layers, next_norms, strict=True)):
+            attended = self._attend(layer, normalized, rotation, kv_arena[:, number], plan)
+            hidden, normalized = operations.add_and_normalize(hidden, attended, layer.mlp_norm)
+            transformed = self._transform(layer, normalized)
+            hidden, normalized = operations.add_and_normalize(hidden, transformed, next_norm)
+        wanted = normalized if inputs.rows is None else normalized[inputs.rows]
+        return functional.linear(wanted, weights.head)
 
-    def _attend(self, layer: LayerWeights, hidden: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor],
-                kv_layer: torch.Tensor, slots: tuple[torch.Tensor, torch.Tensor], plan: AttentionPlan,
-                ) -> torch.Tensor:  # fmt: skip
-        config, (blocks, offsets) = self.config, slots
-        qkv = functional.linear(self._norm(hidden, layer.attention_norm), layer.qkv, layer.qkv_bias)
-        heads = qkv.view(len(qkv), config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        num_rotated = config.num_heads + config.num_kv_heads
-        rotated, value = rotate(heads[:, :num_rotated], *rotation), heads[:, num_rotated:]
-        query, key = rotated[:, : config.num_heads], rotated[:, config.num_heads :]
-        kv_layer[blocks, 0, offsets] = key
-        kv_layer[blocks, 1, offsets] = value
-        attended = plan.run(query, kv_layer)
-        return functional.linear(attended.reshape(len(qkv), -1), layer.output)
+    def _attend(self, layer: LayerWeights, normalized: torch.Tensor, rotation: Rotation, kv_layer: torch.Tensor,
+                plan: AttentionPlan) -> torch.Tensor:  # fmt: skip
+        config = self.config
+        qkv = functional.linear(normalized, layer.qkv, layer.qkv_bias)
+        heads = qkv.view(len(qkv), -1, config.head_dim)
+        query, key, value = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
+        query, key = rotation(query, key)
+        plan.append(key, value, kv_layer)
+        return functional.linear(plan.run(query, kv_layer).reshape(len(qkv), -1), layer.output)
 
-    def _transform(self, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
-        gate, up = functional.linear(self._norm(hidden, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return functional.linear(functional.silu(gate) * up, layer.down)
-
-    def _norm(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        wide = hidden.float()
-        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.norm_eps)
-        return weight * (wide * scale).to(hidden.dtype)
+    def _transform(self, layer: LayerWeights, normalized: torch.Tensor) -> torch.Tensor:
+        return functional.linear(self._operations.gate(functional.linear(normalized, layer.gate_up)), layer.down)

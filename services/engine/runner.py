@@ -10,8 +10,9 @@ import torch
 from services.engine.attention.torch_attention import TorchAttention
 from services.engine.batch import Batch
 from services.engine.layout import KvLayout
-from services.engine.model import LlamaModel
+from services.engine.model import Inputs, LlamaModel
 from services.engine.model_config import ModelConfig
+from services.engine.operations.torch_operations import TorchOperations
 from services.engine.sampler import F32, draw
 from services.engine.steps import Blocking, Draws
 from services.engine.warm_up import WARM_UP_BLOCKS, check_pool, warm_up_batches
@@ -43,7 +44,8 @@ class TorchRunner:
             raise ValueError(f"the weights are {weights.embedding.dtype}, the layout says {layout.dtype}")
         torch.set_num_threads(num_threads)
         self._layout = layout
-        self._model = LlamaModel(config, weights)
+        operations = TorchOperations(config, torch.device("cpu"), DTYPES[layout.dtype])
+        self._model = LlamaModel(config, weights, operations)
         self._attention = TorchAttention(block_size=layout.block_size, sliding_window=config.sliding_window)
         flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=num_blocks * prod(layout.block_shape))
         self._arena = flat.view(num_blocks, *layout.block_shape)
@@ -68,5 +70,10 @@ class TorchRunner:
 
     def _forward(self, batch: Batch, arena: torch.Tensor) -> F32:
         with torch.inference_mode():
-            logits = self._model.forward(batch, arena, self._attention)
+            logits = self._model.forward(cpu_inputs(batch), arena, self._attention.plan(batch))
             return np.asarray(logits.float().numpy(), dtype=np.float32)
+
+
+def cpu_inputs(batch: Batch) -> Inputs:
+    rows = torch.tensor([sample.row for sample in batch.samples], dtype=torch.long)
+    return Inputs(torch.from_numpy(batch.token_ids), torch.from_numpy(batch.positions), rows)

@@ -21,6 +21,7 @@ from services.engine.steps import Runner
 # where it is used.
 if TYPE_CHECKING:
     from services.engine.weights import Weights
+    from transport import Region
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +47,16 @@ def choose_dtype(config: ModelConfig, dtype: str, *, compiled: bool) -> str:
     if dtype != AUTO:
         return dtype
     return "int8" if compiled and _kernels_missing(config, "int8") is None else "float32"
+
+
+def choose_cuda_dtype(config: ModelConfig, dtype: str) -> str:
+    """As ``choose_dtype``, on a GPU.  Raises ModelError for a type or a model that FlashInfer's kernels have not."""
+    from services.engine import flashinfer_kernels
+
+    chosen = "bfloat16" if dtype == AUTO else dtype
+    if reason := flashinfer_kernels.why_not(config.head_dim, chosen):
+        raise ModelError(reason)
+    return chosen
 
 
 def load_for_runner(
@@ -92,6 +103,30 @@ def create_runner(config: ModelConfig, weights: Weights | PackedWeights, layout:
         return TorchRunner(config, weights, layout, arena_buffer, num_blocks, num_threads)
     runner = CompiledRunner(config, weights, layout, arena_buffer, num_blocks, num_threads)
     log.info("compiled_kernels", instruction_set=runner.model.instruction_set, threads=num_threads)
+    return runner
+
+
+def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, pool: Region, num_blocks: int,
+                       *, max_running: int, returns_early: bool) -> WarmRunner:  # fmt: skip
+    """On the GPU whose memory ``pool`` is; the weights, on the host so far, go there.  ``returns_early``: see
+    ``FlashInferRunner``.  Raises ModelError."""
+    import torch
+
+    from services.engine import flashinfer_kernels
+    from services.engine.device import CudaDevice
+    from services.engine.flashinfer_runner import FlashInferRunner, cuda_arena
+    from services.engine.weights import weights_on
+
+    assert pool.device is not None
+    kernels = flashinfer_kernels.load()
+    place = torch.device("cuda", pool.device)
+    torch.cuda.set_device(place)
+    arena = cuda_arena(pool.address, num_blocks, layout, place, pool)
+    runner = FlashInferRunner(
+        config, weights_on(weights, place), layout, arena, kernels, CudaDevice(place),
+        max_running=max_running, returns_early=returns_early,
+    )  # fmt: skip
+    log.info("flashinfer_kernels", device=torch.cuda.get_device_name(place))
     return runner
 
 

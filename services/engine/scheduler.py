@@ -49,7 +49,8 @@ class NeverFitsError(Exception):
 class Limits:
     """``max_step_tokens`` bounds one step's new tokens, and so a prefill chunk; ``max_running`` its sequences;
     ``max_pinned`` the blocks that others than sequences may hold (services/worker/pins.py).  Drafts are added to a step as
-    long as it has no more than ``max_draft_rows`` tokens."""
+    long as it has no more than ``max_draft_rows`` tokens.  ``look_ahead``: a sequence whose last block is full gets its
+    next one a step early, where blocks are to spare, so that a runner can make the next step's metadata while it waits."""
 
     block_size: int
     context_length: int
@@ -58,6 +59,7 @@ class Limits:
     max_waiting: int = 256
     max_pinned: int = 0
     max_draft_rows: int = 24
+    look_ahead: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +214,8 @@ class Scheduler:
         if not chosen:
             return None
         drafts = self._draft(chosen)
+        if self.limits.look_ahead:
+            self._look_ahead(chosen)
         plan = Plan(
             sequences=tuple(s for s, _ in chosen),
             counts=tuple(n for _, n in chosen),
@@ -361,6 +365,12 @@ class Scheduler:
                     if victim is sequence:
                         break
         return True
+
+    def _look_ahead(self, chosen: list[tuple[Sequence, int]]) -> None:
+        for sequence, count in chosen:
+            full = len(sequence.block_table) * self.limits.block_size == len(sequence.tokens)
+            if full and count == 1 and sequence.num_output and self.pool.num_available > self._num_kept():
+                sequence.block_table += self.pool.allocate(1)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)

@@ -7,6 +7,7 @@ from enum import Enum, auto
 from typing import NewType
 
 from services.engine.lookup import Drafter
+from services.engine.ready import Ready
 from services.engine.sampling_params import Drawn, Sampling
 
 SequenceId = NewType("SequenceId", str)
@@ -80,19 +81,22 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The sequence got its blocks; ``num_cached`` prompt tokens need no compute."""
+    """The sequence got its blocks; ``num_cached`` prompt tokens need no compute.  Their KV is in the pool once ``ready``,
+    and by now where that is None."""
 
     id: SequenceId
     block_table: tuple[int, ...]
     num_cached: int
+    ready: Ready | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkComputed:
-    """KV of the first ``num_computed`` tokens of a prompt is in the pool."""
+    """KV of the first ``num_computed`` tokens of a prompt is in the pool once ``ready``, by now where that is None."""
 
     id: SequenceId
     num_computed: int
+    ready: Ready | None = None
 
 
 @dataclass(frozen=True, slots=True)

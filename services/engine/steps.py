@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from services.engine.batch import Batch
+from services.engine.ready import Ready
 from services.engine.sampling_params import DrawFailed, Drawn
 
 Draws = list[Drawn | DrawFailed | None]
@@ -16,11 +17,13 @@ Draws = list[Drawn | DrawFailed | None]
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """One draw for each of ``batch.samples``, in order; None or anything behind a draft that is not what was drawn.  When
-    the computing began and when the numbers were there, by time.monotonic()."""
+    the computing began and when the numbers were there, by time.monotonic().  ``ready``: when the KV is in the pool, None
+    where it is; a step that leaves some to come has waited for the one before."""
 
     draws: Draws
     began_s: float
     ended_s: float
+    ready: Ready | None = None
 
 
 class Step(Protocol):
@@ -46,12 +49,13 @@ class Runner(Protocol):
 class Blocking:
     """A step that is computed by whoever asks for its result."""
 
-    def __init__(self, compute: Callable[[], Draws]) -> None:
-        self._compute = compute
+    def __init__(self, compute: Callable[[], Draws], ready: Callable[[], Ready | None] = lambda: None) -> None:
+        """``ready`` is asked after it: see ``Outcome``."""
+        self._compute, self._ready = compute, ready
 
     def wait_nearly(self) -> None: ...
 
     def result(self) -> Outcome:
         began_s = time.monotonic()
         draws = self._compute()
-        return Outcome(draws, began_s, time.monotonic())
+        return Outcome(draws, began_s, time.monotonic(), self._ready())

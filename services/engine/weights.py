@@ -6,7 +6,7 @@ Reads through one seam: a ``TensorSource`` gives any tensor by its Hugging Face 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -64,6 +64,17 @@ def load_weights(
     norm, head = reader.norm(), reader.head()
     report(1.0)
     return Weights(embedding, tuple(layers), norm, embedding if head is None else head)
+
+
+def weights_on(weights: Weights, place: torch.device) -> Weights:
+    """Copies there, of tied weights one."""
+    embedding = weights.embedding.to(place)
+    layers = []
+    for layer in weights.layers:
+        parts = {field.name: getattr(layer, field.name) for field in fields(layer)}
+        layers.append(replace(layer, **{name: part.to(place) for name, part in parts.items() if part is not None}))
+    head = embedding if weights.head is weights.embedding else weights.head.to(place)
+    return Weights(embedding, tuple(layers), weights.norm.to(place), head)
 
 
 class WeightsReader:

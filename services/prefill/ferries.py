@@ -148,6 +148,12 @@ class Ferries:
                 reason="TICKET_REFUSED",
             )
         layout = to_peer_layout(ticket.layout, worker.layout)
+        if worker.region.device is not None and layout != worker.layout:
+            raise ConflictError(
+                f"ticket {ticket.transfer_id} is for blocks of another size or type, and from a GPU nothing is "
+                "converted; start both workers with the same --block-size and --dtype",
+                reason="TICKET_REFUSED",
+            )
         if ticket.num_prompt_tokens != len(prompt):
             raise ConflictError(
                 f"ticket {ticket.transfer_id} is for {ticket.num_prompt_tokens} tokens, the prompt has {len(prompt)}",

@@ -22,11 +22,13 @@ from kvferry.errors import (
     from_rpc_error,
 )
 from services.engine.engine import StepTime
+from services.engine.ready import Ready
 from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
 from services.prefill.conversion import laid_out
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
 from services.prefill.logbook import ChunkTimes, Logbook
 from services.prefill.pieces import Pieces, Placement, pieces
+from services.prefill.readiness import reached
 from services.prefill.remotes import Owner
 from services.worker.convert import to_token, to_us
 from transport import (
@@ -92,11 +94,11 @@ class Passage:
 
     def on_event(self, event: Event) -> None:
         match event:
-            case Started(block_table=table, num_cached=num_cached):
+            case Started(block_table=table, num_cached=num_cached, ready=ready):
                 self.source = Placement(self.ferries.worker.layout, table)
-                self._do(self.ferry.computed(num_cached))
-            case ChunkComputed(num_computed=num_computed):
-                self._do(self.ferry.computed(num_computed))
+                self._do(self.ferry.computed(num_cached), ready)
+            case ChunkComputed(num_computed=num_computed, ready=ready):
+                self._do(self.ferry.computed(num_computed), ready)
             case TokenDrawn(drawn=drawn):
                 self.first_token = to_token(0, drawn)
                 self.outbox.put_nowait(self.first_token)
@@ -114,13 +116,15 @@ class Passage:
                 scheduler.halt(self.sequence.id)
         self._do(self.ferry.stop(reason))
 
-    def _do(self, actions: list[Action]) -> None:
+    def _do(self, actions: list[Action], ready: Ready | None = None) -> None:
+        """``ready``: when what is to be written is in the pool; None where it is."""
         for action in actions:
             match action:
                 case Write():
-                    self.ferries.tasks.spawn(self._write(action))
+                    self.ferries.tasks.spawn(self._write(action, ready))
                     if self.ticket.verify:  # while the bytes move
-                        self.digests.append(self._digest(action))
+                        digest = self._digest(action) if ready is None else self._digest_once(ready, action)
+                        self.digests.append(asyncio.ensure_future(digest))
                 case Commit():
                     self.ferries.tasks.spawn(self._commit(action))
                 case CancelWrites():
@@ -131,12 +135,14 @@ class Passage:
                     self._release()
                     self.ferries.tasks.spawn(self._tell_owner(reason))
 
-    async def _write(self, write: Write) -> None:
+    async def _write(self, write: Write, ready: Ready | None) -> None:
         """Tells the ferry when nothing is read or written for it any more."""
         worker, converter, target = self.ferries.worker, self.ferries.converter, self.target
         source = self.source
         assert source is not None, "compute begins before there is anything to write"
         try:
+            if ready is not None:
+                await reached(ready)
             if source.layout.dtype == target.layout.dtype:
                 batch = pieces(source, target, write.first_token, write.end_token)
                 await self._transfer(worker.region, batch, write.num_blocks)
@@ -151,6 +157,10 @@ class Passage:
             return
         worker.traffic.blocks_written += write.num_blocks
         self._do(self.ferry.written())
+
+    async def _digest_once(self, ready: Ready, write: Write) -> list[int]:
+        await reached(ready)
+        return await self._digest(write)
 
     def _digest(self, write: Write) -> asyncio.Future[list[int]]:
         """Of the owner's blocks that the write fills, from what they are made of here."""

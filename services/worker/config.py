@@ -42,7 +42,11 @@ class WorkerConfig:
     dtype: str = option(
         "auto",
         help="type of weights and KV: float32, bfloat16, float16, int8 (weights alone; KV is bfloat16), or auto: int8 with "
-        "the compiled kernels, float32 without",
+        "the compiled kernels, float32 without, bfloat16 on a GPU",
+    )
+    device: str = option(
+        "cpu",
+        help="what computes and holds the KV pool: cpu, cuda, cuda:N, or auto: a GPU where there is one",
     )
     kernels: Kernels = option(
         Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -32,7 +33,11 @@ class Digester:
     def digest(self, blocks: tuple[int, ...], first_index: int, num_prompt_tokens: int) -> asyncio.Future[list[int]]:
         """As ``digest_blocks``.  Cancelling it drops it if it has not begun; otherwise it still reads the blocks."""
         worker = self._worker
-        return self._start(lambda: worker.region.view, worker.layout, blocks, first_index, num_prompt_tokens)
+        region, nbytes = worker.region, worker.layout.block_nbytes
+        if region.device is None:
+            return self._start(lambda: region.view, worker.layout, blocks, first_index, num_prompt_tokens)
+        make = partial(region.fetch, [block * nbytes for block in blocks], nbytes)
+        return self._start(make, worker.layout, range(len(blocks)), first_index, num_prompt_tokens)
 
     def digest_made(
         self,

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,15 @@ from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
 from services.engine.model_files import open_model
-from services.engine.runners import WarmRunner, choose_dtype, create_runner, kv_dtype, load_for_runner
+from services.engine.runners import (
+    WarmRunner,
+    choose_cuda_dtype,
+    choose_dtype,
+    create_cuda_runner,
+    create_runner,
+    kv_dtype,
+    load_for_runner,
+)
 from services.engine.scheduler import Limits, Scheduler
 from services.runtime.channels import Channels
 from services.runtime.cpus import Cpus, format_cpus, pinned
@@ -34,13 +43,15 @@ from services.runtime.server import add_standard_services, bind, create_server, 
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
 from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes, weights_cache_folder
+from services.worker.device import choose_device
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
 from services.worker.pins import PinBook
 from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
-from transport import TransportError, create
+from transport import Region, TransportError
+from transport import create as create_transport
 
 if TYPE_CHECKING:
     from services.engine.weights import Weights
@@ -99,13 +110,17 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     """Model, pool, transport and engine.  The engine is not started yet."""
     try:
         files = await asyncio.to_thread(open_model, config.model)
-        compiled = config.kernels is Kernels.COMPILED
-        dtype = await asyncio.to_thread(choose_dtype, files.config, config.dtype, compiled=compiled)
+        device = choose_device(config.device)
+        compiled = device is None and config.kernels is Kernels.COMPILED
+        if device is None:
+            dtype = await asyncio.to_thread(choose_dtype, files.config, config.dtype, compiled=compiled)
+        else:
+            dtype = choose_cuda_dtype(files.config, config.dtype)
         weights = await asyncio.to_thread(
             load_for_runner, files.config, files.path, dtype,
             compiled=compiled, cache_folder=weights_cache_folder(config.weights_cache),
         )  # fmt: skip
-        transport = create("ucx")
+        transport = create_transport("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e
     model = files.config
@@ -122,13 +137,15 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         num_blocks = _num_blocks(config, layout)
         try:
             # Never released: the arena's tensors live as long as the process, and the kernel takes it back with that.
-            region = transport.allocate(num_blocks * layout.block_nbytes)
+            region = transport.allocate(num_blocks * layout.block_nbytes, device)
         except TransportError as e:
             raise StartupError(str(e)) from e
         cpus = config.compute_cpus
-        runner = await asyncio.to_thread(
-            _warm_runner, model, weights, layout, region.view, num_blocks, config.threads, cpus
-        )
+        create = partial(_create_runner, model, weights, layout, region, num_blocks, config, role)
+        try:
+            runner = await asyncio.to_thread(_warm_runner, create, config.threads, cpus)
+        except Error as e:
+            raise StartupError(str(e)) from e
         loop = asyncio.get_running_loop()
         transport.attach(loop)
         stack.callback(transport.detach)
@@ -140,6 +157,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_pinned=num_blocks // PINNED_SHARE,
+            look_ahead=device is not None,
         )
         router = EventRouter(loop)
         engine = Engine(Scheduler(pool, limits), runner, router, cpus)
@@ -165,11 +183,20 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         yield Worker(identity, model, layout, transport, region, engine, router, pins, speculates=speculates)
 
 
-def _warm_runner(model: ModelConfig, weights: Weights | PackedWeights, layout: KvLayout, arena: memoryview,
-                 num_blocks: int, threads: int, cpus: Cpus) -> WarmRunner:  # fmt: skip
+def _create_runner(model: ModelConfig, weights: Weights | PackedWeights, layout: KvLayout, region: Region,
+                   num_blocks: int, config: WorkerConfig, role: Role) -> WarmRunner:  # fmt: skip
+    if region.device is None or isinstance(weights, PackedWeights):
+        return create_runner(model, weights, layout, region.view, num_blocks, config.threads)
+    return create_cuda_runner(
+        model, weights, layout, region, num_blocks, max_running=config.max_running,
+        returns_early=role.kind == common_pb2.WORKER_ROLE_PREFILL,  # whose blocks no peer writes
+    )  # fmt: skip
+
+
+def _warm_runner(create: Callable[[], WarmRunner], threads: int, cpus: Cpus) -> WarmRunner:
     """Blocks.  The threads that it starts are on ``cpus``; the caller's stays where it was."""
     with pinned(cpus):
-        runner = create_runner(model, weights, layout, arena, num_blocks, threads)
+        runner = create()
         runner.warm_up()
     log.info("compute", threads=threads, cpus=format_cpus(cpus) or "any")
     return runner

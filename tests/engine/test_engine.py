@@ -10,23 +10,26 @@ from services.engine.batch import Batch
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.engine import Engine, StepTime
 from services.engine.lookup import Drafter
+from services.engine.ready import Ready
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Event, Sequence, SequenceId, StepFailed, TokenDrawn
 from services.engine.steps import Blocking, Draws, Outcome
+from tests.engine.fake_device import FakeMark
 
 
 class Recorder:
     """Runner and listener in one, so that the order between them is seen."""
 
     runs_ahead = False
+    ready: Ready | None = None
 
     def __init__(self) -> None:
         self.seen: list[str] = []
         self.breaks = False
 
     def start(self, batch: Batch) -> Blocking:
-        return Blocking(lambda: self.run(batch))
+        return Blocking(lambda: self.run(batch), lambda: self.ready)
 
     def run(self, batch: Batch) -> Draws:
         self.seen.append("run")
@@ -117,6 +120,28 @@ def test_the_engines_thread_keeps_to_its_processors() -> None:
     assert ran.wait(10)
     e.close()
     assert found == [{cpu}]
+
+
+def test_events_of_a_step_that_still_runs_say_when_it_is_in_memory() -> None:
+    """Those of a prompt that starts behind it, too: what the cache has of it may be of that very step."""
+    recorder = Recorder()
+    seen: list[Event] = []
+    recorder.on_events = lambda events, step: seen.extend(events)  # type: ignore[method-assign]
+    recorder.on_started = seen.extend  # type: ignore[method-assign]
+    e = engine(recorder)
+    add(e, "a", 12)
+    recorder.ready = first = FakeMark(lambda: None)
+    assert e.step()
+    assert e.work.prefill_tokens_per_s == 0  # it has waited for nothing, so its time is unknown
+    add(e, "b", 12)
+    recorder.ready = None
+    assert e.step()
+    assert e.work.prefill_tokens_per_s > 0
+    assert [(type(event).__name__, event.id, getattr(event, "ready", None)) for event in seen] == [
+        ("Started", "a", None), ("ChunkComputed", "a", first), ("Started", "b", first),
+        ("ChunkComputed", "a", None), ("TokenDrawn", "a", None), ("ChunkComputed", "b", None),
+        ("TokenDrawn", "b", None),
+    ]  # fmt: skip
 
 
 def test_accepted_drafts_are_counted() -> None:

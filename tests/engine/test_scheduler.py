@@ -105,11 +105,12 @@ def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000, ahead: boo
     st.integers(13, 40),
     st.integers(1, 9),
     st.booleans(),
+    st.booleans(),
 )
 def test_batching_caching_preemption_and_planning_ahead_change_no_token(
-    requests: list[tuple[list[int], int]], num_blocks: int, max_step_tokens: int, ahead: bool
+    requests: list[tuple[list[int], int]], num_blocks: int, max_step_tokens: int, ahead: bool, look_ahead: bool
 ) -> None:
-    s = scheduler(num_blocks, max_step_tokens=max_step_tokens)
+    s = scheduler(num_blocks, max_step_tokens=max_step_tokens, look_ahead=look_ahead)
     model = FakeModel(num_blocks)
     for i, (prompt, max_tokens) in enumerate(requests):
         s.add(sequence(str(i), prompt, max_tokens))
@@ -119,14 +120,28 @@ def test_batching_caching_preemption_and_planning_ahead_change_no_token(
     assert counts.free == counts.total - counts.cached
 
 
-def test_preemption_happens_and_changes_no_token() -> None:
-    s, model = scheduler(8), FakeModel(8)
+@pytest.mark.parametrize("look_ahead", [False, True])
+def test_preemption_happens_and_changes_no_token(look_ahead: bool) -> None:
+    s, model = scheduler(8, look_ahead=look_ahead), FakeModel(8)
     prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
     sequences = [sequence(str(i), p, 16) for i, p in enumerate(prompts)]
     for q in sequences:
         s.add(q)
     assert run_to_end(s, model) == {str(i): expected(p, 16) for i, p in enumerate(prompts)}
     assert sum(q.num_preemptions for q in sequences) > 0
+
+
+def test_a_block_in_hand_comes_a_step_early_and_only_from_what_is_to_spare() -> None:
+    for num_blocks, expected_blocks in ((8, 2), (2, 1)):
+        s = scheduler(num_blocks, look_ahead=True)
+        q = sequence("a", [1, 2, 3], 3)
+        s.add(q)
+        for num_tokens in (3, 4):
+            plan = s.plan()
+            assert plan is not None
+            assert len(q.tokens) == num_tokens
+            s.complete(plan, FakeModel(num_blocks).run(plan))
+        assert len(q.block_table) == expected_blocks
 
 
 def test_a_cached_prefix_is_not_computed_again() -> None:

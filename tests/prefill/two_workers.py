@@ -22,6 +22,7 @@ from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
+from services.engine.ready import Ready
 from services.engine.sampling_params import Drawn
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.steps import Blocking, Draws
@@ -59,6 +60,7 @@ def token_kv(token: int, position: int) -> torch.Tensor:
 
 class MadeUpRunner:
     runs_ahead = False
+    ready: Ready | None = None
 
     def __init__(self, pool: torch.Tensor) -> None:
         self._pool = pool
@@ -66,7 +68,7 @@ class MadeUpRunner:
         self.may_run.set()
 
     def start(self, batch: Batch) -> Blocking:
-        return Blocking(lambda: self.run(batch))
+        return Blocking(lambda: self.run(batch), lambda: self.ready)
 
     def run(self, batch: Batch) -> Draws:
         assert self.may_run.wait(30)

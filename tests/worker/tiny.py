@@ -11,6 +11,7 @@ from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
+from services.engine.ready import Ready
 from services.engine.sampling_params import Drawn
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.steps import Blocking, Draws
@@ -35,9 +36,10 @@ class AlwaysSeven:
     """Computes nothing, and draws the same token for whoever asks."""
 
     runs_ahead = False
+    ready: Ready | None = None
 
     def start(self, batch: Batch) -> Blocking:
-        return Blocking(lambda: self.run(batch))
+        return Blocking(lambda: self.run(batch), lambda: self.ready)
 
     def run(self, batch: Batch) -> Draws:
         return [Drawn(7) for _ in batch.samples]

@@ -11,19 +11,21 @@ from torch.nn import functional
 from services.engine.batch import Batch
 
 _MAX_PADDING = 1.33
+_CPU = torch.device("cpu")
 
 
 class TorchAttention:
     """``sliding_window``: how many positions a token sees, itself included; None is all.  Stateless, so thread-safe."""
 
-    def __init__(self, *, block_size: int, sliding_window: int | None) -> None:
+    def __init__(self, *, block_size: int, sliding_window: int | None, device: torch.device = _CPU) -> None:
         self._block_size = block_size
         self._window = sliding_window
+        self._device = device
 
     def plan(self, batch: Batch) -> TorchPlan:
         sequences = [self._sequence(batch, i) for i in range(batch.num_sequences)]
         prefills = tuple(
-            _Prefill(s.begin, s.end, torch.from_numpy(s.blocks), s.length, self._mask(s))
+            _Prefill(s.begin, s.end, torch.from_numpy(s.blocks).to(self._device), s.length, self._mask(s))
             for s in sequences
             if s.end - s.begin > 1
         )
@@ -34,7 +36,8 @@ class TorchAttention:
                 groups[-1].append(sequence)
             else:
                 groups.append([sequence])
-        return TorchPlan(prefills, tuple(self._decode(group) for group in groups))
+        blocks, offsets = (torch.from_numpy(a).to(self._device) for a in np.divmod(batch.slots, self._block_size))
+        return TorchPlan(blocks, offsets, prefills, tuple(self._decode(group) for group in groups))
 
     def _sequence(self, batch: Batch, index: int) -> _Sequence:
         begin, end = int(batch.qo_indptr[index]), int(batch.qo_indptr[index + 1])
@@ -51,8 +54,8 @@ class TorchAttention:
         """None where plain causality from the first gathered token on is all there is."""
         if sequence.first == 0 and (self._window is None or self._window >= sequence.length):
             return None
-        rows = torch.arange(sequence.first, sequence.length)[:, None]
-        columns = torch.arange(sequence.length)[None, :]
+        rows = torch.arange(sequence.first, sequence.length, device=self._device)[:, None]
+        columns = torch.arange(sequence.length, device=self._device)[None, :]
         mask = columns <= rows
         return mask if self._window is None else mask & (columns > rows - self._window)
 
@@ -65,10 +68,10 @@ class TorchAttention:
         holds_token = positions < lengths
         seen = holds_token if self._window is None else holds_token & (positions >= lengths - self._window)
         return _Decode(
-            rows=torch.tensor([s.begin for s in group]),
-            blocks=torch.from_numpy(table.reshape(-1)),
-            foreign=torch.from_numpy(np.flatnonzero(~holds_token)),
-            mask=None if seen.all() else torch.from_numpy(seen)[:, None, None, :],
+            rows=torch.tensor([s.begin for s in group], device=self._device),
+            blocks=torch.from_numpy(table.reshape(-1)).to(self._device),
+            foreign=torch.from_numpy(np.flatnonzero(~holds_token)).to(self._device),
+            mask=None if seen.all() else torch.from_numpy(seen).to(self._device)[:, None, None, :],
         )
 
 
@@ -132,8 +135,14 @@ class _Decode:
 
 @dataclass(frozen=True, slots=True)
 class TorchPlan:
+    blocks: torch.Tensor  # where each new token's KV goes
+    offsets: torch.Tensor
     prefills: tuple[_Prefill, ...]
     decodes: tuple[_Decode, ...]
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, kv_layer: torch.Tensor) -> None:
+        kv_layer[self.blocks, 0, self.offsets] = key
+        kv_layer[self.blocks, 1, self.offsets] = value
 
     def run(self, queries: torch.Tensor, kv_layer: torch.Tensor) -> torch.Tensor:
         attended = torch.empty_like(queries)

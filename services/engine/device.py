@@ -1,0 +1,68 @@
+"""What a runner asks of an accelerator beyond torch's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from services.engine.ready import Ready
+
+
+class Device(Protocol):
+    """What is asked of it happens in the order of asking, in one stream, and nobody waits for it."""
+
+    @property
+    def place(self) -> torch.device: ...
+
+    def mark(self) -> Ready:
+        """Is done when all that was asked so far is."""
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy in the host's memory, to be looked at once a mark made later is done."""
+
+    def capture(self, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        """Runs ``compute`` and keeps what it asked of the device: the tensor it returned, which each call of the other
+        fills anew from what the tensors that it reads hold then.  Blocks."""
+
+
+class CudaDevice:
+    """Of one GPU, its current stream.  Never run on a device; tests run what stands on it with a stand-in."""
+
+    def __init__(self, place: torch.device) -> None:
+        self.place = place
+        self._graphs = torch.cuda.graph_pool_handle()
+
+    def mark(self) -> CudaMark:
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a wait leaves the processor to others
+        event.record(torch.cuda.current_stream(self.place))
+        return CudaMark(event)
+
+    def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def capture(self, compute: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        current = torch.cuda.current_stream(self.place)
+        side = torch.cuda.Stream(self.place)  # type: ignore[no-untyped-call]
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            compute()  # what a first call does besides cannot be captured
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # The graphs' memory is one pool: they run one after the other.
+        with torch.cuda.graph(graph, pool=self._graphs):
+            result = compute()
+        return result, graph.replay
+
+
+class CudaMark:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self._event = event
+
+    def done(self) -> bool:
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self._event.synchronize()

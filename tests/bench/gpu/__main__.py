@@ -1,0 +1,69 @@
+"""Decode steps against the time that their bytes take, prefill against the time of its sums, on one NVIDIA GPU."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from services.engine.model_config import ModelConfig
+from tests.bench.gpu import steps
+from tests.bench.gpu.floors import SHAPES, decode_nbytes, prefill_flops
+from tests.bench.gpu.rows import Row, write_json, write_svg
+from tests.gpu.conftest import why_not
+
+BATCHES, CONTEXTS, PROMPTS = (1, 16, 64, 256), (512, 4096), (512, 2048, 8192)
+MOST_KV_SHARE = 0.6  # of the GPU's memory; combinations beyond are left out, and named
+
+
+def measure(config: ModelConfig, rounds: int, rates: tuple[float, float], place: torch.device) -> list[Row]:
+    copied_per_s, flops_per_s = rates
+    limit = torch.cuda.get_device_properties(place).total_memory * MOST_KV_SHARE
+    pairs = [(batch, context) for batch in BATCHES for context in CONTEXTS]
+    fitting = [pair for pair in pairs if decode_nbytes(config, *pair) < limit]
+    for batch, context in sorted(set(pairs) - set(fitting)):
+        print(f"{config.name}: batch {batch} of context {context} does not fit this GPU")
+    num_tokens = [batch * context for batch, context in fitting] + list(PROMPTS)
+    runner = steps.make_runner(config, max(num_tokens) // steps.BLOCK_SIZE, max(BATCHES), place)
+    runner.warm_up()
+    rows = []
+    for batch, context in fitting:
+        step = steps.decode_batch(batch, context)
+        took_s = steps.median_s(lambda step=step: runner.run(step), rounds, place)
+        floor_s = decode_nbytes(config, batch, context) / copied_per_s
+        rows.append(Row(f"{config.name} decode {batch} x {context}", took_s, floor_s))
+    for num_tokens in (n for n in PROMPTS if n <= config.context_length):
+        prompt = steps.prefill_batch(num_tokens)
+        took_s = steps.median_s(lambda prompt=prompt: runner.run(prompt), rounds, place)
+        rows.append(Row(f"{config.name} prefill {num_tokens}", took_s, prefill_flops(config, num_tokens) / flops_per_s))
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=20, help="steps of each kind; medians are told")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
+    parser.add_argument("--out", type=Path, default=Path("build/bench-gpu"), help="folder for rows.json and rows.svg")
+    arguments = parser.parse_args()
+    if reason := why_not():
+        print(f"bench-gpu skipped: {reason}")
+        return 0
+    place = torch.device("cuda", 0)
+    device = torch.cuda.get_device_name(place)
+    rates = steps.bytes_per_s(arguments.rounds, place), steps.flops_per_s(arguments.rounds, place)
+    print(f"{device}: {rates[0] / 1e9:.0f} GB/s copied (read and written), {rates[1] / 1e12:.0f} TFLOP/s")
+    rows: list[Row] = []
+    for name in arguments.shapes:
+        for row in measure(SHAPES[name], arguments.rounds, rates, place):
+            print(row, flush=True)
+            rows.append(row)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "rows.json", device, rows)
+    write_svg(arguments.out / "rows.svg", device, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
