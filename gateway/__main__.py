@@ -16,6 +16,7 @@ from gateway.http.app import create_app
 from gateway.http.front_door import Vocabulary
 from gateway.http.limits import HttpLimits
 from gateway.http.server import HttpServer
+from gateway.link import DecodeLinks
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.view import ClusterView, watch
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -51,8 +52,9 @@ async def run_gateway(config: GatewayConfig) -> None:
             raise StartupError(str(e)) from e
         channels = await stack.enter_async_context(Channels())
         view = ClusterView()
+        links = await stack.enter_async_context(DecodeLinks(channels))
         dispatcher = Dispatcher(
-            view, channels, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
+            view, channels, links, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
             max_attempts=config.max_attempts, stall_timeout_s=config.stall_timeout_s,
         )  # fmt: skip
         frontend = Frontend(
