@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system bench-gateway wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ bench-engine: $(STAMP) ## Decode and prefill against the limits, torch, transfor
 
 bench-system: $(STAMP) ## Measure 32 mixed streams through the whole system against the engine alone (ARGS="--rounds 5")
 	@python -m tests.bench.system $(ARGS)
+
+bench-gateway: $(STAMP) ## Measure tokens through one gateway process, from workers that compute nothing (ARGS="--only half")
+	@python -m tests.bench.gateway $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

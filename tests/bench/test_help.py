@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("bench", ["transport", "overlap", "engine", "engine.speculation", "system"])
+@pytest.mark.parametrize("bench", ["transport", "overlap", "engine", "engine.speculation", "system", "gateway"])
 def test_a_bench_says_what_it_measures(bench: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"tests.bench.{bench}", "--help"],
