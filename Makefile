@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system bench-directory bench-gpu test-gpu wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system bench-directory bench-gateway bench-gpu test-gpu wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ test-gpu: $(STAMP) ## Run what needs an NVIDIA GPU, with torch for CUDA and kvfe
 
 bench-gpu: $(STAMP) ## Decode and prefill on a GPU against the floors of its bytes and sums (ARGS="--rounds 20")
 	@python -m tests.bench.gpu $(ARGS)
+
+bench-gateway: $(STAMP) ## Measure tokens through one gateway process, from workers that compute nothing (ARGS="--only half")
+	@python -m tests.bench.gateway $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos
 

@@ -17,6 +17,7 @@ from gateway.http.app import create_app
 from gateway.http.front_door import Vocabulary
 from gateway.http.limits import HttpLimits
 from gateway.http.server import HttpServer
+from gateway.link import DecodeLinks
 from gateway.metrics import ViewCollector
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.view import ClusterView, watch
@@ -55,8 +56,9 @@ async def run_gateway(config: GatewayConfig) -> None:
             raise StartupError(str(e)) from e
         channels = await stack.enter_async_context(Channels())
         prometheus_client.REGISTRY.register(ViewCollector(view))
+        links = await stack.enter_async_context(DecodeLinks(channels))
         dispatcher = Dispatcher(
-            view, channels, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
+            view, channels, links, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
             max_attempts=config.max_attempts, stall_timeout_s=config.stall_timeout_s,
         )  # fmt: skip
         frontend = Frontend(

@@ -1,19 +1,21 @@
-"""Runs one request's state machine against real workers: routes, opens streams, passes tokens on."""
+"""Runs one request's state machine against real workers: routes, opens requests there, passes tokens on."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import structlog
 
+from gateway.link import DecodeLink, DecodeLinks
 from gateway.request import (
+    Action,
     CancelAttempt,
     ChooseRoute,
     DecodeDone,
@@ -36,10 +38,12 @@ from gateway.routing import Candidate, NoWorkerError, Role, Route, WorkerKey, ch
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import Error, InternalError, UnavailableError, from_rpc_error
+from kvferry.errors import DeadlineError, Error, InternalError, UnavailableError, from_rpc_error
 from services.directory.index import Prefix
 from services.engine.hashing import chain_root, extend_chain
 from services.runtime.channels import Channels
+from services.runtime.failure import from_failure
+from services.runtime.tracing import outgoing_metadata
 
 log = structlog.get_logger(__name__)
 
@@ -84,14 +88,39 @@ class Pending:
     prefill_tokens: int = 0
 
 
-@dataclass(slots=True, eq=False)
-class _Run:
-    """The moving parts of one request."""
+class PendingBook:
+    def __init__(self) -> None:
+        self._by_worker: dict[WorkerKey, Pending] = {}
 
-    job: Job
-    trace: Trace
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    tasks: dict[int, list[asyncio.Task[None]]] = field(default_factory=dict)
+    def of(self, key: WorkerKey) -> Pending:
+        return self._by_worker.get(key, Pending())
+
+    def add(self, key: WorkerKey, prefill_tokens: int) -> Pending:
+        """One request; what to ``remove`` at its end."""
+        total = self._by_worker.setdefault(key, Pending())
+        total.num_requests += 1
+        total.prefill_tokens += prefill_tokens
+        return Pending(1, prefill_tokens)
+
+    def remove(self, key: WorkerKey, ended: Pending) -> None:
+        total = self._by_worker[key]
+        total.num_requests -= ended.num_requests
+        total.prefill_tokens -= ended.prefill_tokens
+        if total.num_requests == 0:
+            del self._by_worker[key]
+
+
+class _Run:
+    """The moving parts of one request: where its events wait, and what goes on for it."""
+
+    def __init__(self, job: Job, trace: Trace) -> None:
+        self.job = job
+        self.trace = trace
+        self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
+        self.decodes: dict[int, _Decoding] = {}  # by attempt
+        self.timers: list[asyncio.TimerHandle] = []
+        self.events: deque[Event | DeadlineError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def route(self) -> Route:
@@ -103,59 +132,174 @@ class _Run:
         assert self.route.prefill is not None, "a ticket comes when a writer was named"
         return self.route.prefill
 
+    def put(self, event: Event | DeadlineError) -> None:
+        self.events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def put_later(self, delay_s: float, event: Event | DeadlineError) -> None:
+        self.timers.append(asyncio.get_running_loop().call_later(delay_s, self.put, event))
+
+    async def wait(self) -> None:
+        """Until there are events.  One task waits."""
+        if not self.events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+
+    def cancel(self, attempt: int) -> None:
+        if task := self.tasks.get(attempt):
+            task.cancel()
+        if decode := self.decodes.get(attempt):
+            decode.cancel()
+
+    async def end(self) -> None:
+        """Cancels whatever goes on."""
+        for timer in self.timers:
+            timer.cancel()
+        for attempt in self.tasks.keys() | self.decodes.keys():
+            self.cancel(attempt)
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+
+class _Decoding:
+    """One attempt's request on its decode worker, which counts as pending there until it has ended."""
+
+    def __init__(self, run: _Run, attempt: int, link: DecodeLink, pending: PendingBook, stall_timeout_s: float) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._link = link
+        self._worker_id = run.route.decode.key.worker_id
+        self._pending = pending
+        self._stall_timeout_s = stall_timeout_s
+        self._heard_s = time.monotonic()
+        self._counted: Pending | None = None
+        self._handle = 0
+        self._silence: asyncio.TimerHandle | None = None
+
+    def open(self, request: worker_pb2.DecodeOpen) -> None:
+        try:
+            self._handle = self._link.open(request, self)
+        except Error as e:
+            self.on_lost(e)
+            return
+        num_tokens = 0 if self._run.route.prefill else len(self._run.job.prompt)
+        self._counted = self._pending.add(self._run.route.decode.key, num_tokens)
+        self._watch(self._stall_timeout_s)
+
+    def on_event(self, event: worker_pb2.DecodeEvent) -> None:
+        self._heard_s = time.monotonic()
+        match event.WhichOneof("event"):
+            case "token":
+                self._run.put(TokenCame(self._attempt, Stream.DECODE, event.token))
+            case "ticket":
+                self._run.put(TicketCame(self._attempt, event.ticket))
+            case "finished":
+                self._end()
+                self._run.put(DecodeDone(self._attempt, event.finished))
+                late = UnavailableError("the prefill worker's figures did not come")
+                self._run.put_later(FIGURES_TIMEOUT_S, StreamFailed(self._attempt, Stream.PREFILL, late))
+            case "failure":
+                self._fail(from_failure(event.failure))
+
+    def on_lost(self, error: Error) -> None:
+        self._fail(_as_lost(error, self._worker_id))
+
+    def cancel(self) -> None:
+        self._end()
+        self._link.cancel(self._handle)
+
+    def _watch(self, delay_s: float) -> None:
+        self._silence = asyncio.get_running_loop().call_later(delay_s, self._check_silence)
+
+    def _check_silence(self) -> None:
+        left_s = self._heard_s + self._stall_timeout_s - time.monotonic()
+        if left_s > 0:
+            self._watch(left_s)
+        else:
+            self._link.cancel(self._handle)
+            self._fail(_stalled(self._worker_id, self._stall_timeout_s))
+
+    def _fail(self, error: Error) -> None:
+        self._end()
+        log.warning("stream_failed", stream=Stream.DECODE.name, worker_id=self._worker_id, error=str(error))
+        self._run.put(StreamFailed(self._attempt, Stream.DECODE, error))
+
+    def _end(self) -> None:
+        """Idempotent."""
+        if self._silence is not None:
+            self._silence.cancel()
+        if self._counted is not None:
+            self._pending.remove(self._run.route.decode.key, self._counted)
+            self._counted = None
+
 
 class Dispatcher:
     def __init__(
-        self, view: ClusterView, channels: Channels, *, model_revision: str, min_ship_tokens: int, max_attempts: int,
-        stall_timeout_s: float,
+        self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, min_ship_tokens: int,
+        max_attempts: int, stall_timeout_s: float,
     ) -> None:  # fmt: skip
-        """``stall_timeout_s``: a stream that says nothing for so long has failed."""
+        """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it."""
         self._view = view
         self._channels = channels
+        self._links = links
         self._model_revision = model_revision
         self._min_ship_tokens = min_ship_tokens
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
-        self._pending: dict[WorkerKey, Pending] = {}
+        self._pending = PendingBook()
 
-    async def run(self, job: Job, trace: Trace) -> AsyncGenerator[common_pb2.Token, None]:
-        """Each token once, in order.  Closing the generator stops the request's compute.  Raises kvferry.errors.Error."""
+    async def run(self, job: Job, trace: Trace, timeout_s: float) -> AsyncGenerator[list[common_pb2.Token], None]:
+        """Each token once, in order, together with those that have come since the caller took the last ones; at least one.
+        Closing the generator stops the request's compute.  Raises kvferry.errors.Error."""
         run = _Run(job, trace)
+        run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         machine = RequestMachine(self._max_attempts)
         actions = deque(machine.start())
         try:
             while True:
-                while actions:
-                    match actions.popleft():
-                        case ChooseRoute(excluded=excluded):
-                            actions.extend(machine.on(self._choose(run, excluded)))
-                        case OpenDecode(attempt=attempt):
-                            trace.opened_s, trace.ticket_s = time.monotonic(), None
-                            self._start(run, attempt, Stream.DECODE, run.route.decode, self._decode(run, attempt))
-                        case OpenPrefill(attempt=attempt, ticket=ticket):
-                            trace.ticket_s = time.monotonic()
-                            work = self._prefill(run, attempt, ticket)
-                            self._start(run, attempt, Stream.PREFILL, run.prefill, work)
-                        case CancelAttempt(attempt=attempt):
-                            for task in run.tasks.get(attempt, ()):
-                                task.cancel()
-                        case Emit(token=token):
-                            yield token
-                        case Finish(finished=finished):
-                            trace.finished = finished
-                            return
-                        case Fail(error=error):
-                            raise error
-                event = await run.events.get()
-                if isinstance(event, PrefillDone) and event.attempt == machine.attempt:
-                    trace.committed = event.committed
-                actions.extend(machine.on(event))
-                trace.num_retries = max(0, machine.attempt - 1)
+                tokens: list[common_pb2.Token] = []
+                last = self._advance(run, machine, actions, tokens)
+                if tokens:
+                    yield tokens
+                match last:
+                    case Finish(finished=finished):
+                        trace.finished = finished
+                        return
+                    case Fail(error=error):
+                        raise error
+                await run.wait()
         finally:
-            tasks = [task for attempt in run.tasks.values() for task in attempt]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await run.end()
+
+    def _advance(
+        self, run: _Run, machine: RequestMachine, actions: deque[Action], tokens: list[common_pb2.Token]
+    ) -> Finish | Fail | None:
+        """Does all that there is to do; adds what is to be sent to ``tokens``.  None: there is more to come."""
+        while True:
+            while actions:
+                match actions.popleft():
+                    case Emit(token=token):
+                        tokens.append(token)
+                    case ChooseRoute(excluded=excluded):
+                        actions.extend(machine.on(self._choose(run, excluded)))
+                    case OpenDecode(attempt=attempt):
+                        self._open_decode(run, attempt)
+                    case OpenPrefill(attempt=attempt, ticket=ticket):
+                        run.trace.ticket_s = time.monotonic()
+                        run.tasks[attempt] = asyncio.create_task(self._follow_prefill(run, attempt, ticket))
+                    case CancelAttempt(attempt=attempt):
+                        run.cancel(attempt)
+                    case (Finish() | Fail()) as last:
+                        return last
+            if not run.events:
+                return None
+            event = run.events.popleft()
+            if isinstance(event, DeadlineError):
+                return Fail(event)
+            if isinstance(event, PrefillDone) and event.attempt == machine.attempt:
+                run.trace.committed = event.committed
+            actions.extend(machine.on(event))
+            run.trace.num_retries = max(0, machine.attempt - 1)
 
     def candidates(self, job: Job) -> list[Candidate]:
         """The workers that serve this model, as routing sees them."""
@@ -170,7 +314,7 @@ class Dispatcher:
                 root = chain_root(self._model_revision, job.cache_salt)
                 prefixes[block_size] = self._view.longest_prefix(extend_chain(root, job.prompt, block_size))
             key = WorkerKey(info.worker_id, info.incarnation)
-            pending = self._pending.get(key, Pending())
+            pending = self._pending.of(key)
             found.append(
                 Candidate(
                     key=key,
@@ -199,55 +343,39 @@ class Dispatcher:
         log.info("route", reason=route.reason, prompt_tokens=len(run.job.prompt))
         return Routed(route.decode.key, route.prefill.key if route.prefill else None)
 
-    def _start(
-        self, run: _Run, attempt: int, stream: Stream, worker: Candidate, work: Coroutine[Any, Any, None]
-    ) -> None:
-        num_tokens = len(run.job.prompt) if stream is Stream.PREFILL or not run.route.prefill else 0
-
-        async def guarded() -> None:
-            try:
-                with self._counted(worker.key, num_tokens):
-                    await work
-                error: Error = UnavailableError(f"worker {worker.key.worker_id} ended its stream early")
-            except grpc.aio.AioRpcError as e:
-                error = from_rpc_error(e)
-                log.warning("stream_failed", stream=stream.name, worker_id=worker.key.worker_id, error=str(error))
-                if error.reason == UnavailableError.default_reason:  # gRPC's own word, not the worker's
-                    text = f"worker {worker.key.worker_id} was lost or cannot be reached; send the request again"
-                    error = UnavailableError(text, reason="WORKER_LOST", retry_after_s=WORKER_RETRY_S)
-            except TimeoutError:
-                text = f"worker {worker.key.worker_id} said nothing for {self._stall_timeout_s:g} s"
-                error = UnavailableError(text, reason="STALLED")
-            except Exception as e:
-                log.exception("stream_broke", stream=stream.name)
-                error = InternalError(f"the gateway failed to follow a worker's stream: {type(e).__name__}")
-            run.events.put_nowait(StreamFailed(attempt, stream, error))  # ignored where the stream had come to its end
-
-        run.tasks.setdefault(attempt, []).append(asyncio.create_task(guarded()))
-
-    async def _decode(self, run: _Run, attempt: int) -> None:
+    def _open_decode(self, run: _Run, attempt: int) -> None:
         decode, prefill, job = run.route.decode, run.route.prefill, run.job
-        request = worker_pb2.DecodeRequest(
-            request_id=job.request_id,
-            prompt_token_ids=job.prompt,
-            sampling=job.sampling,
-            cache_salt=job.cache_salt,
-            writer=self._writer(prefill) if prefill else None,
+        run.trace.opened_s, run.trace.ticket_s = time.monotonic(), None
+        link = self._links.get(decode.address)
+        run.decodes[attempt] = _Decoding(run, attempt, link, self._pending, self._stall_timeout_s)
+        run.decodes[attempt].open(
+            worker_pb2.DecodeOpen(
+                request_id=job.request_id,
+                prompt_token_ids=job.prompt,
+                sampling=job.sampling,
+                cache_salt=job.cache_salt,
+                writer=self._writer(prefill) if prefill else None,
+                context=dict(outgoing_metadata()),
+            )
         )
-        stub = worker_pb2_grpc.DecodeServiceStub(self._channels.get(decode.address))
-        async with aclosing(_each(stub.Decode(request), self._stall_timeout_s)) as responses:
-            async for response in responses:
-                match response.WhichOneof("event"):
-                    case "ticket":
-                        run.events.put_nowait(TicketCame(attempt, response.ticket))
-                    case "token":
-                        run.events.put_nowait(TokenCame(attempt, Stream.DECODE, response.token))
-                    case "finished":
-                        run.events.put_nowait(DecodeDone(attempt, response.finished))
-                        await asyncio.sleep(FIGURES_TIMEOUT_S)
-                        late = UnavailableError("the prefill worker's figures did not come")
-                        run.events.put_nowait(StreamFailed(attempt, Stream.PREFILL, late))
-                        return
+
+    async def _follow_prefill(self, run: _Run, attempt: int, ticket: worker_pb2.Ticket) -> None:
+        worker_id = run.prefill.key.worker_id
+        counted = self._pending.add(run.prefill.key, len(run.job.prompt))
+        try:
+            await self._prefill(run, attempt, ticket)
+            error: Error = UnavailableError(f"worker {worker_id} ended its stream early")
+        except grpc.aio.AioRpcError as e:
+            error = _as_lost(from_rpc_error(e), worker_id)
+            log.warning("stream_failed", stream=Stream.PREFILL.name, worker_id=worker_id, error=str(error))
+        except TimeoutError:
+            error = _stalled(worker_id, self._stall_timeout_s)
+        except Exception as e:
+            log.exception("stream_broke", stream=Stream.PREFILL.name)
+            error = InternalError(f"the gateway failed to follow a worker's stream: {type(e).__name__}")
+        finally:
+            self._pending.remove(run.prefill.key, counted)
+        run.put(StreamFailed(attempt, Stream.PREFILL, error))  # ignored where the stream had come to its end
 
     async def _prefill(self, run: _Run, attempt: int, ticket: worker_pb2.Ticket) -> None:
         job = run.job
@@ -262,9 +390,9 @@ class Dispatcher:
         async with aclosing(_each(stub.Prefill(request), self._stall_timeout_s)) as responses:
             async for response in responses:
                 if response.WhichOneof("event") == "first_token":
-                    run.events.put_nowait(TokenCame(attempt, Stream.PREFILL, response.first_token))
+                    run.put(TokenCame(attempt, Stream.PREFILL, response.first_token))
                 else:
-                    run.events.put_nowait(PrefillDone(attempt, response.committed))
+                    run.put(PrefillDone(attempt, response.committed))
 
     def _writer(self, candidate: Candidate) -> worker_pb2.Writer:
         state = self._view.workers.get(candidate.key.worker_id)
@@ -275,27 +403,17 @@ class Dispatcher:
             process=state.info.process if state else None,
         )
 
-    def _counted(self, key: WorkerKey, prefill_tokens: int) -> _Counted:
-        return _Counted(self._pending, key, prefill_tokens)
+
+def _as_lost(error: Error, worker_id: str) -> Error:
+    """What gRPC itself says of a stream, in words that help; a worker's own are kept."""
+    if error.reason != UnavailableError.default_reason:
+        return error
+    text = f"worker {worker_id} was lost or cannot be reached; send the request again"
+    return UnavailableError(text, reason="WORKER_LOST", retry_after_s=WORKER_RETRY_S)
 
 
-class _Counted:
-    """Counts a stream as pending on its worker while entered."""
-
-    def __init__(self, pending: dict[WorkerKey, Pending], key: WorkerKey, prefill_tokens: int) -> None:
-        self._pending, self._key, self._prefill_tokens = pending, key, prefill_tokens
-
-    def __enter__(self) -> None:
-        entry = self._pending.setdefault(self._key, Pending())
-        entry.num_requests += 1
-        entry.prefill_tokens += self._prefill_tokens
-
-    def __exit__(self, *_: object) -> None:
-        entry = self._pending[self._key]
-        entry.num_requests -= 1
-        entry.prefill_tokens -= self._prefill_tokens
-        if entry.num_requests == 0:
-            del self._pending[self._key]
+def _stalled(worker_id: str, timeout_s: float) -> UnavailableError:
+    return UnavailableError(f"worker {worker_id} said nothing for {timeout_s:g} s", reason="STALLED")
 
 
 async def _each(call: Any, stall_timeout_s: float) -> AsyncGenerator[Any, None]:

@@ -16,7 +16,7 @@ from gateway.validation import Validator
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
-from kvferry.errors import DeadlineError, Error, OverloadedError
+from kvferry.errors import Error, OverloadedError
 from services.engine.model_files import ModelFiles
 
 log = structlog.get_logger(__name__)
@@ -44,13 +44,16 @@ class Clock:
         self.tokenize_s = 0.0
         self._left_s: list[float] = []
 
-    def token_left(self) -> None:
+    def tokens_left(self, num_tokens: int) -> None:
+        """In one message."""
+        _OUTPUT_TOKENS.inc(num_tokens)
         now_s = time.monotonic()
-        if self._left_s:
-            _ITL.observe(now_s - self._left_s[-1])
-        else:
-            _TTFT.observe(now_s - self.arrived_s)
-        self._left_s.append(now_s)
+        for _ in range(num_tokens):
+            if self._left_s:
+                _ITL.observe(now_s - self._left_s[-1])
+            else:
+                _TTFT.observe(now_s - self.arrived_s)
+            self._left_s.append(now_s)
 
     def timeline(self, trace: Trace) -> inference_pb2.Timeline:
         gaps = sorted(b - a for a, b in zip(self._left_s, self._left_s[1:], strict=False))
@@ -176,15 +179,20 @@ class Frontend:
         silent = frozenset(job.sampling.stop_token_ids)
         trace = Trace()
         num_output = 0
-        async with aclosing(self._dispatcher.run(job, trace)) as tokens:
-            async for token in _until(tokens, clock.arrived_s + self._max_request_s):
+        left_s = clock.arrived_s + self._max_request_s - time.monotonic()
+        async with aclosing(self._dispatcher.run(job, trace, left_s)) as gathered:
+            async for tokens in gathered:
                 if num_output == 0:
                     yield inference_pb2.GenerateResponse(started=started)
-                num_output += 1
-                piece = "" if token.id in silent else text.feed(token.id)
-                clock.token_left()
-                _OUTPUT_TOKENS.inc()
-                yield inference_pb2.GenerateResponse(chunk=inference_pb2.Chunk(tokens=[token], text=piece))
+                pieces = []
+                for token in tokens:
+                    pieces.append("" if token.id in silent else text.feed(token.id))
+                    if text.stopped:
+                        break
+                num_output += len(pieces)
+                clock.tokens_left(len(pieces))
+                chunk = inference_pb2.Chunk(tokens=tokens[: len(pieces)], text="".join(pieces))
+                yield inference_pb2.GenerateResponse(chunk=chunk)
                 if text.stopped:
                     break
         if rest := text.flush():
@@ -207,20 +215,6 @@ class Frontend:
             ),
             timeline=timeline,
         )
-
-
-async def _until(
-    tokens: AsyncGenerator[common_pb2.Token, None], deadline_s: float
-) -> AsyncGenerator[common_pb2.Token, None]:
-    while True:
-        try:
-            async with asyncio.timeout(deadline_s - time.monotonic()):
-                token = await anext(tokens)
-        except StopAsyncIteration:
-            return
-        except TimeoutError as e:
-            raise DeadlineError("the request took longer than the gateway allows") from e
-        yield token
 
 
 def _us(seconds: float) -> int:

@@ -113,6 +113,7 @@ _BY_CODE: dict[grpc.StatusCode, type[Error]] = {
         InternalError,
     )
 }
+_BY_NUMBER = {code.value[0]: cls for code, cls in _BY_CODE.items()}
 
 
 def to_status(error: Error) -> rpc_status._Status:
@@ -132,11 +133,17 @@ def to_status(error: Error) -> rpc_status._Status:
     return rpc_status.to_status(status)
 
 
+def from_code(code: int, message: str, *, reason: str | None = None, retry_after_s: float | None = None,
+              metadata: dict[str, str] | None = None) -> Error:  # fmt: skip
+    """The exception for a google.rpc.Code; InternalError for one that stands for none of ours."""
+    cls = _BY_NUMBER.get(code, InternalError)
+    return cls(message, reason=reason, retry_after_s=retry_after_s, metadata=metadata)
+
+
 def from_rpc_error(error: grpc.RpcError) -> Error:
     """The exception for a failed call, with the details that the other side attached."""
     call = cast(grpc.Call, error)  # gRPC raises errors that are calls as well
     code, message = call.code(), call.details() or ""
-    cls = _BY_CODE.get(code, InternalError)
     reason, retry_after_s, metadata = None, None, {}
     for key, value in call.trailing_metadata() or ():
         if key != "grpc-status-details-bin":
@@ -148,7 +155,7 @@ def from_rpc_error(error: grpc.RpcError) -> Error:
                 reason, metadata = info.reason, dict(info.metadata)
             elif detail.Unpack(retry):
                 retry_after_s = retry.retry_delay.ToTimedelta().total_seconds()
-    return cls(message or code.name, reason=reason, retry_after_s=retry_after_s, metadata=metadata)
+    return from_code(code.value[0], message or code.name, reason=reason, retry_after_s=retry_after_s, metadata=metadata)
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from uuid import uuid4
 
 import grpc
@@ -15,7 +14,7 @@ import structlog
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import AbortedError, ConflictError, InternalError, InvalidRequestError
+from kvferry.errors import AbortedError, ConflictError, Error, InternalError, InvalidRequestError
 from services.decode.distrust import Distrust
 from services.decode.tickets import (
     ChecksumMismatchError,
@@ -75,16 +74,20 @@ class _Verdict:
     refusal: TicketRefusedError | None
 
 
+News = TokenDrawn | Finished | Error
+
+
 @dataclass(slots=True, eq=False)
 class DecodeStream:
-    """What one request's servicer awaits.  At most max_tokens + 2 items ever enter the queue."""
+    """One request here.  ``tell`` hears its tokens, in order, and at last Finished or an Error, in the event loop; at most
+    max_tokens + 2 news in all."""
 
     request_id: str
     sequence: Sequence
     ticket: Ticket | None
     writer: Writer | None
     opened_s: float
-    events: asyncio.Queue[TokenDrawn | Finished | Exception] = field(default_factory=asyncio.Queue)
+    tell: Callable[[News], None]
     kv_ready_s: float | None = None
     first_step_s: float | None = None  # when its first step with delivered KV began
     started_s: float | None = None  # when its own prefill began
@@ -106,11 +109,11 @@ class DecodeStream:
         match event:
             case TokenDrawn(finish=finish):
                 self._has_token = True
-                self.events.put_nowait(event)
+                self.tell(event)
                 if finish is not None:
-                    self.events.put_nowait(Finished(finish))
+                    self.tell(Finished(finish))
             case StepFailed(message=message):
-                self.events.put_nowait(InternalError(message))
+                self.tell(InternalError(message))
 
 
 class Reservations:
@@ -142,27 +145,31 @@ class Reservations:
     async def __aexit__(self, *_: object) -> None:
         await self._tasks.stop()
 
-    @asynccontextmanager
-    async def open(
-        self, request_id: str, prompt: list[int], params: common_pb2.SamplingParams, salt: bytes, writer: Writer | None
-    ) -> AsyncIterator[DecodeStream]:
-        """The request's life here; leaving the context ends its compute and takes its blocks back.  Raises OverloadedError,
-        InvalidRequestError, UnavailableError or, of a writer whose blocks arrived damaged, AbortedError, having reserved
-        nothing."""
+    def open(
+        self, request_id: str, prompt: list[int], params: common_pb2.SamplingParams, salt: bytes,
+        writer: Writer | None, tell: Callable[[News], None],
+    ) -> DecodeStream:  # fmt: skip
+        """The caller must ``close`` it, also when it has ended.  Raises OverloadedError, InvalidRequestError,
+        UnavailableError or, of a writer whose blocks arrived damaged, AbortedError, having reserved nothing."""
         sequence = self._worker.make_sequence(request_id, prompt, params, salt)
         ticket = self._reserve(sequence, writer) if writer else None
-        stream = DecodeStream(request_id, sequence, ticket, writer, time.monotonic())
+        stream = DecodeStream(request_id, sequence, ticket, writer, time.monotonic(), tell)
         self._worker.router.subscribe(sequence.id, stream)
         if ticket is not None:
             self._streams[ticket.transfer_id] = stream
             self._expiry_changed.set()
+            return stream
         try:
-            if ticket is None:
-                self._worker.add(sequence)
-            yield stream
-        finally:
-            self._worker.router.unsubscribe(sequence.id)
-            self._abandon(stream)
+            self._worker.add(sequence)
+        except BaseException:
+            self.close(stream)
+            raise
+        return stream
+
+    def close(self, stream: DecodeStream) -> None:
+        """Ends its compute and takes its blocks back; it has nothing more to tell.  Once."""
+        self._worker.router.unsubscribe(stream.sequence.id)
+        self._abandon(stream)
 
     async def commit(
         self, transfer_id: str, epoch: int, writer: WriterId, written: Written, first: common_pb2.Token
@@ -298,11 +305,11 @@ class Reservations:
     def _fail(self, transfer_id: str, why: str, reason: str = "TRANSFER_ABORTED") -> None:
         """The ticket ended without a commit: its request cannot go on."""
         if stream := self._streams.pop(transfer_id, None):
-            stream.events.put_nowait(AbortedError(why, reason=reason))
+            stream.tell(AbortedError(why, reason=reason))
 
     def _give_up(self, stream: DecodeStream, error: AbortedError) -> None:
         """Fails a request whose ticket is LENT and takes its blocks back from the writer."""
-        stream.events.put_nowait(error)
+        stream.tell(error)
         self._abandon(stream)
 
     async def _expire_tickets(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextvars
 import importlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
 
 import structlog
 from opentelemetry import context as otel_context
@@ -13,11 +15,16 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+from kvferry.errors import Error
+
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID_LENGTH = 128
 
 _log = structlog.stdlib.get_logger(__name__)
 _propagator = TraceContextTextMapPropagator()
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def configure(service: str) -> None:
@@ -74,3 +81,29 @@ def incoming_context(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str |
     carrier = {key: value for key, value in metadata if isinstance(value, str)}
     request_id = carrier.get(REQUEST_ID_KEY, "")
     return (request_id if is_request_id(request_id) else None), _propagator.extract(carrier)
+
+
+class RequestScope:
+    """One of several requests on a call: its id and its span, where a call of its own would hold them.  Ends with
+    ``end``."""
+
+    def __init__(self, name: str, carrier: Iterable[tuple[str, str | bytes]]) -> None:
+        """``carrier`` is what the caller's ``outgoing_metadata`` gave."""
+        request_id, parent = incoming_context(carrier)
+        self._span = tracer().start_span(
+            name, context=parent, kind=trace.SpanKind.SERVER, attributes={"rpc.system": "grpc", "rpc.method": name}
+        )
+        self._context = contextvars.Context()
+        self._context.run(otel_context.attach, trace.set_span_in_context(self._span, parent))
+        if request_id is not None:
+            self._context.run(bind_request_id, request_id)
+
+    def run(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``call``, whose log lines and outgoing calls, and those of the tasks that it starts, are the request's."""
+        return self._context.run(call, *args, **kwargs)
+
+    def end(self, error: Error | None = None) -> None:
+        if error is not None:
+            self._span.set_status(trace.StatusCode.ERROR, error.message)
+            self._span.set_attribute("error.type", error.reason)
+        self._span.end()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -37,6 +38,8 @@ class EventRouter:
         self.tell_directory: Callable[[list[CacheChange]], None] = lambda changes: None
         self._loop = loop
         self._subscribers: dict[SequenceId, Subscriber] = {}
+        self._calls: deque[Callable[[], object]] = deque()
+        self._woken = False
 
     def subscribe(self, id_: SequenceId, subscriber: Subscriber) -> None:
         assert id_ not in self._subscribers, f"sequence {id_} has a subscriber"
@@ -47,10 +50,10 @@ class EventRouter:
         self.changed.set()
 
     def on_events(self, events: list[Event], step: StepTime) -> None:
-        self._call(self._deliver_step, events, step)
+        self._call(lambda: self._deliver_step(events, step))
 
     def on_started(self, events: list[Event]) -> None:
-        self._call(self.deliver, events)
+        self._call(lambda: self.deliver(events))
 
     def on_cache_changes(self, changes: list[CacheChange]) -> None:
         self._call(lambda: self.tell_directory(changes))
@@ -87,9 +90,22 @@ class EventRouter:
                 with suppress(Exception):
                     subscriber.on_event(StepFailed(id_, "an internal error; the worker's log has the details"))
 
-    def _call(self, call: Callable[..., object], *arguments: object) -> None:
+    def _run_calls(self) -> None:
+        self._woken = False  # before looking: what comes from here on wakes the loop again
+        while self._calls:
+            try:
+                self._calls.popleft()()
+            except Exception:  # the others are for somebody else
+                log.exception("event_lost")
+
+    def _call(self, call: Callable[[], object]) -> None:
+        """Wakes the loop, which costs the engine a system call, only where it has not been woken yet."""
+        self._calls.append(call)
+        if self._woken:
+            return
+        self._woken = True
         try:
-            self._loop.call_soon_threadsafe(call, *arguments)
+            self._loop.call_soon_threadsafe(self._run_calls)
         except RuntimeError:
             if not self._loop.is_closed():  # closed: the worker has shut down while a step ran, nobody waits any more
                 raise

@@ -103,6 +103,8 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         except asyncio.CancelledError:
             await _drain(worker, config.drain_timeout_s)
             raise
+        finally:
+            worker.end_streams()
 
 
 @asynccontextmanager

@@ -57,7 +57,8 @@ class Traffic:
 @dataclass(slots=True, eq=False)
 class Worker:
     """Owned by the event loop.  ``pins`` belongs to the engine's exclusive section, as the scheduler does.  ``check_role``
-    verifies what the role adds to their accounts."""
+    verifies what the role adds to their accounts; ``end_streams`` ends, with their last requests, the streams that callers
+    of the role keep open between requests."""
 
     identity: Identity
     model: ModelConfig
@@ -69,6 +70,7 @@ class Worker:
     pins: PinBook
     speculates: bool = False  # where a request does not say
     check_role: Callable[[], None] = lambda: None
+    end_streams: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
     draining: bool = False
     num_opening: int = 0  # requests that are on their way to the scheduler

@@ -16,7 +16,7 @@ import pytest
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import AbortedError, ConflictError, InvalidRequestError
-from services.decode.reservations import DecodeStream, Reservations, Terms, Writer
+from services.decode.reservations import News, Reservations, Terms, Writer
 from services.decode.tickets import Ticket, WriterId, Written
 from services.engine.sequence import TokenDrawn
 from services.runtime.channels import Channels
@@ -71,12 +71,16 @@ async def reservations(worker: Worker, digester: HeldDigester, drawn: deque[floa
 @asynccontextmanager
 async def opened(
     reservations: Reservations, writer: Writer = WRITER, prompt: list[int] = PROMPT, salt: bytes = b""
-) -> AsyncIterator[tuple[DecodeStream, Ticket]]:
+) -> AsyncIterator[tuple[asyncio.Queue[News], Ticket]]:
     """Nothing of the prompt is cached, unless a salt was used before."""
     name = next(names)
-    async with reservations.open(name, list(prompt), SAMPLING, salt or name.encode(), writer) as stream:
+    news = asyncio.Queue[News]()
+    stream = reservations.open(name, list(prompt), SAMPLING, salt or name.encode(), writer, news.put_nowait)
+    try:
         assert stream.ticket is not None
-        yield stream, stream.ticket
+        yield news, stream.ticket
+    finally:
+        reservations.close(stream)
 
 
 def commit(reservations: Reservations, ticket: Ticket, epoch: int | None = None) -> asyncio.Task[float]:
@@ -101,25 +105,25 @@ def num_free(worker: Worker) -> int:
 async def test_no_token_comes_before_the_blocks_were_verified(
     reservations: Reservations, digester: HeldDigester, worker: Worker
 ) -> None:
-    async with opened(reservations) as (stream, ticket):
+    async with opened(reservations) as (news, ticket):
         task = commit(reservations, ticket)
         await settle()
         assert digester.begun == [(ticket.blocks, 0, 10)]
         assert not task.done()
-        assert stream.events.empty()
+        assert news.empty()
         digester.found[0].set_result(HONEST)
         assert await task > 0
-        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+        assert isinstance(news.get_nowait(), TokenDrawn)
         assert (worker.traffic.checks_ok, worker.traffic.blocks_received) == (1, 3)
 
 
 async def test_what_is_not_in_the_sample_is_taken_at_its_word(
     reservations: Reservations, digester: HeldDigester, worker: Worker
 ) -> None:
-    async with opened(reservations), opened(reservations) as (stream, ticket):
+    async with opened(reservations), opened(reservations) as (news, ticket):
         assert not ticket.verify
         assert await commit(reservations, ticket) == 0
-        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+        assert isinstance(news.get_nowait(), TokenDrawn)
     assert digester.begun == []
     assert worker.traffic.checks_ok == 0
 
@@ -132,10 +136,10 @@ async def test_what_is_cached_is_not_verified_again(
     async with opened(reservations, prompt=whole_blocks, salt=b"same") as (_, ticket):
         await commit(reservations, ticket)
     drawn.append(0.1)
-    async with opened(reservations, prompt=whole_blocks, salt=b"same") as (stream, ticket):
+    async with opened(reservations, prompt=whole_blocks, salt=b"same") as (news, ticket):
         assert (ticket.blocks, ticket.verify) == ((), False)
         assert await commit(reservations, ticket) == 0
-        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+        assert isinstance(news.get_nowait(), TokenDrawn)
     drawn.append(0.1)
     async with opened(reservations, prompt=PROMPT, salt=b"same") as (_, ticket):
         task = commit(reservations, ticket)
@@ -150,7 +154,7 @@ async def test_damage_fails_the_request_counts_and_quarantines_the_pair(
 ) -> None:
     other = Writer(WriterId("prefill-1", 1), WRITER.control_address, WRITER.process)
     async with (
-        opened(reservations) as (stream, ticket),
+        opened(reservations) as (news, ticket),
         opened(reservations) as (same_writer, _),
         opened(reservations, other) as (another, its_ticket),
     ):
@@ -160,11 +164,11 @@ async def test_damage_fails_the_request_counts_and_quarantines_the_pair(
         with pytest.raises(ConflictError, match=r"block\(s\) 1 of the prompt did not arrive") as refused:
             await task
         assert refused.value.reason == "CHECKSUM_MISMATCH"
-        failed = stream.events.get_nowait()
+        failed = news.get_nowait()
         assert isinstance(failed, AbortedError)
         assert failed.reason == "CHECKSUM_MISMATCH"
         assert (worker.traffic.checks_mismatch, worker.traffic.blocks_received) == (1, 0)
-        given_up = same_writer.events.get_nowait()
+        given_up = same_writer.get_nowait()
         assert isinstance(given_up, AbortedError)
         assert given_up.reason == "PAIR_QUARANTINED"
         with pytest.raises(AbortedError, match="takes no blocks from prefill-0 for another 60 s") as quarantined:
@@ -172,7 +176,7 @@ async def test_damage_fails_the_request_counts_and_quarantines_the_pair(
                 pytest.fail("a ticket was given")
         assert quarantined.value.reason == "PAIR_QUARANTINED"
         assert await commit(reservations, its_ticket) == 0
-        assert isinstance(another.events.get_nowait(), TokenDrawn)
+        assert isinstance(another.get_nowait(), TokenDrawn)
 
 
 async def test_a_cancelled_request_keeps_its_blocks_until_the_check_has_ended(
@@ -196,7 +200,7 @@ async def test_a_cancelled_request_keeps_its_blocks_until_the_check_has_ended(
 async def test_the_verdict_stands_when_the_writer_no_longer_waits_for_it(
     reservations: Reservations, digester: HeldDigester
 ) -> None:
-    async with opened(reservations) as (stream, ticket):
+    async with opened(reservations) as (news, ticket):
         first = commit(reservations, ticket)
         await settle()
         first.cancel()
@@ -206,33 +210,33 @@ async def test_the_verdict_stands_when_the_writer_no_longer_waits_for_it(
         assert len(digester.begun) == 1
         digester.found[0].set_result(HONEST)
         assert await again > 0
-        assert isinstance(stream.events.get_nowait(), TokenDrawn)
-        assert stream.events.empty()
+        assert isinstance(news.get_nowait(), TokenDrawn)
+        assert news.empty()
 
 
 async def test_a_message_in_the_writers_name_does_not_disturb_a_check(
     reservations: Reservations, digester: HeldDigester
 ) -> None:
-    async with opened(reservations) as (stream, ticket):
+    async with opened(reservations) as (news, ticket):
         task = commit(reservations, ticket)
         await settle()
         with pytest.raises(ConflictError, match="epoch"):
             await commit(reservations, ticket, epoch=99)
         digester.found[0].set_result(HONEST)
         await task
-        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+        assert isinstance(news.get_nowait(), TokenDrawn)
 
 
 async def test_a_check_that_breaks_fails_the_transfer_and_blames_nobody(
     reservations: Reservations, digester: HeldDigester, worker: Worker
 ) -> None:
-    async with opened(reservations) as (stream, ticket):
+    async with opened(reservations) as (news, ticket):
         task = commit(reservations, ticket)
         await settle()
         digester.found[0].set_exception(MemoryError())
         with pytest.raises(ConflictError, match="could not be verified"):
             await task
-        assert isinstance(stream.events.get_nowait(), AbortedError)
+        assert isinstance(news.get_nowait(), AbortedError)
     assert num_free(worker) == NUM_BLOCKS
     assert (worker.traffic.checks_ok, worker.traffic.checks_mismatch) == (0, 0)
     async with opened(reservations):
@@ -242,11 +246,11 @@ async def test_a_check_that_breaks_fails_the_transfer_and_blames_nobody(
 async def test_a_doubtful_commit_fails_the_request_and_its_blocks_wait_for_proof(
     reservations: Reservations, worker: Worker
 ) -> None:
-    async with opened(reservations) as (stream, ticket):
+    async with opened(reservations) as (news, ticket):
         half = Written(1, ticket.num_tokens, LAYOUT.block_nbytes, tuple(HONEST))
         with pytest.raises(ConflictError, match="its writer says that it wrote 10 tokens in 1 blocks"):
             await reservations.commit(ticket.transfer_id, ticket.epoch, ticket.writer, half, FIRST)
-        failed = stream.events.get_nowait()
+        failed = news.get_nowait()
         assert isinstance(failed, AbortedError)
         assert "in 1 blocks" in failed.message
         await settle()
@@ -259,15 +263,15 @@ async def test_a_first_token_that_is_none_is_refused_and_changes_nothing(
     reservations: Reservations, drawn: deque[float]
 ) -> None:
     drawn[0] = 0.9
-    async with opened(reservations) as (stream, ticket):
+    async with opened(reservations) as (news, ticket):
         written = Written(len(ticket.blocks), ticket.num_tokens, len(ticket.blocks) * LAYOUT.block_nbytes)
         with pytest.raises(InvalidRequestError, match="the first token, 100, is outside the vocabulary of 100"):
             await reservations.commit(
                 ticket.transfer_id, ticket.epoch, ticket.writer, written, common_pb2.Token(index=0, id=100)
             )
-        assert stream.events.empty()
+        assert news.empty()
         await commit(reservations, ticket)
-        assert isinstance(stream.events.get_nowait(), TokenDrawn)
+        assert isinstance(news.get_nowait(), TokenDrawn)
 
 
 @pytest.mark.parametrize("successor_answers", [False, True])

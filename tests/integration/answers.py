@@ -11,7 +11,8 @@ import grpc
 
 from kvferry import AsyncClient, Completion
 from kvferry.api.common.v1 import common_pb2
-from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.api.worker.v1 import worker_pb2
+from tests.decode_calls import DecodeCall
 
 NUM_TOKENS = 64
 
@@ -58,10 +59,9 @@ async def split_answers(address: str) -> list[Completion]:
 async def lone_answers(address: str, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Prefill and decode in one process, sharing no cache with other requests."""
     async with grpc.aio.insecure_channel(address) as channel:
-        stub = worker_pb2_grpc.DecodeServiceStub(channel)
 
         async def one(prompt: Sequence[int]) -> list[int]:
-            request = worker_pb2.DecodeRequest(
+            request = worker_pb2.DecodeOpen(
                 request_id="alone",
                 prompt_token_ids=prompt,
                 sampling=common_pb2.SamplingParams(
@@ -69,8 +69,8 @@ async def lone_answers(address: str, prompts: Sequence[Sequence[int]]) -> list[l
                 ),
                 cache_salt=secrets.token_bytes(8),
             )
-            responses = [response async for response in stub.Decode(request, timeout=120)]
-            assert responses[-1].finished.decode.prefilled_locally
-            return [r.token.id for r in responses if r.HasField("token")]
+            events = [event async for event in DecodeCall(channel, request, 120)]
+            assert events[-1].finished.decode.prefilled_locally
+            return [event.token.id for event in events if event.HasField("token")]
 
         return list(await asyncio.gather(*map(one, prompts)))

@@ -9,8 +9,9 @@ import pytest
 
 from kvferry import Client, Completion
 from kvferry.api.common.v1 import common_pb2
-from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.api.worker.v1 import worker_pb2
 from services.engine.model_files import ModelFiles
+from tests.decode_calls import BlockingDecodeCall
 from tests.integration.answers import CHATS, NUM_TOKENS, RAW, lone_answers, split_answers
 from tests.integration.conftest import Running
 from tests.integration.reference import Reference
@@ -81,15 +82,15 @@ def test_seeded_sampling_is_the_same_split_and_alone(cluster: Running, client: C
     assert again.token_ids == first.token_ids
     other = client.generate(text, **{**options, "seed": 4321}).result()
     assert other.token_ids != first.token_ids
-    request = worker_pb2.DecodeRequest(
+    request = worker_pb2.DecodeOpen(
         request_id="alone",
         prompt_token_ids=client.tokenize(text),
         sampling=common_pb2.SamplingParams(max_tokens=40, temperature=0.9, top_p=0.95, top_k=50, seed=1234),
         cache_salt=b"alone",
     )
     with grpc.insecure_channel(cluster.local.address("decode-0")) as channel:
-        responses = worker_pb2_grpc.DecodeServiceStub(channel).Decode(request, timeout=120)
-        assert [r.token.id for r in responses if r.HasField("token")] == list(first.token_ids)
+        events = BlockingDecodeCall(channel, request, 120)
+        assert [event.token.id for event in events if event.HasField("token")] == list(first.token_ids)
 
 
 def test_a_repeated_prompt_comes_from_the_prefix_cache(client: Client) -> None:

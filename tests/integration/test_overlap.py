@@ -9,6 +9,7 @@ import grpc
 from kvferry import Client
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from tests.decode_calls import DecodeCall
 from tests.integration.conftest import Running
 
 NUM_TOKENS = 512  # eight chunks of this cluster's 64 tokens
@@ -48,8 +49,9 @@ async def split(cluster: Running, prompt: list[int], decode_salt: bytes, prefill
         grpc.aio.insecure_channel(cluster.local.address("prefill-0")) as to_prefill,
         grpc.aio.insecure_channel(cluster.local.address("decode-0")) as to_decode,
     ):
-        decode = worker_pb2_grpc.DecodeServiceStub(to_decode).Decode(
-            worker_pb2.DecodeRequest(
+        decode = DecodeCall(
+            to_decode,
+            worker_pb2.DecodeOpen(
                 request_id="overlap",
                 prompt_token_ids=prompt,
                 sampling=sampling,
@@ -61,10 +63,9 @@ async def split(cluster: Running, prompt: list[int], decode_salt: bytes, prefill
                     process=writer.process,
                 ),
             ),
-            timeout=60,
+            60,
         )
-        answer = aiter(decode)
-        ticket = (await anext(answer)).ticket
+        ticket = (await decode.next()).ticket
         prefill = worker_pb2_grpc.PrefillServiceStub(to_prefill).Prefill(
             worker_pb2.PrefillRequest(
                 request_id="overlap",
@@ -76,7 +77,7 @@ async def split(cluster: Running, prompt: list[int], decode_salt: bytes, prefill
             timeout=60,
         )
         *_, last = [response async for response in prefill]
-        assert [response async for response in answer][-1].HasField("finished")
+        assert [event async for event in decode][-1].HasField("finished")
         return last.committed
 
 

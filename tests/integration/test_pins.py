@@ -22,6 +22,7 @@ from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import Member, Role
 from kvferry.errors import from_rpc_error
 from services.engine.hashing import chain_root, extend_chain
+from tests.decode_calls import BlockingDecodeCall
 from tests.integration.reader import Pinned, ReaderProcess, digests
 from transport import create
 
@@ -36,7 +37,7 @@ LIFETIME_S = 12.0
 class Holder:
     local: LocalCluster
     stub: worker_pb2_grpc.WorkerServiceStub
-    decode: worker_pb2_grpc.DecodeServiceStub
+    channel: grpc.Channel
     info: directory_pb2.WorkerInfo
 
     def load(self) -> directory_pb2.WorkerLoad:
@@ -48,9 +49,9 @@ class Holder:
         sampling = common_pb2.SamplingParams(
             max_tokens=max_tokens, temperature=0, top_p=1, top_k=0, seed=0, ignore_eos=True
         )
-        request = worker_pb2.DecodeRequest(request_id="pins", prompt_token_ids=prompt, sampling=sampling)
-        for response in self.decode.Decode(request, timeout=60):
-            yield str(response.WhichOneof("event"))
+        request = worker_pb2.DecodeOpen(request_id="pins", prompt_token_ids=prompt, sampling=sampling)
+        for event in BlockingDecodeCall(self.channel, request, 60):
+            yield str(event.WhichOneof("event"))
 
     def serve(self, prompt: list[int]) -> bytes:
         """Answers a prompt with one token; the chain hashes of its full blocks, which are cached then."""
@@ -98,7 +99,7 @@ def holder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Holder]:
     ):
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
         info = stub.GetStats(worker_pb2.GetStatsRequest(), timeout=10).state.info
-        yield Holder(local, stub, worker_pb2_grpc.DecodeServiceStub(channel), info)
+        yield Holder(local, stub, channel, info)
 
 
 def lease_end_s(pinned: Pinned) -> float:

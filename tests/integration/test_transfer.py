@@ -13,6 +13,7 @@ import pytest
 from kvferry import Client
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from tests.decode_calls import DecodeCall
 from tests.integration.conftest import Running
 from transport import Op, create
 
@@ -74,7 +75,7 @@ class Handmade:
         await asyncio.wait_for(self.go_on.wait(), 30)
 
     @asynccontextmanager
-    async def begun(self) -> AsyncIterator[tuple[Any, Any]]:
+    async def begun(self) -> AsyncIterator[tuple[DecodeCall, Any]]:
         """(decode call, prefill call), with the ticket's commit going by way of the proxy."""
         prefill_info = self.cluster.info("prefill-0")
         async with (
@@ -88,8 +89,9 @@ class Handmade:
             worker_pb2_grpc.add_DecodeServiceServicer_to_server(Proxy(owner, self._hold), server)
             port = server.add_insecure_port("127.0.0.1:0")
             await server.start()
-            decode = owner.Decode(
-                worker_pb2.DecodeRequest(
+            decode = DecodeCall(
+                to_decode,
+                worker_pb2.DecodeOpen(
                     request_id="handmade",
                     prompt_token_ids=self.prompt,
                     sampling=self.sampling,
@@ -101,9 +103,9 @@ class Handmade:
                         process=prefill_info.process,
                     ),
                 ),
-                timeout=60,
+                60,
             )
-            self.ticket.CopyFrom((await decode.read()).ticket)
+            self.ticket.CopyFrom((await decode.next()).ticket)
             proxied = worker_pb2.Ticket()
             proxied.CopyFrom(self.ticket)
             proxied.owner_control_address = f"127.0.0.1:{port}"
@@ -131,9 +133,9 @@ class Handmade:
             await asyncio.to_thread(tamper, self.ticket)
             self.go_on.set()
             tokens = []
-            while (response := await decode.read()) is not grpc.aio.EOF:
-                if response.HasField("token"):
-                    tokens.append(response.token.id)
+            async for event in decode:
+                if event.HasField("token"):
+                    tokens.append(event.token.id)
             await reader
             return tokens
 
@@ -189,8 +191,8 @@ async def test_a_ticket_works_once_and_for_its_writer_only(cluster: Running, cli
             assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
         handmade.go_on.set()
         num_tokens = 0
-        while (response := await decode.read()) is not grpc.aio.EOF:
-            num_tokens += response.HasField("token")
+        async for event in decode:
+            num_tokens += event.HasField("token")
         assert num_tokens == 24, "messages in another's name changed nothing"
         await reader
         again = worker_pb2_grpc.PrefillServiceStub(to_prefill).Prefill(

@@ -36,6 +36,7 @@ from services.worker.events import EventRouter
 from services.worker.pins import PinBook
 from services.worker.share import Share
 from services.worker.worker import Identity, Worker
+from tests.decode_calls import DecodeCall
 from transport import create
 
 MODEL = ModelConfig(
@@ -144,19 +145,19 @@ class TwoWorkers:
     writer: Side
     owner: Side
     ferries: Ferries
-    stub: worker_pb2_grpc.DecodeServiceAsyncStub
+    to_owner: grpc.aio.Channel
 
     @asynccontextmanager
-    async def ticket(self, prompt: Sequence[int]) -> AsyncIterator[tuple[worker_pb2.Ticket, grpc.aio.Call]]:
+    async def ticket(self, prompt: Sequence[int]) -> AsyncIterator[tuple[worker_pb2.Ticket, DecodeCall]]:
         identity = self.writer.worker.identity
         # Names no process of its own, for that would be the owner's, which lives.
         writer = worker_pb2.Writer(worker_id=identity.worker_id, incarnation=identity.incarnation, control_address="")
-        request = worker_pb2.DecodeRequest(
+        request = worker_pb2.DecodeOpen(
             request_id="r", prompt_token_ids=prompt, sampling=sampling(), cache_salt=SALT, writer=writer
         )
-        call = self.stub.Decode(request, timeout=30)
+        call = DecodeCall(self.to_owner, request, 30)
         try:
-            yield (await call.read()).ticket, call
+            yield (await call.next()).ticket, call
         finally:
             call.cancel()
 
@@ -165,8 +166,8 @@ class TwoWorkers:
         async with self.ticket(prompt) as (ticket, call):
             items = [item async for item in self.ferries.run(list(prompt), sampling(), ticket, SALT)]
             first_token, committed = items
-            assert first_token.id == (await call.read()).token.id == 7
-            assert (await call.read()).HasField("finished")
+            assert first_token.id == (await call.next()).token.id == 7
+            assert (await call.next()).HasField("finished")
             return ticket, committed
 
     def assert_quiet(self) -> None:
@@ -195,4 +196,4 @@ async def two_workers(
         converter = stack.enter_context(closing(Converter(writer.worker.region, region)))
         digester = stack.enter_context(Digester(writer.worker))
         ferries = await enter(Ferries(writer.worker, channels, converter, digester))
-        yield TwoWorkers(writer, owner, ferries, worker_pb2_grpc.DecodeServiceStub(channels.get(address)))
+        yield TwoWorkers(writer, owner, ferries, channels.get(address))

@@ -18,6 +18,7 @@ from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import from_rpc_error
 from services.engine.layout import KvLayout
+from tests.decode_calls import BlockingDecodeCall
 from tests.integration.conftest import ENVIRONMENT, Running
 from tests.integration.hostile.peer import Peer
 from transport import Op, Transport
@@ -37,11 +38,11 @@ MAX_TOKENS = 8
 class Asked:
     """A request on the decode worker, as a gateway would ask.  A context manager; leaving it cancels the request."""
 
-    def __init__(self, stub: worker_pb2_grpc.DecodeServiceStub, request: worker_pb2.DecodeRequest) -> None:
-        self._call = stub.Decode(request, timeout=60)
+    def __init__(self, channel: grpc.Channel, request: worker_pb2.DecodeOpen) -> None:
+        self._call = BlockingDecodeCall(channel, request, 60)
         self.prompt = list(request.prompt_token_ids)
         self.cache_salt = request.cache_salt
-        self.ticket = self._next().ticket if request.HasField("writer") else worker_pb2.Ticket()
+        self.ticket = next(self._call).ticket if request.HasField("writer") else worker_pb2.Ticket()
         self.finished: worker_pb2.DecodeFinished | None = None
 
     def __enter__(self) -> Self:
@@ -53,20 +54,13 @@ class Asked:
     def tokens(self) -> list[int]:
         """All of the answer.  Raises kvferry.Error."""
         tokens = []
-        while (response := self._next()).WhichOneof("event") == "token":
-            tokens.append(response.token.id)
-        self.finished = response.finished
+        while (event := next(self._call)).WhichOneof("event") == "token":
+            tokens.append(event.token.id)
+        self.finished = event.finished
         return tokens
 
     def cancel(self) -> None:
         self._call.cancel()
-
-    def _next(self) -> worker_pb2.DecodeResponse:
-        try:
-            response: worker_pb2.DecodeResponse = next(self._call)
-        except grpc.RpcError as e:
-            raise from_rpc_error(e) from e
-        return response
 
 
 @dataclass(slots=True)
@@ -110,7 +104,7 @@ class Siege:
     ) -> Iterator[Asked]:
         """Nothing of the prompt is cached, unless a salt was used before.  Raises kvferry.Error."""
         self._num_salts += 1
-        request = worker_pb2.DecodeRequest(
+        request = worker_pb2.DecodeOpen(
             request_id="besieged",
             prompt_token_ids=prompt,
             sampling=sampling(max_tokens),
@@ -119,7 +113,7 @@ class Siege:
         )
         with (
             grpc.insecure_channel(self.running.local.address("decode-0")) as channel,
-            Asked(worker_pb2_grpc.DecodeServiceStub(channel), request) as asked,
+            Asked(channel, request) as asked,
         ):
             yield asked
 

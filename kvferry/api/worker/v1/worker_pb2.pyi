@@ -214,66 +214,234 @@ Global___Writer: typing_extensions.TypeAlias = Writer
 class DecodeRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    OPEN_FIELD_NUMBER: builtins.int
+    CANCEL_FIELD_NUMBER: builtins.int
+    @property
+    def open(self) -> Global___DecodeOpen: ...
+    @property
+    def cancel(self) -> Global___DecodeCancel: ...
+    def __init__(
+        self,
+        *,
+        open: Global___DecodeOpen | None = ...,
+        cancel: Global___DecodeCancel | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "cancel", b"cancel", "open", b"open"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["action", b"action", "cancel", b"cancel", "open", b"open"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_action: typing_extensions.TypeAlias = typing.Literal["open", "cancel"]
+    _WhichOneofArgType_action: typing_extensions.TypeAlias = typing.Literal["action", b"action"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_action) -> _WhichOneofReturnType_action | None: ...
+
+Global___DecodeRequest: typing_extensions.TypeAlias = DecodeRequest
+
+@typing.final
+class DecodeOpen(google.protobuf.message.Message):
+    """Reserves blocks for a prompt and asks for its answer. With a writer named: first a Ticket, then tokens, once the writer
+    has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's commit brings
+    the first one), and one DecodeFinished or one Failure ends the request.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ContextEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    HANDLE_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: builtins.int
     SAMPLING_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
     WRITER_FIELD_NUMBER: builtins.int
+    CONTEXT_FIELD_NUMBER: builtins.int
+    handle: builtins.int
+    """Names the request on this stream; never used twice on it."""
     request_id: builtins.str
     cache_salt: builtins.bytes
+    """Keeps tenants' prefix caches apart."""
     @property
     def prompt_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
-    def sampling(self) -> kvferry.api.common.v1.common_pb2.SamplingParams: ...
+    def sampling(self) -> kvferry.api.common.v1.common_pb2.SamplingParams:
+        """Complete: the gateway has filled in every default."""
+
     @property
     def writer(self) -> Global___Writer:
         """Who will write the prompt's KV. Unset: this worker computes it."""
 
+    @property
+    def context(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """What the metadata of a call of its own would hold: x-request-id and the W3C trace context."""
+
     def __init__(
         self,
         *,
+        handle: builtins.int = ...,
         request_id: builtins.str = ...,
         prompt_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
         sampling: kvferry.api.common.v1.common_pb2.SamplingParams | None = ...,
         cache_salt: builtins.bytes = ...,
         writer: Global___Writer | None = ...,
+        context: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["sampling", b"sampling", "writer", b"writer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cache_salt", b"cache_salt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "writer", b"writer"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cache_salt", b"cache_salt", "context", b"context", "handle", b"handle", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "writer", b"writer"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
-Global___DecodeRequest: typing_extensions.TypeAlias = DecodeRequest
+Global___DecodeOpen: typing_extensions.TypeAlias = DecodeOpen
+
+@typing.final
+class DecodeCancel(google.protobuf.message.Message):
+    """Stops the compute and takes the blocks back, through quarantine where a writer may still be writing. Nothing more is
+    said of the request, save what was under way. A handle that has ended, or was never opened, is passed over.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: builtins.int
+    handle: builtins.int
+    def __init__(
+        self,
+        *,
+        handle: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["handle", b"handle"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DecodeCancel: typing_extensions.TypeAlias = DecodeCancel
 
 @typing.final
 class DecodeResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    EVENTS_FIELD_NUMBER: builtins.int
+    @property
+    def events(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___DecodeEvent]:
+        """In order, of one request as of all."""
+
+    def __init__(
+        self,
+        *,
+        events: collections.abc.Iterable[Global___DecodeEvent] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["events", b"events"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DecodeResponse: typing_extensions.TypeAlias = DecodeResponse
+
+@typing.final
+class DecodeEvent(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HANDLE_FIELD_NUMBER: builtins.int
     TICKET_FIELD_NUMBER: builtins.int
     TOKEN_FIELD_NUMBER: builtins.int
     FINISHED_FIELD_NUMBER: builtins.int
+    FAILURE_FIELD_NUMBER: builtins.int
+    handle: builtins.int
     @property
     def ticket(self) -> Global___Ticket: ...
     @property
     def token(self) -> kvferry.api.common.v1.common_pb2.Token: ...
     @property
     def finished(self) -> Global___DecodeFinished: ...
+    @property
+    def failure(self) -> Global___Failure: ...
     def __init__(
         self,
         *,
+        handle: builtins.int = ...,
         ticket: Global___Ticket | None = ...,
         token: kvferry.api.common.v1.common_pb2.Token | None = ...,
         finished: Global___DecodeFinished | None = ...,
+        failure: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["event", b"event", "finished", b"finished", "ticket", b"ticket", "token", b"token"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["event", b"event", "failure", b"failure", "finished", b"finished", "ticket", b"ticket", "token", b"token"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["event", b"event", "finished", b"finished", "ticket", b"ticket", "token", b"token"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["event", b"event", "failure", b"failure", "finished", b"finished", "handle", b"handle", "ticket", b"ticket", "token", b"token"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: typing_extensions.TypeAlias = typing.Literal["ticket", "token", "finished"]
+    _WhichOneofReturnType_event: typing_extensions.TypeAlias = typing.Literal["ticket", "token", "finished", "failure"]
     _WhichOneofArgType_event: typing_extensions.TypeAlias = typing.Literal["event", b"event"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
-Global___DecodeResponse: typing_extensions.TypeAlias = DecodeResponse
+Global___DecodeEvent: typing_extensions.TypeAlias = DecodeEvent
+
+@typing.final
+class Failure(google.protobuf.message.Message):
+    """What the status of a call of its own would say.
+      RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
+      ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
+                          CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
+                          start again without that writer
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class MetadataEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+    CODE_FIELD_NUMBER: builtins.int
+    MESSAGE_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    METADATA_FIELD_NUMBER: builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: builtins.int
+    code: builtins.int
+    """A google.rpc.Code."""
+    message: builtins.str
+    reason: builtins.str
+    """As in google.rpc.ErrorInfo."""
+    retry_after_ms: builtins.int
+    """As in google.rpc.RetryInfo. Unset: trying again cannot be advised."""
+    @property
+    def metadata(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        code: builtins.int = ...,
+        message: builtins.str = ...,
+        reason: builtins.str = ...,
+        metadata: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        retry_after_ms: builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_retry_after_ms", b"_retry_after_ms", "retry_after_ms", b"retry_after_ms"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_retry_after_ms", b"_retry_after_ms", "code", b"code", "message", b"message", "metadata", b"metadata", "reason", b"reason", "retry_after_ms", b"retry_after_ms"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__retry_after_ms: typing_extensions.TypeAlias = typing.Literal["retry_after_ms"]
+    _WhichOneofArgType__retry_after_ms: typing_extensions.TypeAlias = typing.Literal["_retry_after_ms", b"_retry_after_ms"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after_ms) -> _WhichOneofReturnType__retry_after_ms | None: ...
+
+Global___Failure: typing_extensions.TypeAlias = Failure
 
 @typing.final
 class DecodeFinished(google.protobuf.message.Message):

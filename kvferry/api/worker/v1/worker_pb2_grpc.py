@@ -116,7 +116,7 @@ class DecodeServiceStub(object):
         Args:
             channel: A grpc.Channel.
         """
-        self.Decode = channel.unary_stream(
+        self.Decode = channel.stream_stream(
                 '/kvferry.api.worker.v1.DecodeService/Decode',
                 request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,
                 response_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DecodeResponse.FromString,
@@ -137,15 +137,13 @@ class DecodeServiceServicer(object):
     """Served by decode workers.
     """
 
-    def Decode(self, request, context):
-        """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
-        writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
-        commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
-        blocks back, through quarantine where a writer may still be writing.
-        RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-        ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
-        CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
-        start again without that writer
+    def Decode(self, request_iterator, context):
+        """All requests of one gateway process here, on one stream: opens and cancels go up, and what the requests have to say
+        comes down gathered, one message for each step of the engine. A caller that ends its side opens no more; the stream
+        then ends when its requests have ended. A worker that shuts down ends the stream in the same way. Whatever else ends
+        it cancels every request on it.
+        INVALID_ARGUMENT    a handle was used twice
+        RESOURCE_EXHAUSTED  the caller did not read what its requests had to say; they were cancelled
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,7 +171,7 @@ class DecodeServiceServicer(object):
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Decode': grpc.unary_stream_rpc_method_handler(
+            'Decode': grpc.stream_stream_rpc_method_handler(
                     servicer.Decode,
                     request_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DecodeRequest.FromString,
                     response_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DecodeResponse.SerializeToString,
@@ -201,7 +199,7 @@ class DecodeService(object):
     """
 
     @staticmethod
-    def Decode(request,
+    def Decode(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -211,8 +209,8 @@ class DecodeService(object):
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
             '/kvferry.api.worker.v1.DecodeService/Decode',
             kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DecodeRequest.SerializeToString,

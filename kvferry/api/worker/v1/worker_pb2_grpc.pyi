@@ -81,15 +81,13 @@ class DecodeServiceStub:
     def __new__(cls, channel: grpc.Channel) -> DecodeServiceStub: ...
     @typing.overload
     def __new__(cls, channel: grpc.aio.Channel) -> DecodeServiceAsyncStub: ...
-    Decode: grpc.UnaryStreamMultiCallable[kvferry.api.worker.v1.worker_pb2.DecodeRequest, kvferry.api.worker.v1.worker_pb2.DecodeResponse]
-    """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
-    writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
-    commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
-    blocks back, through quarantine where a writer may still be writing.
-      RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-      ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
-                          CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
-                          start again without that writer
+    Decode: grpc.StreamStreamMultiCallable[kvferry.api.worker.v1.worker_pb2.DecodeRequest, kvferry.api.worker.v1.worker_pb2.DecodeResponse]
+    """All requests of one gateway process here, on one stream: opens and cancels go up, and what the requests have to say
+    comes down gathered, one message for each step of the engine. A caller that ends its side opens no more; the stream
+    then ends when its requests have ended. A worker that shuts down ends the stream in the same way. Whatever else ends
+    it cancels every request on it.
+      INVALID_ARGUMENT    a handle was used twice
+      RESOURCE_EXHAUSTED  the caller did not read what its requests had to say; they were cancelled
     """
     CommitTransfer: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.CommitTransferRequest, kvferry.api.worker.v1.worker_pb2.CommitTransferResponse]
     """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
@@ -107,15 +105,13 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     """Served by decode workers."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
-    Decode: grpc.aio.UnaryStreamMultiCallable[kvferry.api.worker.v1.worker_pb2.DecodeRequest, kvferry.api.worker.v1.worker_pb2.DecodeResponse]  # type: ignore[assignment]
-    """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
-    writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
-    commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
-    blocks back, through quarantine where a writer may still be writing.
-      RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-      ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
-                          CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
-                          start again without that writer
+    Decode: grpc.aio.StreamStreamMultiCallable[kvferry.api.worker.v1.worker_pb2.DecodeRequest, kvferry.api.worker.v1.worker_pb2.DecodeResponse]  # type: ignore[assignment]
+    """All requests of one gateway process here, on one stream: opens and cancels go up, and what the requests have to say
+    comes down gathered, one message for each step of the engine. A caller that ends its side opens no more; the stream
+    then ends when its requests have ended. A worker that shuts down ends the stream in the same way. Whatever else ends
+    it cancels every request on it.
+      INVALID_ARGUMENT    a handle was used twice
+      RESOURCE_EXHAUSTED  the caller did not read what its requests had to say; they were cancelled
     """
     CommitTransfer: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.CommitTransferRequest, kvferry.api.worker.v1.worker_pb2.CommitTransferResponse]  # type: ignore[assignment]
     """By the writer: every byte is in place. Idempotent for the same ticket. Where the ticket says so, answers only after
@@ -134,17 +130,15 @@ class DecodeServiceServicer(metaclass=abc.ABCMeta):
     @abc.abstractmethod
     def Decode(
         self,
-        request: kvferry.api.worker.v1.worker_pb2.DecodeRequest,
+        request_iterator: _MaybeAsyncIterator[kvferry.api.worker.v1.worker_pb2.DecodeRequest],
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[kvferry.api.worker.v1.worker_pb2.DecodeResponse], collections.abc.AsyncIterator[kvferry.api.worker.v1.worker_pb2.DecodeResponse]]:
-        """Reserves blocks for a prompt and streams the answer. With a writer named: first a Ticket, then tokens, once the
-        writer has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's
-        commit brings the first one), and one DecodeFinished ends the stream. Cancelling stops the compute and takes the
-        blocks back, through quarantine where a writer may still be writing.
-          RESOURCE_EXHAUSTED  no blocks, or the queue is full: nothing was reserved
-          ABORTED             the writer gave up, the ticket expired, what arrived is not what was sent (reason
-                              CHECKSUM_MISMATCH), or this worker takes no blocks from that writer for now (PAIR_QUARANTINED);
-                              start again without that writer
+        """All requests of one gateway process here, on one stream: opens and cancels go up, and what the requests have to say
+        comes down gathered, one message for each step of the engine. A caller that ends its side opens no more; the stream
+        then ends when its requests have ended. A worker that shuts down ends the stream in the same way. Whatever else ends
+        it cancels every request on it.
+          INVALID_ARGUMENT    a handle was used twice
+          RESOURCE_EXHAUSTED  the caller did not read what its requests had to say; they were cancelled
         """
 
     @abc.abstractmethod

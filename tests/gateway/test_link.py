@@ -1,0 +1,150 @@
+"""One stream for all requests on a worker, against a real gRPC server that plays the worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+
+from gateway.link import DecodeLink
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.errors import Error, UnavailableError
+from services.runtime.channel import open_channel
+
+
+class Played(worker_pb2_grpc.DecodeServiceServicer):
+    """Says what it is told to; hands out what it was sent."""
+
+    def __init__(self) -> None:
+        self.sent = asyncio.Queue[worker_pb2.DecodeRequest]()
+        self.num_streams = 0
+        self._to_say: asyncio.Queue[worker_pb2.DecodeResponse | None] = asyncio.Queue()
+
+    async def Decode(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.DecodeResponse]:
+        self.num_streams += 1
+
+        async def follow() -> None:
+            async for request in requests:
+                self.sent.put_nowait(request)
+
+        following = asyncio.create_task(follow())
+        try:
+            while (response := await self._to_say.get()) is not None:
+                yield response
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+        finally:
+            following.cancel()
+
+    def say(self, *events: worker_pb2.DecodeEvent) -> None:
+        self._to_say.put_nowait(worker_pb2.DecodeResponse(events=events))
+
+    def vanish(self) -> None:
+        self._to_say.put_nowait(None)
+
+
+@dataclass
+class Heard:
+    events: asyncio.Queue[worker_pb2.DecodeEvent] = field(default_factory=asyncio.Queue)
+    lost: asyncio.Queue[Error] = field(default_factory=asyncio.Queue)
+
+    def on_event(self, event: worker_pb2.DecodeEvent) -> None:
+        self.events.put_nowait(event)
+
+    def on_lost(self, error: Error) -> None:
+        self.lost.put_nowait(error)
+
+    async def indices(self, count: int) -> list[int]:
+        return [(await self.events.get()).token.index for _ in range(count)]
+
+
+@asynccontextmanager
+async def linked() -> AsyncIterator[tuple[Played, DecodeLink]]:
+    server = grpc.aio.server()
+    played = Played()
+    worker_pb2_grpc.add_DecodeServiceServicer_to_server(played, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with asyncio.timeout(20), open_channel(f"127.0.0.1:{port}") as channel:
+        link = DecodeLink(channel)
+        try:
+            yield played, link
+        finally:
+            await link.aclose()
+    await server.stop(None)
+
+
+def token(handle: int, index: int) -> worker_pb2.DecodeEvent:
+    return worker_pb2.DecodeEvent(handle=handle, token=common_pb2.Token(index=index))
+
+
+def ask(link: DecodeLink, request_id: str = "") -> tuple[int, Heard]:
+    heard = Heard()
+    return link.open(worker_pb2.DecodeOpen(request_id=request_id), heard), heard
+
+
+async def test_requests_share_one_stream_and_hear_their_own() -> None:
+    async with linked() as (played, link):
+        one, first = ask(link, "one")
+        two, second = ask(link, "two")
+        opened = [(await played.sent.get()).open for _ in range(2)]
+        assert [(request.handle, request.request_id) for request in opened] == [(one, "one"), (two, "two")]
+        played.say(token(two, 0), token(one, 0), token(two, 1))
+        played.say(token(one, 1))
+        assert await first.indices(2) == [0, 1]
+        assert await second.indices(2) == [0, 1]
+        assert played.num_streams == 1
+
+
+async def test_after_its_end_or_its_cancellation_a_request_hears_nothing() -> None:
+    async with linked() as (played, link):
+        ended, first = ask(link)
+        cancelled, second = ask(link)
+        for _ in range(2):
+            await played.sent.get()
+        link.cancel(cancelled)
+        assert (await played.sent.get()).cancel.handle == cancelled
+        played.say(worker_pb2.DecodeEvent(handle=ended, finished=worker_pb2.DecodeFinished()))
+        played.say(token(cancelled, 0), token(ended, 1))
+        other, third = ask(link)
+        played.say(token(other, 0))
+        assert await third.indices(1) == [0]
+        assert (await first.events.get()).HasField("finished")
+        assert first.events.empty()
+        assert second.events.empty()
+        played.vanish()
+        await third.lost.get()
+        assert first.lost.empty()
+        assert second.lost.empty()
+
+
+async def test_a_lost_stream_is_every_requests_loss_and_comes_back_when_asked_for() -> None:
+    async with linked() as (played, link):
+        listeners = [ask(link)[1] for _ in range(3)]
+        for _ in listeners:
+            await played.sent.get()
+        played.vanish()
+        errors = [await heard.lost.get() for heard in listeners]
+        assert {type(error) for error in errors} == {UnavailableError}
+        with pytest.raises(UnavailableError, match="lost a moment ago"):
+            ask(link)
+        assert played.num_streams == 1, "nobody asked for another"
+        await asyncio.sleep(0.11)  # the first bound of the backoff
+        handle, heard = ask(link)
+        assert (await played.sent.get()).open.handle == handle
+        played.say(token(handle, 0))
+        assert await heard.indices(1) == [0]
+        assert played.num_streams == 2
+
+
+async def test_a_worker_that_is_not_there_is_a_loss_at_once() -> None:
+    async with open_channel("127.0.0.1:1") as channel:
+        link = DecodeLink(channel)
+        _, heard = ask(link)
+        assert isinstance(await asyncio.wait_for(heard.lost.get(), 10), UnavailableError)
+        await link.aclose()
