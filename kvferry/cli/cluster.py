@@ -144,6 +144,10 @@ class LocalCluster:
         assert address is not None, f"{name} has no gRPC server"
         return address
 
+    def doing(self, name: str) -> str:
+        """What the member said last, in a few words; empty before its first."""
+        return self._children[name].doing()
+
     def pid(self, name: str) -> int | None:
         """None while it does not run."""
         return self._children[name].pid
@@ -350,6 +354,15 @@ class _Child:
             return ()
         return tuple(deque(map(readable, text.splitlines()), LOG_TAIL_LINES))
 
+    def doing(self) -> str:
+        try:
+            with self.log_path.open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - 4096))
+                lines = log.read().splitlines()
+        except OSError:
+            return ""
+        return next((words for line in reversed(lines) if (words := in_few_words(line))), "")
+
     def _run(self) -> None:
         restarting = False
         try:
@@ -416,6 +429,18 @@ def readable(line: str) -> str:
     if exception:
         words.append(f"({exception.splitlines()[-1]})")
     return " ".join(filter(None, words))
+
+
+def in_few_words(line: str | bytes) -> str:
+    """The event of a structured line of a log, and how far it has come where it says so; empty for any other line."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return ""
+    if not isinstance(record, dict) or "event" not in record:
+        return ""
+    words = str(record["event"]).replace("_", " ")
+    return f"{words}, {record['done']} of {record['total']}" if {"done", "total"} <= record.keys() else words
 
 
 _HEALTH_OPTIONS = [

@@ -57,7 +57,7 @@ def demo(
             config, log_dir=log_dir or clone_root() / "build" / "logs" / "demo", on_event=progress.on_event
         )
         try:
-            with progress.show([member.name for member in cluster.members]):
+            with progress.show([member.name for member in cluster.members], cluster.doing):
                 cluster.start()
             interrupts.check()
             _ask(cluster, prompt, max_tokens, temperature, seed)

@@ -16,6 +16,12 @@ class LogLevel(enum.Enum):
     ERROR = "error"
 
 
+class WhenToSpeculate(enum.Enum):
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 ADDRESS_ENV = "KVFERRY_ADDRESS"
 
 _TALK, _SAMPLE, _RUN = "Gateway", "Sampling", "Cluster"
@@ -54,6 +60,15 @@ Speculate = Annotated[
         help="Guess tokens from the text so far, several a step; the worker's choice by default.",
         show_default=False,
         rich_help_panel=_SAMPLE,
+    ),
+]
+WorkersSpeculate = Annotated[
+    WhenToSpeculate | None,
+    typer.Option(
+        "--speculate",
+        help="Whether workers guess tokens where a request does not say; off by default.",
+        show_default=False,
+        rich_help_panel=_RUN,
     ),
 ]
 ShowTimeline = Annotated[bool, typer.Option("--timeline", help="Print where the request's time went.")]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from kvferry.cli import output
 from kvferry.cli.cluster import Died, Event, Ready, Restarted, Stopped, describe_status
@@ -22,13 +24,14 @@ class StartProgress:
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
-    def show(self, names: list[str]) -> Self:
-        """Names the members that will start; then enter."""
+    def show(self, names: list[str], doing: Callable[[str], str]) -> Self:
+        """Names the members that will start; then enter.  ``doing``: asked now and then what one of them does."""
         if self._console.is_terminal:
             self._progress = Progress(
                 SpinnerColumn(finished_text="[green]✓[/green]"),
                 TextColumn("{task.description}"),
                 TimeElapsedColumn(),
+                _Doing(doing),
                 console=self._console,
             )
             for name in names:
@@ -60,6 +63,19 @@ class StartProgress:
             )
         else:
             output.say(text)
+
+
+class _Doing(ProgressColumn):
+    """What a member that is not ready yet does."""
+
+    max_refresh = 0.5
+
+    def __init__(self, doing: Callable[[str], str]) -> None:
+        super().__init__()
+        self._doing = doing
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.finished else self._doing(task.description), style="dim")
 
 
 def describe(event: Event) -> str:

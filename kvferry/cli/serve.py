@@ -34,6 +34,7 @@ def serve(
     threads: options.Threads = None,
     pin: options.Pin = None,
     kv_memory: options.KvMemory = None,
+    speculate: options.WorkersSpeculate = None,
     log_dir: options.LogDir = None,
     log_level: options.Level = options.LogLevel.INFO,
 ) -> None:
@@ -66,6 +67,7 @@ def serve(
         threads=threads,
         pin=pin,
         kv_memory=kv_memory,
+        speculate=None if speculate is None else speculate.value,
         log_level=log_level.value,
     )
     progress = StartProgress()
@@ -74,7 +76,7 @@ def serve(
         cluster = LocalCluster.from_config(config, log_dir=log_dir, on_event=progress.on_event)
         with Interrupts() as interrupts:
             try:
-                with progress.show([member.name for member in cluster.members]):
+                with progress.show([member.name for member in cluster.members], cluster.doing):
                     cluster.start()
                 _announce(cluster)
                 is_up = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,11 +22,12 @@ from services.engine.steps import Runner
 # torch takes seconds to import, and a worker whose packed weights are in the cache does without: what needs it is imported
 # where it is used.
 if TYPE_CHECKING:
-    from services.engine.weights import Weights
+    from services.engine.weights import LayerWeights, Weights
     from transport import Region
 
 log = structlog.get_logger(__name__)
 
+TELL_EVERY_S = 1.0
 TORCH_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -90,9 +93,20 @@ def _pack(config: ModelConfig, path: Path, dtype: str) -> PackedWeights:
 
     log.info("packing_weights", dtype=dtype)
     reader = WeightsReader(config, path, "float32" if dtype == "int8" else dtype)
-    weights = pack_stream(config, dtype, reader.embedding(), reader.layers(), reader.norm(), reader.head())
+    layers = _telling(reader.layers(), config.num_layers)
+    weights = pack_stream(config, dtype, reader.embedding(), layers, reader.norm(), reader.head())
     log.info("weights_packed", dtype=dtype, nbytes=weights.nbytes)
     return weights
+
+
+def _telling(layers: Iterable[LayerWeights], num_layers: int) -> Iterator[LayerWeights]:
+    """The layers, with a line of log each second, for a model of many layers takes minutes."""
+    told_s = time.monotonic()
+    for done, layer in enumerate(layers):
+        if time.monotonic() - told_s >= TELL_EVERY_S:
+            told_s = time.monotonic()
+            log.info("packing_weights", done=done, total=num_layers)
+        yield layer
 
 
 def create_runner(config: ModelConfig, weights: Weights | PackedWeights, layout: KvLayout, arena_buffer: memoryview,

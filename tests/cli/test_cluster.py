@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.progress import Progress
 
-from kvferry.cli.cluster import Died, Event, LocalCluster, Ready, Restarted, Stopped, Timing, readable
+from kvferry.cli.cluster import Died, Event, LocalCluster, Ready, Restarted, Stopped, Timing, in_few_words, readable
 from kvferry.cli.members import ClusterConfig, ClusterError, Member, Role, plan
 from kvferry.cli.ports import PortError, check_free, pick_free
+from kvferry.cli.progress import _Doing
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Timing(start_s=20, stop_s=10, backoff_s=0.05, max_backoff_s=0.2, steady_s=60)
@@ -287,7 +289,14 @@ def test_picked_ports_differ_and_avoid() -> None:
 
 def test_plan_wires_the_members_to_each_other() -> None:
     config = ClusterConfig(
-        num_prefill=2, num_decode=1, grpc_port=0, http_port=0, host="0.0.0.0", dtype="bfloat16", kv_memory="64MiB"
+        num_prefill=2,
+        num_decode=1,
+        grpc_port=0,
+        http_port=0,
+        host="0.0.0.0",
+        dtype="bfloat16",
+        kv_memory="64MiB",
+        speculate="auto",
     )
     planned = plan(config, ROOT)
     names = [m.name for m in planned.members]
@@ -296,6 +305,7 @@ def test_plan_wires_the_members_to_each_other() -> None:
     directory = flags["directory"]["--listen"]
     assert {flags[name]["--directory"] for name in names[1:]} == {directory}
     assert flags["prefill-1"]["--worker-id"] == "prefill-1"
+    assert flags["prefill-1"]["--speculate"] == flags["decode-0"]["--speculate"] == "auto"
     assert (flags["decode-0"]["--dtype"], flags["decode-0"]["--kv-memory"]) == ("bfloat16", "64MiB")
     assert "--dtype" not in flags["gateway"]
     assert planned.members[-1].command[1:3] == ("-m", "gateway")
@@ -366,6 +376,38 @@ def test_without_a_clone_the_way_out_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(kvferry, "__file__", str(tmp_path / "site-packages" / "kvferry" / "__init__.py"))
     with pytest.raises(ClusterError, match="clone the repository"):
         LocalCluster.from_config(ClusterConfig())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"event": "packing_weights", "dtype": "int8"}', "packing weights"),
+        ('{"event": "packing_weights", "done": 12, "total": 30}', "packing weights, 12 of 30"),
+        ("Traceback (most recent call last):", ""),
+        ('["event"]', ""),
+        (b"\xff{", ""),
+    ],
+)
+def test_what_a_member_does_is_told_in_a_few_words(line: str | bytes, words: str) -> None:
+    assert in_few_words(line) == words
+
+
+def test_what_a_member_does_is_its_last_structured_line(tmp_path: Path) -> None:
+    lines = ['{"event": "opening_model"}', '{"event": "packing_weights", "done": 1, "total": 2}', "hm"]
+    says = f"print(*{lines}, sep=chr(10), flush=True)\n"
+    with LocalCluster([member("a", says + WAITS)], tmp_path) as cluster:
+        give_up_s = time.monotonic() + 10
+        while not cluster.doing("a"):
+            assert time.monotonic() < give_up_s
+            time.sleep(0.01)
+        assert cluster.doing("a") == "packing weights, 1 of 2"
+        shown = _Doing(cluster.doing)
+        progress = Progress()
+        id_ = progress.add_task("a", total=1)
+        task = progress.tasks[id_]
+        assert shown.render(task).plain == "packing weights, 1 of 2"
+        progress.update(id_, completed=1)
+        assert shown.render(task).plain == ""
 
 
 @pytest.mark.parametrize(

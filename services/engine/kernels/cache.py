@@ -34,7 +34,7 @@ _ENGINE = Path(__file__).parents[1]
 # All that decides which bytes a model's weights become.
 _SOURCES = (
     Path(__file__),
-    *(_ENGINE / "kernels" / name for name in ("packing.py", "packed.py", "kernels.c")),
+    *(_ENGINE / "kernels" / name for name in ("packing.py", "packed.py", "quantize.c")),
     *(_ENGINE / name for name in ("weights.py", "gguf_weights.py", "safetensors_weights.py", "rope.py")),
 )
 
