@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from services.engine.ready import Ready
 from services.prefill.__main__ import ROLE
 from services.prefill.ferry import Write
 from services.prefill.passage import Passage
@@ -16,7 +17,7 @@ from services.worker.start import start
 _write = Passage._write
 
 
-async def _write_garbled(passage: Passage, write: Write) -> None:
+async def _write_garbled(passage: Passage, write: Write, ready: Ready | None) -> None:
     target = passage.target
     if "garbled" in passage.ticket.request_id:
         first = (write.first_token - target.first_token) // target.layout.block_size
@@ -26,7 +27,7 @@ async def _write_garbled(passage: Passage, write: Write) -> None:
             target.blocks[first + write.num_blocks :],
         )
         passage.target = replace(target, blocks=[*before, *reversed(chunk), *behind])
-    await _write(passage, write)
+    await _write(passage, write, ready)
 
 
 if __name__ == "__main__":
