@@ -58,14 +58,17 @@ async def run_gateway(config: GatewayConfig) -> None:
         prometheus_client.REGISTRY.register(ViewCollector(view))
         links = await stack.enter_async_context(DecodeLinks(channels))
         dispatcher = Dispatcher(
-            view, channels, links, model_revision=files.config.revision, min_ship_tokens=config.min_ship_tokens,
-            max_attempts=config.max_attempts, stall_timeout_s=config.stall_timeout_s,
+            view, channels, links, model_revision=files.config.revision, routing=config.routing,
+            min_ship_tokens=config.min_ship_tokens, max_attempts=config.max_attempts,
+            stall_timeout_s=config.stall_timeout_s,
         )  # fmt: skip
         frontend = Frontend(
             files, view, dispatcher, max_requests=config.max_requests, max_request_s=config.max_request_s
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
-        inference_pb2_grpc.add_ClusterServiceServicer_to_server(ClusterServicer(frontend, view), server)
+        inference_pb2_grpc.add_ClusterServiceServicer_to_server(
+            ClusterServicer(frontend, view, dispatcher.decisions), server
+        )
         names = [s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values()]
         health = await add_standard_services(server, names)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
@@ -22,7 +23,12 @@ class GatewayConfig:
     max_requests: int = option(256, help="requests in flight; more are refused", minimum=1)
     max_attempts: int = option(3, help="how often one request may be started on workers", minimum=1)
     min_ship_tokens: int = option(
-        32, help="prompts of which a decode worker lacks fewer tokens are computed there", minimum=0
+        32,
+        help="prompts of which a decode worker lacks fewer tokens are computed there; kv-aware reckons instead",
+        minimum=0,
+    )
+    routing: Policy = option(
+        Policy.KV_AWARE, help="how workers are chosen: by cost, or by a simpler rule to compare that with"
     )
     stall_timeout_s: float = option(120.0, help="a worker silent for so long has failed", minimum=0.1)
     max_request_s: float = option(600.0, help="longest time for one request", minimum=0.1)

@@ -13,6 +13,9 @@ from typing import Any
 import grpc
 import structlog
 
+from gateway.candidates import Candidate, Rates, Role, WorkerKey
+from gateway.costs import Demand
+from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.link import DecodeLink, DecodeLinks
 from gateway.request import (
     Action,
@@ -34,7 +37,7 @@ from gateway.request import (
     TicketCame,
     TokenCame,
 )
-from gateway.routing import Candidate, NoWorkerError, Role, Route, WorkerKey, choose_route
+from gateway.routing import NoWorkerError, Policy, Route, choose_route
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -51,6 +54,9 @@ NO_WORKER_RETRY_S = 1.0
 WORKER_RETRY_S = 2.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
+
+# Of the options, in the log.
+_LOGGED_OPTIONS = 8
 
 _NO_PREFIX = Prefix(0, 0)
 _ROLES = {common_pb2.WORKER_ROLE_PREFILL: Role.PREFILL, common_pb2.WORKER_ROLE_DECODE: Role.DECODE}
@@ -102,6 +108,11 @@ class PendingBook:
         total.prefill_tokens += prefill_tokens
         return Pending(1, prefill_tokens)
 
+    def computed(self, key: WorkerKey, counted: Pending) -> None:
+        """The prompt is no longer ahead of others'; the request goes on.  Idempotent."""
+        self._by_worker[key].prefill_tokens -= counted.prefill_tokens
+        counted.prefill_tokens = 0
+
     def remove(self, key: WorkerKey, ended: Pending) -> None:
         total = self._by_worker[key]
         total.num_requests -= ended.num_requests
@@ -116,6 +127,7 @@ class _Run:
     def __init__(self, job: Job, trace: Trace) -> None:
         self.job = job
         self.trace = trace
+        self.routed = False
         self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
         self.decodes: dict[int, _Decoding] = {}  # by attempt
         self.timers: list[asyncio.TimerHandle] = []
@@ -173,6 +185,7 @@ class _Decoding:
         self._stall_timeout_s = stall_timeout_s
         self._heard_s = time.monotonic()
         self._counted: Pending | None = None
+        self._promised: tuple[WorkerKey, Pending] | None = None  # to the prefill worker, until the ticket is here
         self._handle = 0
         self._silence: asyncio.TimerHandle | None = None
 
@@ -182,16 +195,22 @@ class _Decoding:
         except Error as e:
             self.on_lost(e)
             return
-        num_tokens = 0 if self._run.route.prefill else len(self._run.job.prompt)
-        self._counted = self._pending.add(self._run.route.decode.key, num_tokens)
+        route = self._run.route
+        self._counted = self._pending.add(route.decode.key, 0 if route.prefill else route.num_uncached_tokens)
+        if route.prefill:
+            # Requests that come before the ticket does must not find the prefill worker idle.
+            self._promised = (route.prefill.key, self._pending.add(route.prefill.key, route.num_uncached_tokens))
         self._watch(self._stall_timeout_s)
 
     def on_event(self, event: worker_pb2.DecodeEvent) -> None:
         self._heard_s = time.monotonic()
         match event.WhichOneof("event"):
             case "token":
+                if self._counted is not None:
+                    self._pending.computed(self._run.route.decode.key, self._counted)
                 self._run.put(TokenCame(self._attempt, Stream.DECODE, event.token))
             case "ticket":
+                self._keep_promise()
                 self._run.put(TicketCame(self._attempt, event.ticket))
             case "finished":
                 self._end()
@@ -228,25 +247,35 @@ class _Decoding:
         """Idempotent."""
         if self._silence is not None:
             self._silence.cancel()
+        self._keep_promise()
         if self._counted is not None:
             self._pending.remove(self._run.route.decode.key, self._counted)
             self._counted = None
 
+    def _keep_promise(self) -> None:
+        """From here on the prefill stream counts itself.  Idempotent."""
+        if self._promised is not None:
+            self._pending.remove(*self._promised)
+            self._promised = None
+
 
 class Dispatcher:
     def __init__(
-        self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, min_ship_tokens: int,
-        max_attempts: int, stall_timeout_s: float,
+        self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, routing: Policy,
+        min_ship_tokens: int, max_attempts: int, stall_timeout_s: float,
     ) -> None:  # fmt: skip
         """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it."""
         self._view = view
         self._channels = channels
         self._links = links
         self._model_revision = model_revision
+        self._routing = routing
         self._min_ship_tokens = min_ship_tokens
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
         self._pending = PendingBook()
+        self._num_routed = 0
+        self.decisions = DecisionBook()
 
     async def run(self, job: Job, trace: Trace, timeout_s: float) -> AsyncGenerator[list[common_pb2.Token], None]:
         """Each token once, in order, together with those that have come since the caller took the last ones; at least one.
@@ -307,7 +336,7 @@ class Dispatcher:
         found = []
         for worker in self._view.workers.values():
             info, load = worker.info, worker.load
-            if info.role not in _ROLES or info.model.revision != self._model_revision or load.draining:
+            if info.role not in _ROLES or info.model.revision != self._model_revision:
                 continue
             block_size = info.layout.block_size_tokens
             if block_size not in prefixes:
@@ -322,26 +351,56 @@ class Dispatcher:
                     address=info.control_address,
                     content_fingerprint=info.layout.content_fingerprint,
                     block_size=block_size,
+                    block_nbytes=info.layout.block_nbytes,
                     num_requests=max(pending.num_requests, load.num_running + load.num_waiting),
                     num_queued_prefill_tokens=max(pending.prefill_tokens, load.num_queued_prefill_tokens),
                     num_free_blocks=load.blocks.free + load.blocks.cached,
                     num_prefix_blocks=prefixes[block_size].get(info.worker_id, _NO_PREFIX).num_blocks,
-                    prefill_tokens_per_s=load.prefill_tokens_per_s,
+                    rates=Rates(
+                        prefill_tokens_per_s=load.prefill_tokens_per_s,
+                        step_base_s=load.decode_step_base_s,
+                        step_per_sequence_s=load.decode_step_per_sequence_s,
+                        transfer_bytes_per_s=load.transfer_bytes_per_s,
+                        transfer_round_trip_s=load.transfer_round_trip_s,
+                    ),
+                    draining=load.draining,
                 )
             )
         return found
 
     def _choose(self, run: _Run, excluded: frozenset[WorkerKey]) -> Event:
         started_s = time.monotonic()
+        job = run.job
         try:
-            route = choose_route(self.candidates(run.job), len(run.job.prompt), excluded, self._min_ship_tokens)
+            route = choose_route(
+                self.candidates(job),
+                Demand(len(job.prompt), job.sampling.max_tokens),
+                excluded,
+                policy=self._routing,
+                min_ship_tokens=self._min_ship_tokens,
+                turn=self._num_routed,
+                request_id=job.request_id,
+            )
         except NoWorkerError as e:
+            self._remember(run, Refusal(str(e), e.passed_over), started_s)
             return NotRouted(UnavailableError(str(e), reason="NO_WORKER", retry_after_s=NO_WORKER_RETRY_S))
-        finally:
-            run.trace.route_s += time.monotonic() - started_s
+        self._remember(run, route, started_s)
         run.trace.route, run.trace.committed = route, None
-        log.info("route", reason=route.reason, prompt_tokens=len(run.job.prompt))
+        log.info(
+            "route",
+            policy=route.policy.value,
+            chosen=str(route.chosen),
+            options=[str(option) for option in route.options[:_LOGGED_OPTIONS]],
+            passed_over={p.worker_id: p.why for p in route.passed_over},
+            prompt_tokens=len(job.prompt),
+        )
         return Routed(route.decode.key, route.prefill.key if route.prefill else None)
+
+    def _remember(self, run: _Run, outcome: Route | Refusal, started_s: float) -> None:
+        self._num_routed += 1
+        run.trace.route_s += time.monotonic() - started_s
+        self.decisions.add(run.job.request_id, Decision(outcome, started_s, self._view.age_s), first=not run.routed)
+        run.routed = True
 
     def _open_decode(self, run: _Run, attempt: int) -> None:
         decode, prefill, job = run.route.decode, run.route.prefill, run.job
@@ -361,7 +420,7 @@ class Dispatcher:
 
     async def _follow_prefill(self, run: _Run, attempt: int, ticket: worker_pb2.Ticket) -> None:
         worker_id = run.prefill.key.worker_id
-        counted = self._pending.add(run.prefill.key, len(run.job.prompt))
+        counted = self._pending.add(run.prefill.key, run.route.num_uncached_tokens)
         try:
             await self._prefill(run, attempt, ticket)
             error: Error = UnavailableError(f"worker {worker_id} ended its stream early")

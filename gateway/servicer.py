@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
 import grpc
 
+from gateway.costs import Option
+from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.frontend import Frontend
 from gateway.view import ClusterView
 from kvferry import __version__
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
-from kvferry.errors import InvalidRequestError
+from kvferry.errors import InvalidRequestError, NotFoundError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -58,9 +61,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
-    def __init__(self, frontend: Frontend, view: ClusterView) -> None:
+    def __init__(self, frontend: Frontend, view: ClusterView, decisions: DecisionBook) -> None:
         self._frontend = frontend
         self._view = view
+        self._decisions = decisions
 
     async def DescribeCluster(
         self, request: inference_pb2.DescribeClusterRequest, context: Context
@@ -73,3 +77,54 @@ class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
             num_requests_total=self._frontend.num_requests_total,
             version=__version__,
         )
+
+    async def ExplainRoute(
+        self, request: inference_pb2.ExplainRouteRequest, context: Context
+    ) -> inference_pb2.ExplainRouteResponse:
+        decisions = self._decisions.of(request.request_id)
+        if not decisions:
+            raise NotFoundError(
+                f"request {request.request_id!r} is not among the last {self._decisions.max_requests} that this gateway "
+                "routed",
+                reason="UNKNOWN_REQUEST",
+            )
+        now_s = time.monotonic()
+        return inference_pb2.ExplainRouteResponse(decisions=[_to_decision_proto(d, now_s) for d in decisions])
+
+
+def _to_decision_proto(decision: Decision, now_s: float) -> inference_pb2.RouteDecision:
+    route = decision.outcome
+    proto = inference_pb2.RouteDecision(
+        age_ms=int((now_s - decision.made_s) * 1000),
+        view_age_ms=int(min(decision.view_age_s, now_s) * 1000),
+        passed_over=[inference_pb2.PassedOver(worker_id=p.worker_id, why=p.why) for p in route.passed_over],
+    )
+    if isinstance(route, Refusal):
+        proto.reason = route.reason
+        return proto
+    proto.policy = route.policy.value
+    proto.reason = route.reason
+    proto.num_prompt_tokens = route.demand.num_prompt_tokens
+    proto.options.extend(
+        _to_option_proto(option, option is route.chosen, route.demand.num_prompt_tokens) for option in route.options
+    )
+    return proto
+
+
+def _to_option_proto(option: Option, chosen: bool, num_prompt_tokens: int) -> inference_pb2.RouteOption:
+    decode, prefill, terms = option.decode, option.prefill, option.terms
+    return inference_pb2.RouteOption(
+        decode_worker=decode.key.worker_id,
+        prefill_worker=prefill.key.worker_id if prefill else "",
+        chosen=chosen,
+        full=option.full,
+        queue_s=terms.queue_s,
+        prefill_s=terms.prefill_s,
+        ship_s=terms.ship_s,
+        stall_s=terms.stall_s,
+        decode_s=terms.decode_s,
+        num_prefill_cached_tokens=min(num_prompt_tokens, prefill.num_prefix_blocks * prefill.block_size)
+        if prefill
+        else 0,
+        num_decode_cached_tokens=min(num_prompt_tokens, decode.num_prefix_blocks * decode.block_size),
+    )

@@ -162,6 +162,36 @@ def cluster(message: inference_pb2.DescribeClusterResponse) -> types.Cluster:
     )
 
 
+def route_decision(message: inference_pb2.RouteDecision) -> types.RouteDecision:
+    return types.RouteDecision(
+        policy=message.policy,
+        reason=message.reason,
+        num_prompt_tokens=message.num_prompt_tokens,
+        age_s=message.age_ms / 1000,
+        view_age_s=message.view_age_ms / 1000,
+        options=tuple(map(_route_option, message.options)),
+        passed_over={passed.worker_id: passed.why for passed in message.passed_over},
+    )
+
+
+def _route_option(message: inference_pb2.RouteOption) -> types.RouteOption:
+    terms = (message.queue_s, message.prefill_s, message.ship_s, message.stall_s, message.decode_s)
+    return types.RouteOption(
+        decode_worker=message.decode_worker,
+        prefill_worker=message.prefill_worker,
+        chosen=message.chosen,
+        full=message.full,
+        queue_s=message.queue_s,
+        prefill_s=message.prefill_s,
+        ship_s=message.ship_s,
+        stall_s=message.stall_s,
+        decode_s=message.decode_s,
+        total_s=sum(terms),
+        num_prefill_cached_tokens=message.num_prefill_cached_tokens,
+        num_decode_cached_tokens=message.num_decode_cached_tokens,
+    )
+
+
 def health(reply: bytes) -> types.HealthStatus:
     """Reads a grpc.health.v1.HealthCheckResponse, whose only field is number 1, an enum."""
     status = 0

@@ -21,7 +21,7 @@ from kvferry.client import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_TIMEOUT_S,
 )
-from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, TlsConfig
+from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, RouteDecision, TlsConfig
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)
 _Response = TypeVar("_Response")
@@ -265,6 +265,12 @@ class AsyncClient:
         return _convert.cluster(
             await self._unary(self._cluster.DescribeCluster, inference_pb2.DescribeClusterRequest(), timeout)
         )
+
+    async def explain_route(self, request_id: str, *, timeout: float | None = None) -> tuple[RouteDecision, ...]:
+        """As :meth:`kvferry.Client.explain_route`."""
+        request = inference_pb2.ExplainRouteRequest(request_id=request_id)
+        response = await self._unary(self._cluster.ExplainRoute, request, timeout)
+        return tuple(map(_convert.route_decision, response.decisions))
 
     async def health(self, *, timeout: float | None = None) -> HealthStatus:
         """As :meth:`kvferry.Client.health`."""

@@ -14,7 +14,7 @@ from tenacity import sleep_using_event
 from kvferry import _channel, _convert, _retry, errors
 from kvferry._answer import Answer
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
-from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, TlsConfig
+from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, RouteDecision, TlsConfig
 
 DEFAULT_ADDRESS = "127.0.0.1:8470"
 DEFAULT_TIMEOUT_S = 10.0
@@ -277,6 +277,13 @@ class Client:
         return _convert.cluster(
             self._unary(self._cluster.DescribeCluster, inference_pb2.DescribeClusterRequest(), timeout)
         )
+
+    def explain_route(self, request_id: str, *, timeout: float | None = None) -> tuple[RouteDecision, ...]:
+        """Why a request went where it did, one decision for each attempt.  NotFoundError unless it is among the last 1000
+        that the gateway routed."""
+        request = inference_pb2.ExplainRouteRequest(request_id=request_id)
+        response = self._unary(self._cluster.ExplainRoute, request, timeout)
+        return tuple(map(_convert.route_decision, response.decisions))
 
     def health(self, *, timeout: float | None = None) -> HealthStatus:
         """What the gateway says of itself, asked once; UnavailableError when nobody answers."""

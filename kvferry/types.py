@@ -270,6 +270,44 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
+class RouteOption:
+    """One way to serve a request, and what it was predicted to take: ``queue_s`` until the prompt's turn, ``prefill_s`` for
+    what is not cached, ``ship_s`` for the handover and the bytes that the decode worker lacks, ``stall_s`` that its other
+    requests lose while it computes the prompt itself, ``decode_s`` for the answer's first tokens.  Without a
+    ``prefill_worker`` (empty) the decode worker computes the prompt.  ``full`` ones, whose decode worker has too few
+    blocks to begin, come last.  The cached tokens are those of the prompt, on either side."""
+
+    decode_worker: str
+    prefill_worker: str
+    chosen: bool
+    full: bool
+    queue_s: float
+    prefill_s: float
+    ship_s: float
+    stall_s: float
+    decode_s: float
+    total_s: float
+    num_prefill_cached_tokens: int
+    num_decode_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RouteDecision:
+    """Why one attempt at a request went where it did.  ``options``, cheapest first, are all that keep the chosen decode
+    worker and the cheapest of each other one; ``passed_over`` says of workers that could not be chosen why.  ``policy`` is
+    empty and there are no options where nobody could serve it.  ``age_s`` counts from the decision, ``view_age_s`` is how
+    long before it the gateway had last heard from the directory."""
+
+    policy: str
+    reason: str
+    num_prompt_tokens: int
+    age_s: float
+    view_age_s: float
+    options: tuple[RouteOption, ...]
+    passed_over: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class TlsConfig:
     """Each part is the path of a PEM file, or its content as bytes.  Without ``root_certificates`` the system's are
     used; ``private_key`` and ``certificate_chain`` go together and make the client show a certificate of its own."""

@@ -11,6 +11,7 @@ from kvferry._version import __version__
 from kvferry.cli.chat import chat
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
+from kvferry.cli.explain import explain
 from kvferry.cli.generate import generate
 from kvferry.cli.serve import serve
 from kvferry.cli.status import status
@@ -35,6 +36,7 @@ def _root(
       kvferry serve              a cluster that stays
       kvferry chat               talk to it, from another terminal
       kvferry status --watch     see what it does
+      kvferry explain ID         why a request went where it did
       kvferry doctor             what this host gives, and what to change
 
     The gateway to talk to is --address, or KVFERRY_ADDRESS, or 127.0.0.1:8470. Exit codes: 0 fine, 1 failed, 2 wrong
@@ -53,7 +55,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, doctor):
+    for command in (demo, serve, generate, chat, status, explain, doctor):
         app.command()(command)
     return app
 

@@ -18,6 +18,7 @@ from services.engine.gaps import Gaps
 from services.engine.ready import Ready
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import ChunkComputed, Event, SequenceId, Started, TokenDrawn
+from services.engine.step_times import StepTimes
 from services.engine.steps import Outcome, Runner, Step
 
 log = structlog.get_logger(__name__)
@@ -93,6 +94,7 @@ class Engine:
         """``cpus``: where its thread may run, if it is the one that computes; empty leaves that to the system."""
         self.work = Work()
         self.gaps = Gaps()
+        self.step_times = StepTimes()
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
@@ -211,6 +213,7 @@ class Engine:
             work.prefill_tokens_per_s = _blend(work.prefill_tokens_per_s, prefill / elapsed_s, weight)
         elif decode and not prefill:
             work.decode_tokens_per_s = _blend(work.decode_tokens_per_s, decode / elapsed_s, weight)
+            self.step_times.observe(plan.num_decode_tokens, elapsed_s)
 
     def _run(self) -> None:
         try:

@@ -196,6 +196,7 @@ class Passage:
         self.num_bytes += result.nbytes
         self.path = result.path
         self.ferries.worker.traffic.bytes_written += result.nbytes
+        self.ferries.worker.transfer_times.wrote(result.nbytes, result.busy_s)
 
     def _require_going(self) -> None:
         if self.ferry.state is not FerryState.WRITING:
@@ -217,6 +218,7 @@ class Passage:
         digests = await self._collect_digests()
         if digests is None:
             return
+        asked_s = time.monotonic()
         try:
             answer = await self._owner().CommitTransfer(
                 worker_pb2.CommitTransferRequest(
@@ -247,6 +249,7 @@ class Passage:
         if self.ferry.state is not FerryState.COMMITTING:
             return  # stopped meanwhile, and the owner told so
         self.verify_s += answer.verify_us / 1e6
+        self.ferries.worker.transfer_times.answered(time.monotonic() - asked_s - answer.verify_us / 1e6)
         self.ferry.committed()
         self.outbox.put_nowait(self._committed(written.num_blocks))
         self._release()

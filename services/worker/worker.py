@@ -23,6 +23,7 @@ from services.runtime.process import ProcessIdentity
 from services.worker.convert import to_block_counts, to_layout_proto, to_sequence
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
+from services.worker.transfer_times import TransferTimes
 from transport import Region, Transport
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,7 @@ class Worker:
     check_role: Callable[[], None] = lambda: None
     end_streams: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
+    transfer_times: TransferTimes = field(default_factory=TransferTimes)
     draining: bool = False
     num_opening: int = 0  # requests that are on their way to the scheduler
 
@@ -120,6 +122,7 @@ class Worker:
             running, waiting = scheduler.num_running, scheduler.num_waiting
             queued = scheduler.num_queued_prefill_tokens
             num_pins, num_pinned_blocks = self.pins.num_pins, self.pins.num_blocks
+            step_base_s, step_per_sequence_s = self.engine.step_times.line()
         work = self.engine.work
         return directory_pb2.WorkerLoad(
             blocks=to_block_counts(counts),
@@ -131,6 +134,10 @@ class Worker:
             draining=self.draining,
             num_pins=num_pins,
             num_pinned_blocks=num_pinned_blocks,
+            decode_step_base_s=step_base_s,
+            decode_step_per_sequence_s=step_per_sequence_s,
+            transfer_bytes_per_s=self.transfer_times.bytes_per_s,
+            transfer_round_trip_s=self.transfer_times.round_trip_s,
         )
 
     def info(self) -> directory_pb2.WorkerInfo:

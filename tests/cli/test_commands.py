@@ -130,6 +130,48 @@ def test_status_json(gateway: FakeGateway) -> None:
     assert value["view_age_s"] == 0.25
 
 
+def test_explain_shows_every_option_of_every_attempt(gateway: FakeGateway) -> None:
+    done = CliRunner().invoke(APP, ["explain", "r-1"])
+    assert done.exit_code == 0
+    assert [request.request_id for request in gateway.requests] == ["r-1"]  # type: ignore[attr-defined]
+    title, reason, heading, chosen, full, passed, second, why, *_ = done.stdout.splitlines()
+    assert title == "attempt 1, 4.2 s ago, view 0.3 s old then, 512 prompt tokens, times in ms"
+    assert reason == "prefill on prefill-0, decode on decode-0"
+    assert heading.split() == ["prefill", "decode", "cached", "queue", "prefill", "ship", "stall", "decode", "total"]
+    assert chosen.split() == [
+        "*",
+        "prefill-0",
+        "decode-0",
+        "32/16",
+        "250.0",
+        "500.0",
+        "12.5",
+        "0.0",
+        "1500.0",
+        "2262.5",
+    ]
+    assert full.split() == ["full", "-", "decode-1", "0/0", "0.0", "500.0", "0.0", "2500.0", "1500.0", "4500.0"]
+    assert passed == "not decode-2: draining"
+    assert second.startswith("attempt 2, 4.1 s ago")
+    assert why == "no decode worker has joined the cluster"
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_explain_json(gateway: FakeGateway) -> None:
+    value = json.loads(CliRunner().invoke(APP, ["explain", "r-1", "--json"]).stdout)
+    first, second = value["decisions"]
+    assert first["options"][0]["total_s"] == 2.2625
+    assert first["passed_over"] == {"decode-2": "draining"}
+    assert second["options"] == []
+
+
+def test_explain_of_a_request_nobody_knows(gateway: FakeGateway) -> None:
+    gateway.failures = [kvferry.NotFoundError("request 'x' is not among the last 1000 that this gateway routed")]
+    done = CliRunner().invoke(APP, ["explain", "x"])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr == "kvferry: request 'x' is not among the last 1000 that this gateway routed\n"
+
+
 def test_status_watch_goes_on_until_interrupted(gateway: FakeGateway) -> None:
     command = [sys.executable, "-m", "kvferry.cli", "status", "--watch", "--interval", "0.1", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:

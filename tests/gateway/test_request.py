@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from gateway.candidates import WorkerKey
 from gateway.request import (
     CancelAttempt,
     ChooseRoute,
@@ -23,7 +24,6 @@ from gateway.request import (
     TicketCame,
     TokenCame,
 )
-from gateway.routing import WorkerKey
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import (

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gateway.routing import Candidate, NoWorkerError, Role, WorkerKey, choose_route
+from gateway.candidates import Candidate, Rates, Role, WorkerKey
+from gateway.costs import Demand
+from gateway.routing import NoWorkerError, Policy, Route, choose_route
+
+RATES = Rates(
+    prefill_tokens_per_s=1000.0, step_base_s=0.02, step_per_sequence_s=0.002, transfer_bytes_per_s=1e9,
+    transfer_round_trip_s=0.001,
+)  # fmt: skip
 
 
 def worker(name: str, role: Role, **changes: object) -> Candidate:
     base = Candidate(
-        key=WorkerKey(name, 1), role=role, address="a:1", content_fingerprint="f", block_size=16, num_requests=0,
-        num_queued_prefill_tokens=0, num_free_blocks=1000, num_prefix_blocks=0, prefill_tokens_per_s=0.0,
+        key=WorkerKey(name, 1), role=role, address="a:1", content_fingerprint="f", block_size=16,
+        block_nbytes=500_000, num_requests=0, num_queued_prefill_tokens=0, num_free_blocks=1000, num_prefix_blocks=0,
+        rates=RATES,
     )  # fmt: skip
     return replace(base, **changes)  # type: ignore[arg-type]
 
@@ -21,16 +32,22 @@ P0, P1 = worker("p0", Role.PREFILL), worker("p1", Role.PREFILL)
 D0, D1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE)
 
 
-def names(
-    candidates: list[Candidate], num_tokens: int = 500, excluded: tuple[Candidate, ...] = ()
-) -> tuple[str, str | None]:
-    route = choose_route(candidates, num_tokens, frozenset(c.key for c in excluded), 32)
-    assert route.reason
-    return route.decode.key.worker_id, route.prefill.key.worker_id if route.prefill else None
+def route(
+    candidates: Sequence[Candidate], num_tokens: int = 500, excluded: tuple[Candidate, ...] = (),
+    policy: Policy = Policy.KV_AWARE, turn: int = 0, request_id: str = "r",
+) -> Route:  # fmt: skip
+    chosen = choose_route(
+        candidates, Demand(num_tokens, 1000), frozenset(c.key for c in excluded), policy=policy, min_ship_tokens=32,
+        turn=turn, request_id=request_id,
+    )  # fmt: skip
+    assert chosen.chosen in chosen.options
+    assert chosen.decode.key.worker_id in chosen.reason
+    return chosen
 
 
-def test_equal_views_give_equal_routes() -> None:
-    assert names([P1, P0, D1, D0]) == names([D0, D1, P0, P1]) == ("d0", "p0")
+def names(*args: object, **kwargs: object) -> tuple[str, str | None]:
+    found = route(*args, **kwargs)  # type: ignore[arg-type]
+    return found.decode.key.worker_id, found.prefill.key.worker_id if found.prefill else None
 
 
 def test_the_least_loaded_decode_worker_is_taken() -> None:
@@ -46,40 +63,171 @@ def test_a_full_pool_comes_last() -> None:
 
 
 def test_the_prefill_worker_that_is_done_first() -> None:
-    busy = replace(P0, num_queued_prefill_tokens=4000, prefill_tokens_per_s=1000.0)
-    slow = replace(P1, prefill_tokens_per_s=400.0)
-    assert names([busy, slow, D0]) == ("d0", "p1")
-    assert names([replace(busy, num_queued_prefill_tokens=100), slow, D0]) == ("d0", "p0")
+    busy = replace(P0, num_queued_prefill_tokens=4000)
+    slow = replace(P1, rates=replace(RATES, prefill_tokens_per_s=400.0))
+    others = replace(D0, num_requests=8)  # whom computing there would stall
+    assert names([busy, slow, others]) == ("d0", "p1")
+    assert names([replace(busy, num_queued_prefill_tokens=100), slow, others]) == ("d0", "p0")
 
 
-def test_a_short_rest_is_computed_where_it_is_decoded() -> None:
-    assert names([P0, D0], num_tokens=31) == ("d0", None)
-    assert names([P0, D0], num_tokens=32) == ("d0", "p0")
+def test_shipping_is_what_it_costs() -> None:
+    """20 ms of compute against 2 ms of round trips and 1 ms of bytes; on a slow link, against 100 ms of bytes."""
+    assert names([P0, D0], num_tokens=20) == ("d0", "p0")
+    slow = replace(P0, rates=replace(RATES, transfer_bytes_per_s=1e7))
+    assert names([slow, D0], num_tokens=20) == ("d0", None)
+    assert names([P0, D0], num_tokens=1) == ("d0", None)
     assert names([P0, replace(D0, num_prefix_blocks=31)], num_tokens=500) == ("d0", None)
+
+
+def test_a_busy_decode_worker_is_spared() -> None:
+    queued = replace(P0, num_queued_prefill_tokens=1000)
+    assert names([queued, D0], num_tokens=200) == ("d0", None)
+    assert names([queued, replace(D0, num_requests=8)], num_tokens=200) == ("d0", "p0")
+
+
+def test_the_terms_add_up() -> None:
+    found = route([replace(P0, num_queued_prefill_tokens=250, num_prefix_blocks=2), replace(D0, num_prefix_blocks=1)])
+    terms = found.chosen.terms
+    assert (terms.queue_s, terms.stall_s) == (0.25, 0.0)
+    assert terms.prefill_s == pytest.approx((500 - 32) / 1000)
+    assert terms.ship_s == pytest.approx(2 * 0.001 + 31 * 500_000 / 1e9)
+    assert terms.decode_s == pytest.approx(64 * (0.02 + 0.002))
+    assert terms.total_s == pytest.approx(terms.queue_s + terms.prefill_s + terms.ship_s + terms.decode_s)
+    alone = next(option for option in found.options if option.prefill is None)
+    assert alone.terms.prefill_s == alone.terms.stall_s == pytest.approx((500 - 16) / 1000)
+    assert str(alone) == "d0 0.0+484.0+0.0+484.0+1408.0=2376.0ms"
+
+
+def test_who_has_not_measured_is_taken_for_typical() -> None:
+    new = replace(P1, rates=Rates())
+    for speed in (10.0, 1e6):
+        measured = replace(P0, rates=replace(RATES, prefill_tokens_per_s=speed))
+        found = route([measured, new, D0])
+        a, b = (next(o for o in found.options if o.prefill is p).terms for p in (measured, new))
+        assert a.prefill_s == b.prefill_s
+    nobody = [replace(c, rates=Rates(prefill_tokens_per_s=float("nan"))) for c in (P0, D0)]
+    assert names(nobody) == ("d0", "p0")
 
 
 def test_unequal_content_is_never_paired() -> None:
     assert names([replace(P0, content_fingerprint="other"), P1, D0]) == ("d0", "p1")
-    assert names([replace(P0, content_fingerprint="other"), D0]) == ("d0", None)
+    found = route([replace(P0, content_fingerprint="other"), D0])
+    assert found.prefill is None
+    assert [(p.worker_id, p.why) for p in found.passed_over] == [("p0", "its KV fits no decode worker")]
 
 
-def test_unequal_block_sizes_are_paired_and_counted_each_in_its_own() -> None:
-    assert names([replace(P0, block_size=32), D0]) == ("d0", "p0")
+def test_unequal_block_sizes_are_counted_each_in_its_own() -> None:
+    cached = {"num_prefix_blocks": 10}
+    assert names([replace(P0, **cached), replace(P1, block_size=32, **cached), D0]) == ("d0", "p1")  # type: ignore[arg-type]
     # 15 blocks of 32 tokens leave 20 of the prompt, 15 of 16 leave 260.
-    assert names([P0, replace(D0, block_size=32, num_prefix_blocks=15)], num_tokens=500) == ("d0", None)
-    assert names([P0, replace(D0, num_prefix_blocks=15)], num_tokens=500) == ("d0", "p0")
-    rates = {"prefill_tokens_per_s": 100.0, "num_prefix_blocks": 10}
-    assert names([replace(P0, **rates), replace(P1, block_size=32, **rates), D0]) == ("d0", "p1")  # type: ignore[arg-type]
+    least = {"policy": Policy.LEAST_LOADED}
+    assert names([P0, replace(D0, block_size=32, num_prefix_blocks=15)], **least) == ("d0", None)
+    assert names([P0, replace(D0, num_prefix_blocks=15)], **least) == ("d0", "p0")
 
 
-def test_failed_workers_are_left_out() -> None:
+def test_failed_and_draining_workers_are_left_out() -> None:
     assert names([P0, P1, D0], excluded=(P0,)) == ("d0", "p1")
     assert names([P0, D0], excluded=(P0,)) == ("d0", None)
-    with pytest.raises(NoWorkerError, match="1 known"):
+    assert names([P0, replace(D0, draining=True), D1]) == ("d1", "p0")
+    with pytest.raises(NoWorkerError, match="1 known") as error:
         names([P0, D0], excluded=(D0,))
+    assert [(p.worker_id, p.why) for p in error.value.passed_over] == [("d0", "failed this request")]
     with pytest.raises(NoWorkerError, match="has joined"):
         names([P0])
 
 
 def test_a_new_incarnation_is_another_worker() -> None:
     assert names([P0, replace(D0, key=WorkerKey("d0", 2))], excluded=(D0,)) == ("d0", "p0")
+
+
+def test_the_other_policies_look_at_no_cache() -> None:
+    view = [P0, replace(P1, num_queued_prefill_tokens=9), D0, replace(D1, num_prefix_blocks=20)]
+    assert names(view, policy=Policy.LEAST_LOADED) == ("d0", "p0")
+    turns = [names(view, policy=Policy.ROUND_ROBIN, turn=turn) for turn in range(3)]
+    assert turns == [("d0", "p0"), ("d1", "p1"), ("d0", "p0")]
+    drawn = {names(view, policy=Policy.RANDOM, request_id=str(n)) for n in range(50)}
+    assert drawn == {("d0", "p0"), ("d0", "p1"), ("d1", "p0"), ("d1", "p1")}
+    assert names([P0, D0], num_tokens=31, policy=Policy.ROUND_ROBIN) == ("d0", None)
+
+
+MEASURED = st.floats(min_value=1e-4, max_value=1e4)
+ANY_RATES = st.builds(Rates, *(st.one_of(st.just(0.0), MEASURED) for _ in range(5)))
+
+
+@st.composite
+def views(draw: st.DrawFn) -> list[Candidate]:
+    count = st.integers(min_value=0, max_value=60)
+    found = []
+    for role, letter in ((Role.PREFILL, "p"), (Role.DECODE, "d")):
+        for index in range(draw(st.integers(min_value=1, max_value=3))):
+            found.append(
+                worker(
+                    f"{letter}{index}", role, content_fingerprint=draw(st.sampled_from("fg")),
+                    block_size=draw(st.sampled_from((16, 32))), block_nbytes=draw(st.integers(1, 10**6)),
+                    num_requests=draw(count), num_queued_prefill_tokens=draw(count) * 50,
+                    num_free_blocks=draw(count), num_prefix_blocks=draw(count), rates=draw(ANY_RATES),
+                    draining=draw(st.integers(0, 5)) == 0,
+                )
+            )  # fmt: skip
+    return found
+
+
+def chosen_keys(found: Route) -> set[WorkerKey]:
+    return {c.key for c in (found.decode, found.prefill) if c is not None}
+
+
+def try_route(view: Sequence[Candidate], num_tokens: int, **kwargs: object) -> Route | None:
+    try:
+        return route(view, num_tokens, **kwargs)  # type: ignore[arg-type]
+    except NoWorkerError:
+        return None
+
+
+@given(views(), st.integers(1, 800), st.data())
+def test_more_load_never_attracts(view: list[Candidate], num_tokens: int, data: st.DataObject) -> None:
+    before = try_route(view, num_tokens)
+    index = data.draw(st.integers(0, len(view) - 1))
+    more = st.integers(0, 100)
+    loaded = replace(
+        view[index],
+        num_requests=view[index].num_requests + data.draw(more),
+        num_queued_prefill_tokens=view[index].num_queued_prefill_tokens + data.draw(more),
+        num_free_blocks=max(0, view[index].num_free_blocks - data.draw(more)),
+    )
+    after = try_route([*view[:index], loaded, *view[index + 1 :]], num_tokens)
+    if before is not None and after is not None and loaded.key not in chosen_keys(before):
+        assert loaded.key not in chosen_keys(after)
+
+
+@given(views(), st.integers(1, 800), st.data())
+def test_more_of_the_prefix_never_repels(view: list[Candidate], num_tokens: int, data: st.DataObject) -> None:
+    before = try_route(view, num_tokens)
+    if before is None:
+        return
+    taken = data.draw(st.sampled_from([c for c in (before.decode, before.prefill) if c is not None]))
+    index = view.index(taken)
+    better = replace(taken, num_prefix_blocks=taken.num_prefix_blocks + data.draw(st.integers(1, 60)))
+    after = try_route([*view[:index], better, *view[index + 1 :]], num_tokens)
+    assert after is not None
+    assert taken.key in chosen_keys(after)
+
+
+@given(views(), st.integers(1, 800), st.sampled_from(Policy), st.integers(0, 9), st.data())
+def test_equal_views_give_equal_routes_to_those_who_can(
+    view: list[Candidate], num_tokens: int, policy: Policy, turn: int, data: st.DataObject
+) -> None:
+    excluded = tuple(data.draw(st.sets(st.sampled_from(view), max_size=2)))
+    settings = {"excluded": excluded, "policy": policy, "turn": turn}
+    found = try_route(view, num_tokens, **settings)
+    assert try_route(data.draw(st.permutations(view)), num_tokens, **settings) == found
+    if found is None:
+        assert all(c.draining or c in excluded for c in view if c.role is Role.DECODE)
+        return
+    for option in found.options:
+        for c in (option.decode, option.prefill):
+            assert c is None or (not c.draining and c not in excluded)
+        assert option.prefill is None or option.prefill.content_fingerprint == option.decode.content_fingerprint
+    ranks = [option.rank for option in found.options]
+    assert ranks == sorted(ranks)
+    if policy is Policy.KV_AWARE:
+        assert found.chosen == found.options[0]

@@ -21,9 +21,14 @@ from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterConfig, clone_root, plan
 from tests.integration.reference import Reference
 
-# Small chunks, so that prompts of a few hundred tokens take several; everything is shipped, however short.  Which
-# transfers are verified is left to chance by default; test_checksums.py has a cluster that verifies all.
-ENVIRONMENT = {"KVFERRY_CHUNK_TOKENS": "64", "KVFERRY_MIN_SHIP_TOKENS": "1", "KVFERRY_VERIFY_TRANSFERS": "none"}
+# Small chunks, so that prompts of a few hundred tokens take several; everything is shipped, however short and whatever that
+# costs.  Which transfers are verified is left to chance by default; test_checksums.py has a cluster that verifies all.
+ENVIRONMENT = {
+    "KVFERRY_CHUNK_TOKENS": "64",
+    "KVFERRY_ROUTING": "least-loaded",
+    "KVFERRY_MIN_SHIP_TOKENS": "1",
+    "KVFERRY_VERIFY_TRANSFERS": "none",
+}
 SETTLE_S = 2.0
 
 

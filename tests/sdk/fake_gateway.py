@@ -136,6 +136,23 @@ def describe_cluster() -> inference_pb2.DescribeClusterResponse:
     )
 
 
+def explain_route() -> inference_pb2.ExplainRouteResponse:
+    split = inference_pb2.RouteOption(
+        decode_worker="decode-0", prefill_worker="prefill-0", chosen=True, queue_s=0.25, prefill_s=0.5, ship_s=0.0125,
+        decode_s=1.5, num_prefill_cached_tokens=32, num_decode_cached_tokens=16,
+    )  # fmt: skip
+    alone = inference_pb2.RouteOption(
+        decode_worker="decode-1", full=True, prefill_s=0.5, stall_s=2.5, decode_s=1.5
+    )  # fmt: skip
+    decision = inference_pb2.RouteDecision(
+        policy="kv-aware", reason="prefill on prefill-0, decode on decode-0", num_prompt_tokens=512, age_ms=4200,
+        view_age_ms=300, options=[split, alone],
+        passed_over=[inference_pb2.PassedOver(worker_id="decode-2", why="draining")],
+    )  # fmt: skip
+    refused = inference_pb2.RouteDecision(reason="no decode worker has joined the cluster", age_ms=4100)
+    return inference_pb2.ExplainRouteResponse(decisions=[decision, refused])
+
+
 class FakeGateway(inference_pb2_grpc.InferenceServiceServicer, inference_pb2_grpc.ClusterServiceServicer):
     """Plays ``scripts`` one per Generate, the last one again and again; ``failures`` are raised by the unary calls
     before they answer.  With ``tls`` it speaks TLS alone.  ``requests`` and ``metadata`` record what arrived,
@@ -206,6 +223,12 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer, inference_pb2_grp
     ) -> inference_pb2.DetokenizeResponse:
         self._record_unary(request, context)
         return inference_pb2.DetokenizeResponse(text="".join(map(str, request.ids)))
+
+    def ExplainRoute(
+        self, request: inference_pb2.ExplainRouteRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.ExplainRouteResponse:
+        self._record_unary(request, context)
+        return explain_route()
 
     def DescribeCluster(
         self, request: inference_pb2.DescribeClusterRequest, context: grpc.ServicerContext

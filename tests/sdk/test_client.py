@@ -369,3 +369,13 @@ def test_api_key_goes_with_every_call(gateway: FakeGateway) -> None:
 def test_the_server_learns_the_clients_version(client: kvferry.Client, gateway: FakeGateway) -> None:
     client.models()
     assert gateway.metadata[0]["user-agent"].startswith(f"kvferry/{kvferry.__version__} ")
+
+
+def test_a_route_is_explained_in_full(client: kvferry.Client, gateway: FakeGateway) -> None:
+    first, second = client.explain_route("r-1")
+    assert (first.policy, first.age_s, first.view_age_s) == ("kv-aware", 4.2, 0.3)
+    assert [option.chosen for option in first.options] == [True, False]
+    assert first.options[1].full
+    assert first.options[0].total_s == 2.2625
+    assert first.passed_over == {"decode-2": "draining"}
+    assert (second.policy, second.options) == ("", ())

@@ -161,6 +161,10 @@ class WorkerLoad(google.protobuf.message.Message):
     DRAINING_FIELD_NUMBER: builtins.int
     NUM_PINS_FIELD_NUMBER: builtins.int
     NUM_PINNED_BLOCKS_FIELD_NUMBER: builtins.int
+    DECODE_STEP_BASE_S_FIELD_NUMBER: builtins.int
+    DECODE_STEP_PER_SEQUENCE_S_FIELD_NUMBER: builtins.int
+    TRANSFER_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    TRANSFER_ROUND_TRIP_S_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -172,6 +176,17 @@ class WorkerLoad(google.protobuf.message.Message):
     num_pins: builtins.int
     """Leases by which other workers read blocks here, and the blocks under at least one. Those count as active."""
     num_pinned_blocks: builtins.int
+    decode_step_base_s: builtins.float
+    """A decode step of n sequences takes base + n * per_sequence seconds; a line through the steps measured, newer ones
+    weighing more. Both 0 until measured; the second stays 0 until steps of two sizes were.
+    """
+    decode_step_per_sequence_s: builtins.float
+    transfer_bytes_per_s: builtins.float
+    """Of what this worker wrote into other workers' pools, while it was being written; newer transfers weigh more. 0 until
+    measured.
+    """
+    transfer_round_trip_s: builtins.float
+    """From a commit to its answer, without what the owner spent on verifying. 0 until measured."""
     @property
     def blocks(self) -> kvferry.api.common.v1.common_pb2.BlockCounts: ...
     def __init__(
@@ -186,10 +201,14 @@ class WorkerLoad(google.protobuf.message.Message):
         draining: builtins.bool = ...,
         num_pins: builtins.int = ...,
         num_pinned_blocks: builtins.int = ...,
+        decode_step_base_s: builtins.float = ...,
+        decode_step_per_sequence_s: builtins.float = ...,
+        transfer_bytes_per_s: builtins.float = ...,
+        transfer_round_trip_s: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad

@@ -483,3 +483,158 @@ class DescribeClusterResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DescribeClusterResponse: typing_extensions.TypeAlias = DescribeClusterResponse
+
+@typing.final
+class ExplainRouteRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    request_id: builtins.str
+    """As Started named it."""
+    def __init__(
+        self,
+        *,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["request_id", b"request_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ExplainRouteRequest: typing_extensions.TypeAlias = ExplainRouteRequest
+
+@typing.final
+class ExplainRouteResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECISIONS_FIELD_NUMBER: builtins.int
+    @property
+    def decisions(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RouteDecision]:
+        """One for each attempt, in order; at least one."""
+
+    def __init__(
+        self,
+        *,
+        decisions: collections.abc.Iterable[Global___RouteDecision] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["decisions", b"decisions"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ExplainRouteResponse: typing_extensions.TypeAlias = ExplainRouteResponse
+
+@typing.final
+class RouteDecision(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    AGE_MS_FIELD_NUMBER: builtins.int
+    VIEW_AGE_MS_FIELD_NUMBER: builtins.int
+    OPTIONS_FIELD_NUMBER: builtins.int
+    PASSED_OVER_FIELD_NUMBER: builtins.int
+    policy: builtins.str
+    """"kv-aware", "least-loaded", "round-robin" or "random"; empty when nobody could serve the request."""
+    reason: builtins.str
+    """In words."""
+    num_prompt_tokens: builtins.int
+    age_ms: builtins.int
+    """Milliseconds since the decision."""
+    view_age_ms: builtins.int
+    """Milliseconds since the directory had been heard from then."""
+    @property
+    def options(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RouteOption]:
+        """Cheapest first: all that keep the chosen decode worker, and the cheapest of each other one."""
+
+    @property
+    def passed_over(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PassedOver]: ...
+    def __init__(
+        self,
+        *,
+        policy: builtins.str = ...,
+        reason: builtins.str = ...,
+        num_prompt_tokens: builtins.int = ...,
+        age_ms: builtins.int = ...,
+        view_age_ms: builtins.int = ...,
+        options: collections.abc.Iterable[Global___RouteOption] | None = ...,
+        passed_over: collections.abc.Iterable[Global___PassedOver] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["age_ms", b"age_ms", "num_prompt_tokens", b"num_prompt_tokens", "options", b"options", "passed_over", b"passed_over", "policy", b"policy", "reason", b"reason", "view_age_ms", b"view_age_ms"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___RouteDecision: typing_extensions.TypeAlias = RouteDecision
+
+@typing.final
+class RouteOption(google.protobuf.message.Message):
+    """Seconds, predicted from what workers measured; their sum ranks the option."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DECODE_WORKER_FIELD_NUMBER: builtins.int
+    PREFILL_WORKER_FIELD_NUMBER: builtins.int
+    CHOSEN_FIELD_NUMBER: builtins.int
+    FULL_FIELD_NUMBER: builtins.int
+    QUEUE_S_FIELD_NUMBER: builtins.int
+    PREFILL_S_FIELD_NUMBER: builtins.int
+    SHIP_S_FIELD_NUMBER: builtins.int
+    STALL_S_FIELD_NUMBER: builtins.int
+    DECODE_S_FIELD_NUMBER: builtins.int
+    NUM_PREFILL_CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_DECODE_CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    decode_worker: builtins.str
+    prefill_worker: builtins.str
+    """Empty: the decode worker computes the prompt itself."""
+    chosen: builtins.bool
+    full: builtins.bool
+    """The decode worker had too few blocks to begin; such options come last."""
+    queue_s: builtins.float
+    """Until the prompt's turn."""
+    prefill_s: builtins.float
+    """For the prompt tokens that are not cached."""
+    ship_s: builtins.float
+    """The handover, and the bytes that the decode worker lacks."""
+    stall_s: builtins.float
+    """What the decode worker's other requests lose while it computes the prompt."""
+    decode_s: builtins.float
+    """Of the answer's first tokens, in the batch as it was."""
+    num_prefill_cached_tokens: builtins.int
+    """Prompt tokens in the caches of the two; 0 without a prefill worker."""
+    num_decode_cached_tokens: builtins.int
+    def __init__(
+        self,
+        *,
+        decode_worker: builtins.str = ...,
+        prefill_worker: builtins.str = ...,
+        chosen: builtins.bool = ...,
+        full: builtins.bool = ...,
+        queue_s: builtins.float = ...,
+        prefill_s: builtins.float = ...,
+        ship_s: builtins.float = ...,
+        stall_s: builtins.float = ...,
+        decode_s: builtins.float = ...,
+        num_prefill_cached_tokens: builtins.int = ...,
+        num_decode_cached_tokens: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chosen", b"chosen", "decode_s", b"decode_s", "decode_worker", b"decode_worker", "full", b"full", "num_decode_cached_tokens", b"num_decode_cached_tokens", "num_prefill_cached_tokens", b"num_prefill_cached_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "queue_s", b"queue_s", "ship_s", b"ship_s", "stall_s", b"stall_s"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___RouteOption: typing_extensions.TypeAlias = RouteOption
+
+@typing.final
+class PassedOver(google.protobuf.message.Message):
+    """A worker that could not be chosen, and why, in words."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    WHY_FIELD_NUMBER: builtins.int
+    worker_id: builtins.str
+    why: builtins.str
+    def __init__(
+        self,
+        *,
+        worker_id: builtins.str = ...,
+        why: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["why", b"why", "worker_id", b"worker_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PassedOver: typing_extensions.TypeAlias = PassedOver

@@ -263,6 +263,11 @@ class ClusterServiceStub(object):
                 request_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeClusterRequest.SerializeToString,
                 response_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeClusterResponse.FromString,
                 _registered_method=True)
+        self.ExplainRoute = channel.unary_unary(
+                '/kvferry.api.inference.v1.ClusterService/ExplainRoute',
+                request_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
+                response_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer(object):
@@ -276,6 +281,13 @@ class ClusterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExplainRoute(self, request, context):
+        """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -283,6 +295,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.DescribeCluster,
                     request_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeClusterRequest.FromString,
                     response_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeClusterResponse.SerializeToString,
+            ),
+            'ExplainRoute': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExplainRoute,
+                    request_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteRequest.FromString,
+                    response_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -313,6 +330,33 @@ class ClusterService(object):
             '/kvferry.api.inference.v1.ClusterService/DescribeCluster',
             kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeClusterRequest.SerializeToString,
             kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeClusterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExplainRoute(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.api.inference.v1.ClusterService/ExplainRoute',
+            kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
+            kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -108,6 +108,8 @@ class ClusterServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> ClusterServiceAsyncStub: ...
     DescribeCluster: grpc.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeClusterRequest, kvferry.api.inference.v1.inference_pb2.DescribeClusterResponse]
     """The cluster as this gateway sees it now."""
+    ExplainRoute: grpc.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest, kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]
+    """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
 
 @typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -116,6 +118,8 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     DescribeCluster: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeClusterRequest, kvferry.api.inference.v1.inference_pb2.DescribeClusterResponse]  # type: ignore[assignment]
     """The cluster as this gateway sees it now."""
+    ExplainRoute: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest, kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]  # type: ignore[assignment]
+    """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
 
 class ClusterServiceServicer(metaclass=abc.ABCMeta):
     """What operators ask."""
@@ -127,5 +131,13 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.inference.v1.inference_pb2.DescribeClusterResponse, collections.abc.Awaitable[kvferry.api.inference.v1.inference_pb2.DescribeClusterResponse]]:
         """The cluster as this gateway sees it now."""
+
+    @abc.abstractmethod
+    def ExplainRoute(
+        self,
+        request: kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse, collections.abc.Awaitable[kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]]:
+        """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -1,0 +1,56 @@
+"""What routing knows of a worker.  Pure values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+class Role(Enum):
+    PREFILL = auto()
+    DECODE = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerKey:
+    """One incarnation of one worker."""
+
+    worker_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a worker measured of itself; what is not above 0, or not finite, counts as not measured.  A decode step of
+    ``n`` sequences takes ``step_base_s + n * step_per_sequence_s``."""
+
+    prefill_tokens_per_s: float = 0.0
+    step_base_s: float = 0.0
+    step_per_sequence_s: float = 0.0
+    transfer_bytes_per_s: float = 0.0
+    transfer_round_trip_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One worker as the gateway sees it now: what it last reported and what this gateway has sent it since."""
+
+    key: WorkerKey
+    role: Role
+    address: str
+    content_fingerprint: str  # of its KV layout: workers of equal content can be paired
+    block_size: int
+    block_nbytes: int
+    num_requests: int
+    num_queued_prefill_tokens: int
+    num_free_blocks: int  # free or evictable
+    num_prefix_blocks: int  # of this prompt, in its prefix cache
+    rates: Rates = Rates()
+    draining: bool = False
+
+    def num_uncached(self, num_prompt_tokens: int) -> int:
+        """Prompt tokens that it would have to compute; the last one always, for its logits."""
+        return max(1, num_prompt_tokens - self.num_prefix_blocks * self.block_size)
+
+    def num_missing_blocks(self, num_tokens: int) -> int:
+        return max(0, -(-num_tokens // self.block_size) - self.num_prefix_blocks)

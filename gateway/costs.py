@@ -1,0 +1,153 @@
+"""What it would cost to serve a request somewhere, in seconds.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from gateway.candidates import Candidate, Rates, Role, WorkerKey
+
+# For as long as no worker of the model has measured the quantity: the order of a small model on a few cores.
+PRIOR = Rates(
+    prefill_tokens_per_s=1000.0, step_base_s=0.02, step_per_sequence_s=0.001, transfer_bytes_per_s=1e9,
+    transfer_round_trip_s=0.001,
+)  # fmt: skip
+# Nobody knows how long an answer gets: load on a decode worker counts for this many steps at most.
+HORIZON_TOKENS = 64
+# A split request has a ticket fetched and a commit answered before its first step.
+HANDOVER_ROUND_TRIPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """``max_tokens``: how many the answer may have."""
+
+    num_prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Seconds.  ``queue_s`` until the prompt's turn, ``prefill_s`` for what is not cached, ``ship_s`` for the handover and
+    the bytes that the decode worker lacks, ``stall_s`` that the requests of a decode worker lose while it computes the
+    prompt itself, ``decode_s`` for the answer's first steps in the batch as it is."""
+
+    queue_s: float
+    prefill_s: float
+    ship_s: float
+    stall_s: float
+    decode_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.queue_s + self.prefill_s + self.ship_s + self.stall_s + self.decode_s
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """``prefill`` None: the decode worker computes the prompt itself.  ``full``: it has too few blocks to begin."""
+
+    decode: Candidate
+    prefill: Candidate | None
+    terms: Terms
+    full: bool
+
+    @property
+    def rank(self) -> tuple[bool, float, int, str, str]:
+        """The lowest is the best: unequal for any two options of one view."""
+        prefill_id = self.prefill.key.worker_id if self.prefill else ""
+        return (self.full, self.terms.total_s, self.decode.num_requests, self.decode.key.worker_id, prefill_id)
+
+    def __str__(self) -> str:
+        ms = [f"{s * 1000:.1f}" for s in (*_each(self.terms), self.terms.total_s)]
+        prefill = f"{self.prefill.key.worker_id}>" if self.prefill else ""
+        full = " full" if self.full else ""
+        return f"{prefill}{self.decode.key.worker_id} {'+'.join(ms[:-1])}={ms[-1]}ms{full}"
+
+
+class Costs:
+    """Of one request, among the workers of one view.
+
+    Where a worker has not measured a rate, it gets the mean of its role's workers that have, else that of all; where
+    nobody has, ``PRIOR`` holds.  So a worker that has just joined is neither shunned nor flooded.
+
+    Writing overlaps with computing, so ``ship_s`` is an upper bound: it counts what occupies the link.  A decode worker is
+    taken to have at least one request to stall: an idle one will not be idle for long, and so a prompt is shipped where
+    that is quicker than computing it.
+    """
+
+    def __init__(self, candidates: Sequence[Candidate], demand: Demand) -> None:
+        self._demand = demand
+        self._num_steps = max(1, min(demand.max_tokens, HORIZON_TOKENS))
+        self._rates = _completed(candidates)
+
+    def alone(self, decode: Candidate) -> Option:
+        rates = self._rates[decode.key]
+        prefill_s = decode.num_uncached(self._demand.num_prompt_tokens) / rates.prefill_tokens_per_s
+        terms = Terms(
+            queue_s=decode.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
+            prefill_s=prefill_s,
+            ship_s=0.0,
+            stall_s=prefill_s * max(1, decode.num_requests),
+            decode_s=self._decode_s(decode),
+        )
+        return Option(decode, None, terms, self.is_full(decode))
+
+    def split(self, decode: Candidate, prefill: Candidate) -> Option:
+        rates, num_prompt = self._rates[prefill.key], self._demand.num_prompt_tokens
+        num_bytes = decode.num_missing_blocks(num_prompt) * decode.block_nbytes
+        terms = Terms(
+            queue_s=prefill.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
+            prefill_s=prefill.num_uncached(num_prompt) / rates.prefill_tokens_per_s,
+            ship_s=HANDOVER_ROUND_TRIPS * rates.transfer_round_trip_s + num_bytes / rates.transfer_bytes_per_s,
+            stall_s=0.0,
+            decode_s=self._decode_s(decode),
+        )
+        return Option(decode, prefill, terms, self.is_full(decode))
+
+    def is_full(self, decode: Candidate) -> bool:
+        return decode.num_missing_blocks(self._demand.num_prompt_tokens + 1) > decode.num_free_blocks
+
+    def _decode_s(self, decode: Candidate) -> float:
+        rates = self._rates[decode.key]
+        return self._num_steps * (rates.step_base_s + (decode.num_requests + 1) * rates.step_per_sequence_s)
+
+
+def _each(terms: Terms) -> tuple[float, ...]:
+    return (terms.queue_s, terms.prefill_s, terms.ship_s, terms.stall_s, terms.decode_s)
+
+
+def _completed(candidates: Iterable[Candidate]) -> dict[WorkerKey, Rates]:
+    # In one order, so that a mean does not depend on the view's.
+    ordered = sorted(candidates, key=lambda c: (c.key.worker_id, c.key.incarnation))
+    fill_prefill = _Filler(ordered, lambda r: (r.prefill_tokens_per_s,))
+    fill_step = _Filler(ordered, lambda r: (r.step_base_s, r.step_per_sequence_s))
+    fill_bytes = _Filler(ordered, lambda r: (r.transfer_bytes_per_s,))
+    fill_trip = _Filler(ordered, lambda r: (r.transfer_round_trip_s,))
+    return {c.key: Rates(*fill_prefill.of(c), *fill_step.of(c), *fill_bytes.of(c), *fill_trip.of(c)) for c in ordered}
+
+
+_Quantity = tuple[float, ...]
+
+
+class _Filler:
+    """One quantity of the rates, for those who have not measured it too."""
+
+    def __init__(self, candidates: Sequence[Candidate], pick: Callable[[Rates], _Quantity]) -> None:
+        self._pick = pick
+        measured = [(c.role, pick(c.rates)) for c in candidates if _is_measured(pick(c.rates))]
+        everybody = _mean([values for _, values in measured]) or pick(PRIOR)
+        self._typical = {role: _mean([v for r, v in measured if r is role]) or everybody for role in Role}
+
+    def of(self, candidate: Candidate) -> _Quantity:
+        own = self._pick(candidate.rates)
+        return own if _is_measured(own) else self._typical[candidate.role]
+
+
+def _is_measured(values: _Quantity) -> bool:
+    return all(0 <= value < inf for value in values) and any(values)
+
+
+def _mean(rows: Sequence[_Quantity]) -> _Quantity:
+    return tuple(sum(column) / len(rows) for column in zip(*rows, strict=True))

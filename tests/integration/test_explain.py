@@ -1,0 +1,70 @@
+"""A real cluster reckons with what its workers measured, and says so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from kvferry import Client, NotFoundError
+from tests.integration.conftest import Running, started
+
+PROMPT = list(range(1000, 1300))
+
+
+@pytest.fixture(scope="module")
+def reckoning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Two decode workers, and routing by cost."""
+    environment = {"KVFERRY_CHUNK_TOKENS": "64"}
+    with started(tmp_path_factory.mktemp("logs"), environment, num_decode=2) as running:
+        running.wait_routable()
+        running.wait_until(lambda: len(running.cluster_view().workers) == 3, 30, "all workers are seen")
+        yield running
+
+
+def test_a_route_is_explained_with_measured_rates(reckoning: Running) -> None:
+    with Client(reckoning.address) as client:
+        first = client.generate(PROMPT, max_tokens=24, temperature=0, ignore_eos=True).result()
+        assert first.timeline.prefill_worker == "prefill-0"
+
+        def measured() -> bool:
+            loads = {w.info.worker_id: w.load for w in reckoning.cluster_view().workers}
+            prefill, decode = loads["prefill-0"], loads[first.timeline.decode_worker]
+            cached = decode.blocks.cached
+            return bool(
+                prefill.prefill_tokens_per_s and prefill.transfer_bytes_per_s and prefill.transfer_round_trip_s
+                and decode.decode_step_base_s and cached
+            )  # fmt: skip
+
+        reckoning.wait_until(measured, 20, "the workers report what they measured")
+        again = client.generate([*PROMPT, *range(2000, 2200)], max_tokens=4, temperature=0).result()
+        (decision,) = client.explain_route(again.request_id)
+        assert (decision.policy, decision.num_prompt_tokens) == ("kv-aware", 500)
+        (chosen,) = [option for option in decision.options if option.chosen]
+        assert chosen == decision.options[0]
+        assert (chosen.prefill_worker, chosen.decode_worker) == (
+            again.timeline.prefill_worker, again.timeline.decode_worker,
+        )  # fmt: skip
+        assert again.timeline.decode_worker == first.timeline.decode_worker, "who holds the prefix"
+        assert chosen.num_decode_cached_tokens == 288
+        assert {option.decode_worker for option in decision.options} == {"decode-0", "decode-1"}
+        speed = next(
+            w.load.prefill_tokens_per_s for w in reckoning.cluster_view().workers if w.info.worker_id == "prefill-0"
+        )
+        split = next(option for option in decision.options if option.prefill_worker)
+        # The rate moves a little with every chunk: within a factor of two it is the worker's and not the prior.
+        assert 0.5 < split.prefill_s * speed / (500 - split.num_prefill_cached_tokens) < 2
+
+
+def test_the_command_line_explains(reckoning: Running) -> None:
+    with Client(reckoning.address) as client:
+        answer = client.generate("The capital of France is", max_tokens=2).result()
+        with pytest.raises(NotFoundError, match="not among the last 1000") as error:
+            client.explain_route("nobody")
+        assert error.value.reason == "UNKNOWN_REQUEST"
+    command = [sys.executable, "-m", "kvferry.cli", "explain", answer.request_id, "--address", reckoning.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert f"{answer.usage.num_prompt_tokens} prompt tokens" in done.stdout
+    assert sum(line.startswith("*") for line in done.stdout.splitlines()) == 1
