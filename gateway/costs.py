@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -66,8 +66,21 @@ class Option:
         return f"{prefill}{self.decode.key.worker_id} {'+'.join(ms[:-1])}={ms[-1]}ms{full}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Writing:
+    """What a prefill worker needs, whoever decodes; and its speed for what depends on that."""
+
+    queue_s: float
+    prefill_s: float
+    handover_s: float
+    bytes_per_s: float
+
+    def ship_s(self, num_bytes: int) -> float:
+        return self.handover_s + num_bytes / self.bytes_per_s
+
+
 class Costs:
-    """Of one request, among the workers of one view.
+    """Of one request, among the workers of one view, given in the order of their ids: means are rounded.
 
     Where a worker has not measured a rate, it gets the mean of its role's workers that have, else that of all; where
     nobody has, ``PRIOR`` holds.  So a worker that has just joined is neither shunned nor flooded.
@@ -81,6 +94,7 @@ class Costs:
         self._demand = demand
         self._num_steps = max(1, min(demand.max_tokens, HORIZON_TOKENS))
         self._rates = _completed(candidates)
+        self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}
 
     def alone(self, decode: Candidate) -> Option:
         rates = self._rates[decode.key]
@@ -95,19 +109,44 @@ class Costs:
         return Option(decode, None, terms, self.is_full(decode))
 
     def split(self, decode: Candidate, prefill: Candidate) -> Option:
-        rates, num_prompt = self._rates[prefill.key], self._demand.num_prompt_tokens
-        num_bytes = decode.num_missing_blocks(num_prompt) * decode.block_nbytes
+        writing = self._writing[prefill.key]
         terms = Terms(
-            queue_s=prefill.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
-            prefill_s=prefill.num_uncached(num_prompt) / rates.prefill_tokens_per_s,
-            ship_s=HANDOVER_ROUND_TRIPS * rates.transfer_round_trip_s + num_bytes / rates.transfer_bytes_per_s,
+            queue_s=writing.queue_s,
+            prefill_s=writing.prefill_s,
+            ship_s=writing.ship_s(self._num_missing_bytes(decode)),
             stall_s=0.0,
             decode_s=self._decode_s(decode),
         )
         return Option(decode, prefill, terms, self.is_full(decode))
 
+    def best(self, decode: Candidate, writers: Sequence[Candidate]) -> Option:
+        """Of all that decode there: by rank, but without making each one, of which there are many."""
+        alone = self.alone(decode)
+        if not writers:
+            return alone
+        num_bytes, decode_s = self._num_missing_bytes(decode), alone.terms.decode_s
+
+        def rank(writer: Candidate) -> tuple[float, str]:
+            w = self._writing[writer.key]
+            # The same additions in the same order as a total's, so that rounding makes no other order.
+            return (w.queue_s + w.prefill_s + w.ship_s(num_bytes) + 0.0 + decode_s, writer.key.worker_id)
+
+        return min(alone, self.split(decode, min(writers, key=rank)), key=lambda option: option.rank)
+
     def is_full(self, decode: Candidate) -> bool:
         return decode.num_missing_blocks(self._demand.num_prompt_tokens + 1) > decode.num_free_blocks
+
+    def _num_missing_bytes(self, decode: Candidate) -> int:
+        return decode.num_missing_blocks(self._demand.num_prompt_tokens) * decode.block_nbytes
+
+    def _writing_on(self, prefill: Candidate) -> _Writing:
+        rates = self._rates[prefill.key]
+        return _Writing(
+            queue_s=prefill.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
+            prefill_s=prefill.num_uncached(self._demand.num_prompt_tokens) / rates.prefill_tokens_per_s,
+            handover_s=HANDOVER_ROUND_TRIPS * rates.transfer_round_trip_s,
+            bytes_per_s=rates.transfer_bytes_per_s,
+        )
 
     def _decode_s(self, decode: Candidate) -> float:
         rates = self._rates[decode.key]
@@ -118,14 +157,14 @@ def _each(terms: Terms) -> tuple[float, ...]:
     return (terms.queue_s, terms.prefill_s, terms.ship_s, terms.stall_s, terms.decode_s)
 
 
-def _completed(candidates: Iterable[Candidate]) -> dict[WorkerKey, Rates]:
-    # In one order, so that a mean does not depend on the view's.
-    ordered = sorted(candidates, key=lambda c: (c.key.worker_id, c.key.incarnation))
-    fill_prefill = _Filler(ordered, lambda r: (r.prefill_tokens_per_s,))
-    fill_step = _Filler(ordered, lambda r: (r.step_base_s, r.step_per_sequence_s))
-    fill_bytes = _Filler(ordered, lambda r: (r.transfer_bytes_per_s,))
-    fill_trip = _Filler(ordered, lambda r: (r.transfer_round_trip_s,))
-    return {c.key: Rates(*fill_prefill.of(c), *fill_step.of(c), *fill_bytes.of(c), *fill_trip.of(c)) for c in ordered}
+def _completed(candidates: Sequence[Candidate]) -> dict[WorkerKey, Rates]:
+    fill_prefill = _Filler(candidates, lambda r: (r.prefill_tokens_per_s,))
+    fill_step = _Filler(candidates, lambda r: (r.step_base_s, r.step_per_sequence_s))
+    fill_bytes = _Filler(candidates, lambda r: (r.transfer_bytes_per_s,))
+    fill_trip = _Filler(candidates, lambda r: (r.transfer_round_trip_s,))
+    return {
+        c.key: Rates(*fill_prefill.of(c), *fill_step.of(c), *fill_bytes.of(c), *fill_trip.of(c)) for c in candidates
+    }
 
 
 _Quantity = tuple[float, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
@@ -94,22 +94,26 @@ def choose_route(
             "no decode worker has joined the cluster", passed_over,
         )  # fmt: skip
     costs = Costs(usable, demand)
-    by_decoder = {d.key: _options(costs, d, usable) for d in decoders}
+    writers = _by_content(c for c in usable if c.role is Role.PREFILL)
+    bests = [costs.best(d, writers.get(d.content_fingerprint, ())) for d in decoders]
     if policy is Policy.KV_AWARE:
-        chosen = min((option for options in by_decoder.values() for option in options), key=lambda o: o.rank)
+        chosen = min(bests, key=lambda option: option.rank)
     else:
-        chosen = _by_custom(_Custom(policy, turn, Random(request_id)), by_decoder, costs, demand, min_ship_tokens)
-    others = [min(options, key=lambda o: o.rank) for key, options in by_decoder.items() if key != chosen.decode.key]
-    kept = sorted([*by_decoder[chosen.decode.key], *others], key=lambda o: o.rank)
-    return Route(policy, demand, chosen, tuple(kept), passed_over)
+        chosen = _Custom(policy, turn, Random(request_id)).choose(decoders, writers, costs, demand, min_ship_tokens)
+    with_it = [
+        costs.alone(chosen.decode),
+        *(costs.split(chosen.decode, w) for w in writers.get(chosen.decode.content_fingerprint, ())),
+    ]
+    others = (best for best in bests if best.decode is not chosen.decode)
+    options = tuple(sorted([*with_it, *others], key=lambda option: option.rank))
+    return Route(policy, demand, chosen, options, passed_over)
 
 
-def _options(costs: Costs, decode: Candidate, usable: Sequence[Candidate]) -> list[Option]:
-    """Alone first, then with each prefill worker that can write here."""
-    writers = [
-        c for c in usable if c.role is Role.PREFILL and c.content_fingerprint == decode.content_fingerprint
-    ]  # fmt: skip
-    return [costs.alone(decode), *(costs.split(decode, writer) for writer in writers)]
+def _by_content(workers: Iterable[Candidate]) -> dict[str, list[Candidate]]:
+    found: dict[str, list[Candidate]] = {}
+    for worker in workers:
+        found.setdefault(worker.content_fingerprint, []).append(worker)
+    return found
 
 
 def _passed_over(candidates: Sequence[Candidate], excluded: frozenset[WorkerKey]) -> list[PassedOver]:
@@ -127,33 +131,35 @@ def _passed_over(candidates: Sequence[Candidate], excluded: frozenset[WorkerKey]
 
 @dataclass(slots=True)
 class _Custom:
-    """How a policy picks without looking at costs."""
+    """A policy that does not look at costs."""
 
     policy: Policy
     turn: int
     random: Random
 
-    def pick(self, ordered: Sequence[Candidate]) -> Candidate:
-        """``ordered`` by worker id."""
+    def choose(
+        self, decoders: Sequence[Candidate], writers: Mapping[str, Sequence[Candidate]], costs: Costs, demand: Demand,
+        min_ship_tokens: int,
+    ) -> Option:  # fmt: skip
+        decode = self._pick([d for d in decoders if not costs.is_full(d)] or decoders)
+        able = writers.get(decode.content_fingerprint, ())
+        lacking = demand.num_prompt_tokens - decode.num_prefix_blocks * decode.block_size
+        return costs.split(decode, self._pick(able)) if able and lacking >= min_ship_tokens else costs.alone(decode)
+
+    def _pick(self, ordered: Sequence[Candidate]) -> Candidate:
+        """``ordered``: of one role, by worker id."""
         match self.policy:
             case Policy.ROUND_ROBIN:
                 return ordered[self.turn % len(ordered)]
             case Policy.RANDOM:
                 return self.random.choice(ordered)
             case _:
-                return min(ordered, key=lambda c: (c.num_queued_prefill_tokens, c.num_requests, c.key.worker_id)
-                           if c.role is Role.PREFILL else (c.num_requests, 0, c.key.worker_id))  # fmt: skip
+                return min(ordered, key=_load)
 
 
-def _by_custom(
-    custom: _Custom, by_decoder: dict[WorkerKey, list[Option]], costs: Costs, demand: Demand, min_ship_tokens: int
-) -> Option:
-    decoders = [options[0].decode for options in by_decoder.values()]
-    decode = custom.pick([d for d in decoders if not costs.is_full(d)] or decoders)
-    alone, *splits = by_decoder[decode.key]
-    lacking = demand.num_prompt_tokens - decode.num_prefix_blocks * decode.block_size
-    writers = [option.prefill for option in splits if option.prefill]
-    if not writers or lacking < min_ship_tokens:
-        return alone
-    writer = custom.pick(writers)
-    return next(option for option in splits if option.prefill is writer)
+def _load(worker: Candidate) -> tuple[int, int, str]:
+    # A decode worker's queue of prompts is short or empty, and its requests last.
+    first, second = worker.num_queued_prefill_tokens, worker.num_requests
+    if worker.role is Role.DECODE:
+        first, second = second, first
+    return (first, second, worker.key.worker_id)

@@ -106,7 +106,7 @@ def _to_decision_proto(decision: Decision, now_s: float) -> inference_pb2.RouteD
     proto.reason = route.reason
     proto.num_prompt_tokens = route.demand.num_prompt_tokens
     proto.options.extend(
-        _to_option_proto(option, option is route.chosen, route.demand.num_prompt_tokens) for option in route.options
+        _to_option_proto(option, option == route.chosen, route.demand.num_prompt_tokens) for option in route.options
     )
     return proto
 

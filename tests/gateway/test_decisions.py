@@ -25,4 +25,9 @@ def test_an_id_that_is_used_again_begins_anew() -> None:
     for reason in ("old", "new"):
         book.add("a", refused(reason), first=True)
     assert [d.outcome.reason for d in book.of("a")] == ["new"]
+    book.add("b", refused("b1"), first=True)
+    book.add("a", refused("newest"), first=True)
+    book.add("c", refused("c1"), first=True)
+    assert book.of("b") == (), "the oldest goes, and that is not the one used again"
+    assert len(book.of("a")) == 1
     assert book.of("other") == ()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.candidates import Candidate, Rates, Role, WorkerKey
-from gateway.costs import Demand
+from gateway.costs import Costs, Demand
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
 
 RATES = Rates(
@@ -210,6 +210,15 @@ def test_more_of_the_prefix_never_repels(view: list[Candidate], num_tokens: int,
     after = try_route([*view[:index], better, *view[index + 1 :]], num_tokens)
     assert after is not None
     assert taken.key in chosen_keys(after)
+
+
+@given(views(), st.integers(1, 800))
+def test_the_best_is_the_best_of_all(view: list[Candidate], num_tokens: int) -> None:
+    costs = Costs(view, Demand(num_tokens, 1000))
+    writers = [c for c in view if c.role is Role.PREFILL]
+    for decode in (c for c in view if c.role is Role.DECODE):
+        every = [costs.alone(decode), *(costs.split(decode, writer) for writer in writers)]
+        assert costs.best(decode, writers) == min(every, key=lambda option: option.rank)
 
 
 @given(views(), st.integers(1, 800), st.sampled_from(Policy), st.integers(0, 9), st.data())
