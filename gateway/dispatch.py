@@ -419,8 +419,9 @@ class Dispatcher:
         )
 
     async def _follow_prefill(self, run: _Run, attempt: int, ticket: worker_pb2.Ticket) -> None:
-        worker_id = run.prefill.key.worker_id
-        counted = self._pending.add(run.prefill.key, run.route.num_uncached_tokens)
+        key = run.prefill.key  # the run's route may be the next attempt's when this one has been cancelled
+        worker_id = key.worker_id
+        counted = self._pending.add(key, run.route.num_uncached_tokens)
         try:
             await self._prefill(run, attempt, ticket)
             error: Error = UnavailableError(f"worker {worker_id} ended its stream early")
@@ -433,7 +434,7 @@ class Dispatcher:
             log.exception("stream_broke", stream=Stream.PREFILL.name)
             error = InternalError(f"the gateway failed to follow a worker's stream: {type(e).__name__}")
         finally:
-            self._pending.remove(run.prefill.key, counted)
+            self._pending.remove(key, counted)
         run.put(StreamFailed(attempt, Stream.PREFILL, error))  # ignored where the stream had come to its end
 
     async def _prefill(self, run: _Run, attempt: int, ticket: worker_pb2.Ticket) -> None:

@@ -82,7 +82,7 @@ def choose_route(
     fewer requests, then to the lowest worker ids.  A decode worker whose pool is full comes after all others.
 
     For kv-aware, whether to ship is the costs' business; a prompt of which the decode worker lacks fewer than
-    ``min_ship_tokens`` is computed there under the other policies only, which know no costs.  ``turn`` counts the requests
+    ``min_ship_tokens`` is computed there under the other policies only, which know no costs.  ``turn`` counts the choices
     for round-robin, ``request_id`` is random's seed.  Raises NoWorkerError."""
     passed_over = tuple(sorted(_passed_over(candidates, excluded), key=lambda p: p.worker_id))
     usable = sorted((c for c in candidates if c.key not in excluded and not c.draining), key=lambda c: c.key.worker_id)

@@ -1,0 +1,21 @@
+"""What the gateway counts as under way on a worker."""
+
+from __future__ import annotations
+
+from gateway.candidates import WorkerKey
+from gateway.dispatch import Pending, PendingBook
+
+KEY = WorkerKey("d0", 1)
+
+
+def test_a_prompt_counts_until_it_is_computed_and_its_request_until_it_ends() -> None:
+    book = PendingBook()
+    first, second = book.add(KEY, 100), book.add(KEY, 30)
+    assert book.of(KEY) == Pending(2, 130)
+    for _ in range(2):
+        book.computed(KEY, first)
+        assert book.of(KEY) == Pending(2, 30)
+    book.remove(KEY, first)
+    assert book.of(KEY) == Pending(1, 30)
+    book.remove(KEY, second)
+    assert book.of(KEY) == Pending(0, 0)
