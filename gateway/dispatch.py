@@ -17,6 +17,7 @@ from gateway.candidates import Candidate, Rates, Role, WorkerKey
 from gateway.costs import Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.link import DecodeLink, DecodeLinks
+from gateway.pace import Pace
 from gateway.request import (
     Action,
     CancelAttempt,
@@ -124,15 +125,18 @@ class PendingBook:
 class _Run:
     """The moving parts of one request: where its events wait, and what goes on for it."""
 
-    def __init__(self, job: Job, trace: Trace) -> None:
+    def __init__(self, job: Job, trace: Trace, pace: Pace) -> None:
         self.job = job
         self.trace = trace
         self.routed = False
+        self._pace = pace
         self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
         self.decodes: dict[int, _Decoding] = {}  # by attempt
         self.timers: list[asyncio.TimerHandle] = []
         self.events: deque[Event | DeadlineError] = deque()
         self._waiter: asyncio.Future[None] | None = None
+        self._is_woken = False
+        self._is_paced = False
 
     @property
     def route(self) -> Route:
@@ -145,18 +149,29 @@ class _Run:
         return self.route.prefill
 
     def put(self, event: Event | DeadlineError) -> None:
+        """Tokens after the first wait for the pace, everything else is for now."""
         self.events.append(event)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if not isinstance(event, TokenCame) or event.token.index == 0:
+            self._wake()
+            return
+        if not self._is_paced and not self._is_woken:
+            self._is_paced = True
+            self._pace.add(self._wake)
 
     def put_later(self, delay_s: float, event: Event | DeadlineError) -> None:
         self.timers.append(asyncio.get_running_loop().call_later(delay_s, self.put, event))
 
     async def wait(self) -> None:
-        """Until there are events.  One task waits."""
-        if not self.events:
+        """Until there are events to be seen to.  One task waits."""
+        if not self._is_woken:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+        self._is_woken = False
+
+    def _wake(self) -> None:
+        self._is_paced, self._is_woken = False, True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def cancel(self, attempt: int) -> None:
         if task := self.tasks.get(attempt):
@@ -276,11 +291,12 @@ class Dispatcher:
         self._pending = PendingBook()
         self._num_routed = 0
         self.decisions = DecisionBook()
+        self._pace = Pace()
 
     async def run(self, job: Job, trace: Trace, timeout_s: float) -> AsyncGenerator[list[common_pb2.Token], None]:
         """Each token once, in order, together with those that have come since the caller took the last ones; at least one.
         Closing the generator stops the request's compute.  Raises kvferry.errors.Error."""
-        run = _Run(job, trace)
+        run = _Run(job, trace, self._pace)
         run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         machine = RequestMachine(self._max_attempts)
         actions = deque(machine.start())

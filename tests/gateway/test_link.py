@@ -6,46 +6,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
-import grpc
 import pytest
 
 from gateway.link import DecodeLink
-from kvferry.api.common.v1 import common_pb2
-from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import Error, UnavailableError
 from services.runtime.channel import open_channel
-
-
-class Played(worker_pb2_grpc.DecodeServiceServicer):
-    """Says what it is told to; hands out what it was sent."""
-
-    def __init__(self) -> None:
-        self.sent = asyncio.Queue[worker_pb2.DecodeRequest]()
-        self.num_streams = 0
-        self._to_say: asyncio.Queue[worker_pb2.DecodeResponse | None] = asyncio.Queue()
-
-    async def Decode(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.DecodeResponse]:
-        self.num_streams += 1
-
-        async def follow() -> None:
-            async for request in requests:
-                self.sent.put_nowait(request)
-
-        following = asyncio.create_task(follow())
-        try:
-            while (response := await self._to_say.get()) is not None:
-                yield response
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
-        finally:
-            following.cancel()
-
-    def say(self, *events: worker_pb2.DecodeEvent) -> None:
-        self._to_say.put_nowait(worker_pb2.DecodeResponse(events=events))
-
-    def vanish(self) -> None:
-        self._to_say.put_nowait(None)
+from tests.gateway.played import Played, playing, token
 
 
 @dataclass
@@ -65,22 +33,12 @@ class Heard:
 
 @asynccontextmanager
 async def linked() -> AsyncIterator[tuple[Played, DecodeLink]]:
-    server = grpc.aio.server()
-    played = Played()
-    worker_pb2_grpc.add_DecodeServiceServicer_to_server(played, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    async with asyncio.timeout(20), open_channel(f"127.0.0.1:{port}") as channel:
+    async with playing() as (played, address), open_channel(address) as channel:
         link = DecodeLink(channel)
         try:
             yield played, link
         finally:
             await link.aclose()
-    await server.stop(None)
-
-
-def token(handle: int, index: int) -> worker_pb2.DecodeEvent:
-    return worker_pb2.DecodeEvent(handle=handle, token=common_pb2.Token(index=index))
 
 
 def ask(link: DecodeLink, request_id: str = "") -> tuple[int, Heard]:

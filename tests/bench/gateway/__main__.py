@@ -2,6 +2,8 @@
 
 Workers, gateway and clients are processes of their own on this machine.  A core is a second of the gateway's own CPU time.
 Latency counts from the drawing of a token to its reading by the client: both gRPC hops and the worker's loop are in it.
+Each load is also put on a bare grpc.aio server, which sends every token as a message that was serialised before: a gateway
+of one message a token can do no better.
 """
 
 from __future__ import annotations
@@ -36,12 +38,21 @@ class Run:
     tokens_per_s: float
     tokens_per_message: float
     cores: float
+    workers_cores: float
+    clients_cores: float
     p50_ms: float
     p99_ms: float
 
     @property
     def tokens_per_core_s(self) -> float:
         return self.tokens_per_s / self.cores
+
+    def told(self) -> str:
+        return (
+            f"{self.tokens_per_s:.0f} tokens/s in messages of {self.tokens_per_message:.2f}, p50 {self.p50_ms:.1f} and "
+            f"p99 {self.p99_ms:.1f} ms, cores: {self.cores:.2f}, workers {self.workers_cores:.2f}, "
+            f"clients {self.clients_cores:.2f}"
+        )
 
 
 def main() -> None:
@@ -55,12 +66,15 @@ def main() -> None:
     rows: list[Row] = []
     for name in (name for name in works if any(part in name for part in options.only)):
         num_streams, offered = works[name]
-        runs = [measure(num_streams, offered, options) for _ in range(options.rounds)]
+        runs, bare = [], []
+        for _ in range(options.rounds):
+            runs.append(measure(num_streams, offered, options))
+            bare.append(measure_bare(num_streams, offered, options))
         what = f"{name}: {num_streams} streams, {offered:.0f} tokens/s offered"
-        rows.append(
-            more_is_better(f"{what}, per core / goal", [run.tokens_per_core_s for run in runs],
-                           [RATE_GOAL] * len(runs), 1.0, "tokens/s")
-        )  # fmt: skip
+        found = [run.tokens_per_core_s for run in runs]
+        rows.append(more_is_better(f"{what}, per core / goal", found, [RATE_GOAL] * len(runs), 1.0, "tokens/s"))
+        peer = [run.tokens_per_core_s for run in bare]
+        rows.append(more_is_better(f"{what}, per core / bare grpc.aio", found, peer, 1.0, "tokens/s"))
         rows.append(
             more_is_better(f"{what}, delivered / offered", [run.tokens_per_s for run in runs],
                            [offered] * len(runs), 0.99, "tokens/s")
@@ -68,7 +82,8 @@ def main() -> None:
         for quantile in ("p50", "p99"):
             found = [getattr(run, f"{quantile}_ms") for run in runs]
             rows.append(within(f"{what}, latency {quantile} / allowed", found, LATENCY_GOAL_MS, "ms"))
-        say(console, f"{what}: " + ", ".join(f"{run.tokens_per_message:.2f} tokens a message" for run in runs))
+        for who, its in (("gateway", runs), ("bare grpc.aio", bare)):
+            say(console, f"{what}, {who}: " + "; ".join(run.told() for run in its))
     console.print(table(rows))
     write_json(rows, OUT)
     say(console, f"medians of {options.rounds} rounds; {os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}")
@@ -78,31 +93,46 @@ def main() -> None:
 def measure(num_streams: int, offered: float, options: argparse.Namespace) -> Run:
     """One gateway and its workers, started anew.  Raises RuntimeError when one of them ends early."""
     directory, grpc_address, http_address = (ports.join(ports.LOOPBACK, port) for port in ports.pick_free(3, avoid=()))
-    share = str(-(-num_streams // options.workers) + 1)
     with (
         started("directory", "services.directory", "--listen", directory),
-        started(
-            "null-engine", "tests.bench.gateway.null_engine", directory, MODEL, str(options.workers), share
-        ) as null,
+        started("null-workers", "tests.bench.gateway.null_workers", directory, MODEL, str(options.workers)) as null,
     ):
         hear(null, "ready")
         flags = ("--listen", grpc_address, "--http-listen", http_address, "--directory", directory)
         with started("gateway", "gateway", *flags, "--max-requests", str(num_streams + 1)) as gateway:
             wait_until_listening(gateway)
-            arguments = (grpc_address, str(num_streams), str(WARM_S), str(options.seconds))
-            with started("load", "tests.bench.gateway.load", *arguments) as load:
-                hear(load, "open")
-                assert null.stdin is not None
-                null.stdin.write(f"{num_streams / offered}\n")
-                null.stdin.flush()
-                hear(load, "begin")
-                began_s, before_s = time.monotonic(), cpu_s(gateway.pid)
-                hear(load, "end")
-                cores = (cpu_s(gateway.pid) - before_s) / (time.monotonic() - began_s)
-                assert load.stdout is not None
-                found = json.loads(load.stdout.readline())
+            return loaded(gateway, null, grpc_address, num_streams, offered, options)
+
+
+def measure_bare(num_streams: int, offered: float, options: argparse.Namespace) -> Run:
+    """The same tokens from a server that is grpc.aio and nothing else.  Raises RuntimeError when it ends early."""
+    address = ports.join(ports.LOOPBACK, ports.pick_free(1, avoid=())[0])
+    with started("bare", "tests.bench.gateway.bare", address, str(options.workers)) as bare:
+        hear(bare, "ready")
+        return loaded(bare, bare, address, num_streams, offered, options)
+
+
+def loaded(
+    server: subprocess.Popen[str], paced: subprocess.Popen[str], address: str, num_streams: int, offered: float,
+    options: argparse.Namespace,
+) -> Run:  # fmt: skip
+    """Puts the load on ``server``; ``paced`` is told the pace when all streams are open."""
+    with started(
+        "load", "tests.bench.gateway.load", address, str(num_streams), str(WARM_S), str(options.seconds)
+    ) as load:
+        hear(load, "open")
+        assert paced.stdin is not None
+        assert load.stdout is not None
+        paced.stdin.write(f"{num_streams / offered}\n")
+        paced.stdin.flush()
+        hear(load, "begin")
+        began_s, before = time.monotonic(), [cpu_s(process.pid) for process in (server, paced, load)]
+        hear(load, "end")
+        seconds = time.monotonic() - began_s
+        cores = [(cpu_s(p.pid) - b) / seconds for p, b in zip((server, paced, load), before, strict=True)]
+        found = json.loads(load.stdout.readline())
     per_message = found["tokens_per_s"] / found["messages_per_s"]
-    return Run(found["tokens_per_s"], per_message, cores, found["p50_ms"], found["p99_ms"])
+    return Run(found["tokens_per_s"], per_message, *cores, found["p50_ms"], found["p99_ms"])
 
 
 @contextmanager

@@ -1,0 +1,132 @@
+"""One request on a worker that a test plays: what gathers, what is for now, and what ends it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+
+from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.link import DecodeLinks
+from gateway.view import ClusterView
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2
+from kvferry.api.worker.v1 import worker_pb2
+from kvferry.errors import DeadlineError, UnavailableError
+from services.runtime.channels import Channels
+from tests.gateway.played import Played, playing, token
+
+REVISION = "rev-1"
+LONG_S = 15.0
+
+
+def view_of(address: str) -> ClusterView:
+    info = directory_pb2.WorkerInfo(
+        worker_id="decode-0", incarnation=1, role=common_pb2.WORKER_ROLE_DECODE, control_address=address,
+        model=common_pb2.ModelInfo(revision=REVISION), layout=common_pb2.Layout(block_size_tokens=16),
+    )  # fmt: skip
+    load = directory_pb2.WorkerLoad(blocks=common_pb2.BlockCounts(free=100))
+    joined = directory_pb2.Event(joined=directory_pb2.WorkerState(info=info, load=load))
+    view = ClusterView()
+    view.apply(directory_pb2.WatchResponse(revision=1, events=[joined], snapshot=True))
+    return view
+
+
+Answer = AsyncGenerator[list[common_pb2.Token], None]
+
+
+@asynccontextmanager
+async def asked(*, timeout_s: float = LONG_S, stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Answer]]:
+    async with playing() as (played, address), Channels() as channels, DecodeLinks(channels) as links:
+        dispatcher = Dispatcher(
+            view_of(address), channels, links, model_revision=REVISION, min_ship_tokens=32, max_attempts=1,
+            stall_timeout_s=stall_timeout_s,
+        )  # fmt: skip
+        job = Job("r", [1, 2, 3], common_pb2.SamplingParams())
+        async with aclosing(dispatcher.run(job, Trace(), timeout_s)) as answer:
+            yield played, answer
+
+
+def begin(answer: Answer) -> asyncio.Task[list[common_pb2.Token]]:
+    return asyncio.create_task(anext(answer))  # type: ignore[arg-type]
+
+
+async def opened(played: Played) -> int:
+    return (await played.sent.get()).open.handle
+
+
+def finished(handle: int) -> worker_pb2.DecodeEvent:
+    return worker_pb2.DecodeEvent(handle=handle, finished=worker_pb2.DecodeFinished())
+
+
+async def test_several_tokens_of_one_step_leave_together_in_order() -> None:
+    async with asked() as (played, answer):
+        first = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0))
+        assert [t.index for t in await first] == [0]
+        played.say(*(token(handle, index) for index in (1, 2, 3)))
+        assert [t.index for t in await anext(answer)] == [1, 2, 3]
+        played.say(token(handle, 4), finished(handle))
+        assert [t.index for t in await anext(answer)] == [4]
+        with pytest.raises(StopAsyncIteration):
+            await anext(answer)
+
+
+async def test_what_comes_while_a_message_is_being_sent_gathers() -> None:
+    async with asked() as (played, answer):
+        first = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0))
+        await first
+        for index in (1, 2, 3):
+            played.say(token(handle, index))
+        await asyncio.sleep(0.2)  # the client reads nothing
+        assert [t.index for t in await anext(answer)] == [1, 2, 3]
+
+
+async def test_a_worker_that_says_nothing_has_failed_the_request_and_is_told() -> None:
+    async with asked(stall_timeout_s=0.1) as (played, answer):
+        reading = begin(answer)
+        handle = await opened(played)
+        with pytest.raises(UnavailableError, match=r"said nothing for 0\.1 s") as caught:
+            await reading
+        assert caught.value.reason == "STALLED"
+        assert (await played.sent.get()).cancel.handle == handle
+
+
+async def test_a_worker_that_keeps_talking_has_not_stalled() -> None:
+    async with asked(stall_timeout_s=0.4) as (played, answer):
+        reading = begin(answer)
+        handle = await opened(played)
+        for index in range(6):
+            await asyncio.sleep(0.1)
+            played.say(token(handle, index))
+            assert [t.index for t in await reading] == [index]
+            reading = begin(answer)
+        played.say(finished(handle))
+        with pytest.raises(StopAsyncIteration):
+            await reading
+
+
+async def test_the_deadline_ends_a_request_whose_tokens_still_come_and_its_compute() -> None:
+    async with asked(timeout_s=0.3) as (played, answer):
+        reading = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0))
+        await reading
+        with pytest.raises(DeadlineError):
+            await anext(answer)
+        assert (await played.sent.get()).cancel.handle == handle
+
+
+async def test_leaving_early_stops_the_compute() -> None:
+    async with asked() as (played, answer):
+        reading = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0))
+        await reading
+        await answer.aclose()
+        assert (await played.sent.get()).cancel.handle == handle
