@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
@@ -20,6 +21,7 @@ from tests.gateway.played import Played, playing, token
 
 REVISION = "rev-1"
 LONG_S = 15.0
+BURST_S = 0.09
 
 
 def view_of(address: str) -> ClusterView:
@@ -38,15 +40,25 @@ Answer = AsyncGenerator[list[common_pb2.Token], None]
 
 
 @asynccontextmanager
-async def asked(*, timeout_s: float = LONG_S, stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Answer]]:
+async def dispatching(stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Dispatcher]]:
     async with playing() as (played, address), Channels() as channels, DecodeLinks(channels) as links:
-        dispatcher = Dispatcher(
-            view_of(address), channels, links, model_revision=REVISION, min_ship_tokens=32, max_attempts=1,
-            stall_timeout_s=stall_timeout_s,
+        yield (
+            played,
+            Dispatcher(
+                view_of(address), channels, links, model_revision=REVISION, min_ship_tokens=32, max_attempts=1,
+                stall_timeout_s=stall_timeout_s,
+            ),
         )  # fmt: skip
-        job = Job("r", [1, 2, 3], common_pb2.SamplingParams())
-        async with aclosing(dispatcher.run(job, Trace(), timeout_s)) as answer:
-            yield played, answer
+
+
+def ask(dispatcher: Dispatcher, timeout_s: float = LONG_S) -> Answer:
+    return dispatcher.run(Job("r", [1, 2, 3], common_pb2.SamplingParams()), Trace(), timeout_s)
+
+
+@asynccontextmanager
+async def asked(*, timeout_s: float = LONG_S, stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Answer]]:
+    async with dispatching(stall_timeout_s) as (played, dispatcher), aclosing(ask(dispatcher, timeout_s)) as answer:
+        yield played, answer
 
 
 def begin(answer: Answer) -> asyncio.Task[list[common_pb2.Token]]:
@@ -85,6 +97,21 @@ async def test_what_comes_while_a_message_is_being_sent_gathers() -> None:
             played.say(token(handle, index))
         await asyncio.sleep(0.2)  # the client reads nothing
         assert [t.index for t in await anext(answer)] == [1, 2, 3]
+
+
+async def test_after_a_burst_the_first_token_is_for_now_and_the_next_waits() -> None:
+    async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
+        first = begin(answer)
+        handle = await opened(played)
+        dispatcher._pace.add(lambda: time.sleep(BURST_S))
+        await asyncio.sleep(0.001)
+        began_s = time.monotonic()
+        played.say(token(handle, 0))
+        await first
+        assert time.monotonic() - began_s < 0.8 * BURST_S
+        played.say(token(handle, 1))
+        await anext(answer)
+        assert time.monotonic() - began_s > 0.9 * BURST_S
 
 
 async def test_a_worker_that_says_nothing_has_failed_the_request_and_is_told() -> None:
