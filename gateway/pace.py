@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 # Of the time that sending took, how much belongs to reading before more is sent.
 REST_SHARE = 1.0
-MAX_REST_S = 0.1
+MAX_REST_S = 0.5
 
 
 class Pace:
