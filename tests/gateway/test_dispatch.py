@@ -11,6 +11,7 @@ import pytest
 
 from gateway.dispatch import Dispatcher, Job, Trace
 from gateway.link import DecodeLinks
+from gateway.routing import Policy
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
@@ -45,7 +46,8 @@ async def dispatching(stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Pl
         yield (
             played,
             Dispatcher(
-                view_of(address), channels, links, model_revision=REVISION, min_ship_tokens=32, max_attempts=1,
+                view_of(address), channels, links, model_revision=REVISION, routing=Policy.KV_AWARE,
+                min_ship_tokens=32, max_attempts=1,
                 stall_timeout_s=stall_timeout_s,
             ),
         )  # fmt: skip
