@@ -17,7 +17,7 @@ from gateway.candidates import Candidate, Rates, Role, WorkerKey
 from gateway.costs import Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.link import DecodeLink, DecodeLinks
-from gateway.pace import Pace
+from gateway.pace import Load, Pace
 from gateway.request import (
     Action,
     CancelAttempt,
@@ -291,7 +291,7 @@ class Dispatcher:
         self._pending = PendingBook()
         self._num_routed = 0
         self.decisions = DecisionBook()
-        self._pace = Pace()
+        self._pace = Pace(Load().is_behind)
 
     async def run(self, job: Job, trace: Trace, timeout_s: float) -> AsyncGenerator[list[common_pb2.Token], None]:
         """Each token once, in order, together with those that have come since the caller took the last ones; at least one.
