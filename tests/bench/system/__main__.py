@@ -30,7 +30,7 @@ def main() -> None:
     console = Console()
     say(
         console,
-        f"{options.streams} streams; {options.dtype}, {options.threads} threads in the engine alone and each worker",
+        f"{options.streams} streams; {options.dtype}, threads: {options.threads}, in the engine alone and each worker",
     )
     names = [ALONE, *(name for name in (COMBINED, SPLIT) if any(part in name for part in options.only))]
     with ExitStack() as stack:
@@ -82,7 +82,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.system", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="that count of each (default: 5)")
     parser.add_argument("--streams", type=int, default=32, help="at the same time (default: 32)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine (default: one a core)")
+    shared_out = max(1, (os.cpu_count() or 1) // 2)
+    what = "of each engine (default: half of the cores, as kvferry serve gives each of two workers)"
+    parser.add_argument("--threads", type=int, default=shared_out, help=what)
     parser.add_argument("--dtype", default="bfloat16", help="of weights and KV (default: bfloat16)")
     parser.add_argument("--seed", type=int, default=1, help="of prompts and lengths (default: 1)")
     parser.add_argument(
