@@ -278,7 +278,8 @@ class Scheduler:
         self._open.append(plan)
 
     def _close_plan(self, plan: Plan) -> None:
-        assert self._open.popleft() is plan, "steps are completed in their order"
+        oldest = self._open.popleft()  # not within the assert, which may be compiled away
+        assert oldest is plan, "steps are completed in their order"
         for sequence, count, entry in zip(plan.sequences, plan.counts, plan.entries, strict=True):
             sequence.num_steps -= 1
             sequence.num_in_steps -= count

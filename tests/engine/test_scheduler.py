@@ -456,12 +456,26 @@ def test_what_a_stop_token_ends_keeps_its_blocks_while_a_step_still_computes_it(
     s.check_integrity()
 
 
+def test_a_step_that_fails_says_nothing_of_what_had_ended_before_it() -> None:
+    answer = expected([1, 2, 3], 1)
+    s, model = scheduler(20), FakeModel(20)
+    s.add(Sequence(SequenceId("a"), [1, 2, 3], Sampling(), 9, frozenset(answer), [ROOT]))
+    first, second = planned(s), planned(s)
+    s.complete(first, model.run(first))
+    assert s.fail(second, "broken") == []
+    assert (s.pool.counts().active, s.num_sequences) == (0, 0)
+
+
 def test_nothing_is_computed_behind_a_token_that_is_known_to_be_the_last() -> None:
     s = scheduler(20)
     s.add(sequence("a", [1, 2, 3], 1))
     s.add(sequence("b", [4], 9, prefill_only=True))
     planned(s)
     assert s.plan() is None
+    full = scheduler(1)
+    full.add(sequence("a", [1, 2, 3], 9))
+    planned(full)
+    assert full.plan() is None, "the pool holds no token more"
 
 
 def test_without_blocks_the_next_step_waits_for_the_one_under_way() -> None:
