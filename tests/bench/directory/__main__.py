@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tests.bench.directory.sides import INSTALL, Dynamo
 from tests.bench.directory.works import Disagreement, Works, replayed
+from tests.bench.terminal import say
 from tests.bench.transport.report import table, write_json
 from tests.bench.transport.rows import Row
 
@@ -75,10 +76,6 @@ def parse() -> argparse.Namespace:
     if options.trace and not options.trace.is_file():
         parser.error(f"--trace: there is no file {options.trace}")
     return options
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

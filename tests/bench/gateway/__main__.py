@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 
 from kvferry.cli import ports
+from tests.bench.terminal import say
 from tests.bench.transport.report import table, write_json
 from tests.bench.transport.rows import Row, more_is_better, within
 
@@ -187,10 +188,6 @@ def parse() -> argparse.Namespace:
         if getattr(options, name) <= 0:
             parser.error(f"--{name} takes more than 0")
     return options
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

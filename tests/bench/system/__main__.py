@@ -16,6 +16,7 @@ from rich.progress import track
 from tests.bench.system import gaps
 from tests.bench.system.mix import mix, num_tokens
 from tests.bench.system.systems import ROOT, Alone, System, Through
+from tests.bench.terminal import require_parts, say
 from tests.bench.transport.report import table, write_json
 from tests.bench.transport.rows import Row, more_is_better, within
 
@@ -94,14 +95,8 @@ def parse() -> argparse.Namespace:
     for name in ("rounds", "streams", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} takes 1 or more")
-    for part in options.only:
-        if not any(part in name for name in (COMBINED, SPLIT)):
-            parser.error(f"no system's name holds {part!r}; there are {COMBINED}, {SPLIT}")
+    require_parts(parser, "system", options.only, (COMBINED, SPLIT))
     return options
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

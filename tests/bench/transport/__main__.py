@@ -8,6 +8,7 @@ import sys
 
 from rich.console import Console
 
+from tests.bench.terminal import require_parts, say
 from tests.bench.transport import allocation
 from tests.bench.transport.peers import MEMCPY, MOONCAKE, NIXL, NIXL_LEAN
 from tests.bench.transport.process import ROOT, Process, SideFailed
@@ -59,14 +60,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds takes 1 or more")
-    for part in options.only:
-        if not any(part in name for name in names):
-            parser.error(f"no work's name holds {part!r}; there are {', '.join(names)}")
+    require_parts(parser, "work", options.only, names)
     return options
-
-
-def say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
