@@ -78,8 +78,8 @@ def serve(
             try:
                 with progress.show([member.name for member in cluster.members], cluster.doing):
                     cluster.start()
+                is_up = True  # before it is announced: whoever waits for the words may stop us as soon as they are out
                 _announce(cluster)
-                is_up = True
                 interrupts.wait()
             except KeyboardInterrupt:
                 output.say("\nstopping; Ctrl-C again kills at once")

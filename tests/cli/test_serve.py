@@ -13,7 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+import pytest
+from typer.testing import CliRunner
+
 import kvferry
+from kvferry.cli import make_app
+from kvferry.cli.cluster import LocalCluster
 from tests.cli.test_cluster import ends
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +89,29 @@ def test_sigterm_stops_serve_too(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert all(ends(pid) for pid in pids.values())
+
+
+def test_being_stopped_while_it_announces_is_a_clean_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started:
+        members = ()
+        stopped = False
+
+        def start(self) -> None: ...
+
+        def doing(self) -> dict[str, str]:
+            return {}
+
+        def stop(self) -> None:
+            self.stopped = True
+
+    def announce(cluster: Started) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    cluster = Started()
+    monkeypatch.setattr(LocalCluster, "from_config", lambda *_, **__: cluster)
+    monkeypatch.setattr(sys.modules["kvferry.cli.serve"], "_announce", announce)
+    assert CliRunner().invoke(make_app(rich=False), ["serve"]).exit_code == 0
+    assert cluster.stopped
 
 
 def test_a_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
