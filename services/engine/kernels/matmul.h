@@ -33,43 +33,49 @@ typedef struct {
     int add;
 } target;
 
-static ALWAYS_INLINE void sum_floats(const int format, const int rows, operand x, const char *panel, vf acc[][NV])
+/* The sums of rows rows and nv vectors of outputs, the panel and its scales pointing to the first of them.  Where these are
+ * not all of the panel, the rest is asked for as well: it comes next, and memory gives whole stretches faster. */
+static ALWAYS_INLINE void sum_floats(const int format, const int rows, const int nv, operand x, const char *panel,
+                                     vf acc[][NV])
 {
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < NV; v++) acc[r][v] = splat(0);
+        UNROLL for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
     for (long u = 0; u < x.num_units; u++, panel += 4 * NR) {
         vf weights[NV];
-        UNROLL for (int v = 0; v < NV; v++) weights[v] = load(panel + 4 * VL * v);
+        if (nv < NV) __builtin_prefetch(panel + 16 * 4 * NR), __builtin_prefetch(panel + 16 * 4 * NR + 64);
+        UNROLL for (int v = 0; v < nv; v++) weights[v] = load(panel + 4 * VL * v);
         UNROLL for (int r = 0; r < rows; r++) {
             uint32_t unit = x.units[r * x.stride + u];
-            UNROLL for (int v = 0; v < NV; v++)
+            UNROLL for (int v = 0; v < nv; v++)
                 acc[r][v] = format == F32 ? acc[r][v] + as_float(unit) * weights[v]
                                           : dot_bf16(acc[r][v], splat_bits(unit), (vi)weights[v]);
         }
     }
 }
 
-static ALWAYS_INLINE void sum_int8(const int rows, operand x, const char *panel, const uint16_t *scales, vf acc[][NV])
+static ALWAYS_INLINE void sum_int8(const int rows, const int nv, operand x, const char *panel, const uint16_t *scales,
+                                   vf acc[][NV])
 {
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < NV; v++) acc[r][v] = splat(0);
+        UNROLL for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
     for (long group = 0; group < x.num_units / (GROUP / 2); group++, scales += 2 * NR) {
-        vi sums[MR][NV]; /* 32 * 128 * 32767 fits */
+        vi sums[MR(INT8)][NV]; /* 32 * 128 * 32767 fits */
         UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < NV; v++) sums[r][v] = splat_bits(0);
+            UNROLL for (int v = 0; v < nv; v++) sums[r][v] = splat_bits(0);
         for (long u = group * (GROUP / 2); u < (group + 1) * (GROUP / 2); u++, panel += 2 * NR) {
             vi weights[NV];
-            UNROLL for (int v = 0; v < NV; v++) weights[v] = widen_pairs(panel + 2 * VL * v);
+            if (nv < NV) __builtin_prefetch(panel + 16 * 2 * NR);
+            UNROLL for (int v = 0; v < nv; v++) weights[v] = widen_pairs(panel + 2 * VL * v);
             UNROLL for (int r = 0; r < rows; r++) {
                 vi unit = splat_bits(x.units[r * x.stride + u]);
-                UNROLL for (int v = 0; v < NV; v++) sums[r][v] = dot_i16(sums[r][v], unit, weights[v]);
+                UNROLL for (int v = 0; v < nv; v++) sums[r][v] = dot_i16(sums[r][v], unit, weights[v]);
             }
         }
         vf scale[NV], offset[NV];
-        UNROLL for (int v = 0; v < NV; v++) scale[v] = from_f16(scales + VL * v), offset[v] = from_f16(scales + NR + VL * v);
+        UNROLL for (int v = 0; v < nv; v++) scale[v] = from_f16(scales + VL * v), offset[v] = from_f16(scales + NR + VL * v);
         UNROLL for (int r = 0; r < rows; r++) {
             const kvf_group *common = x.groups + r * x.group_stride + group;
-            UNROLL for (int v = 0; v < NV; v++) {
+            UNROLL for (int v = 0; v < nv; v++) {
                 vf both = (vf)((vi)scale[v] + splat_bits(common->scale_bits)); /* a product would take a multiplier's time */
                 acc[r][v] += __builtin_convertvector(sums[r][v], vf) * both;
                 acc[r][v] += offset[v] * common->sum;
@@ -81,31 +87,36 @@ static ALWAYS_INLINE void sum_int8(const int rows, operand x, const char *panel,
 static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operand x, const char *panel,
                                         const uint16_t *scales, target y)
 {
-    vf acc[MR][NV];
-    if (format == INT8)
-        sum_int8(rows, x, panel, scales, acc);
-    else
-        sum_floats(format, rows, x, panel, acc);
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < NV; v++) {
-            float *to = y.to + r * y.stride + VL * v;
-            vf sum = acc[r][v];
-            if (y.bias) sum += load(y.bias + VL * v);
-            if (y.add) sum += load(to);
-            store(to, sum);
-        }
+    static const int vector_nbytes[] = {4 * VL, 4 * VL, 2 * VL}; /* of a unit of the panel */
+    const int nv = rows <= WHOLE(format) ? NV : PART;
+    vf acc[MR(format)][NV];
+    for (int first = 0; first < NV; first += nv) {
+        const char *part = panel + first * vector_nbytes[format];
+        if (format == INT8)
+            sum_int8(rows, nv, x, part, scales + first * VL, acc);
+        else
+            sum_floats(format, rows, nv, x, part, acc);
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < nv; v++) {
+                float *to = y.to + r * y.stride + VL * (first + v);
+                vf sum = acc[r][v];
+                if (y.bias) sum += load(y.bias + VL * (first + v));
+                if (y.add) sum += load(to);
+                store(to, sum);
+            }
+    }
 }
 
 #define ROWS(n)                                                                                              \
     case n:                                                                                                  \
-        if (n <= MR) multiply_tile(format, n <= MR ? n : MR, x, panel, scales, y);                           \
+        if (n <= MR(format)) multiply_tile(format, n <= MR(format) ? n : MR(format), x, panel, scales, y);   \
         break;
 
 /* rows rows with one panel.  Tiles are of nearly equal height: 13 rows are 7 and 6, not 12 and 1. */
 static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, const char *panel,
                                         const uint16_t *scales, target y)
 {
-    for (long num_tiles = (rows + MR - 1) / MR; num_tiles; num_tiles--) {
+    for (long num_tiles = (rows + MR(format) - 1) / MR(format); num_tiles; num_tiles--) {
         long height = (rows + num_tiles - 1) / num_tiles;
         switch (height) {
             ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
@@ -145,7 +156,7 @@ static const char *panel_of(int format, const kvf_matrix *matrix, long number, c
 /* Within kvf_work: every thread takes part, panel by panel.  bias is [outputs, padded] or NULL. */
 static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf_matrix *matrix, target y)
 {
-    const long block = 8 * MR, num_blocks = (rows + block - 1) / block; /* few rows: a share is a panel */
+    const long block = 8 * MR(format), num_blocks = (rows + block - 1) / block; /* few rows: a share is a panel */
     const long num_shares = matrix->num_rows / NR * num_blocks;
     for (long share, end; (share = kvf_claim(pool, num_shares, &end)) < num_shares;)
         for (; share < end; share++) {

@@ -11,19 +11,26 @@
 #include <immintrin.h>
 #endif
 
-/* VL: lanes of 32 bits.  MR: rows of a matmul tile, so that MR * NR / VL accumulators and some operands fit the registers. */
+/* VL: lanes of 32 bits.  A tile of a matmul is MR rows times PART vectors, of which the format's numbers and some operands
+ * fit the registers; up to WHOLE rows it is as wide as a panel. */
 #if defined(__AVX512F__)
 #define VL 16
-#define MR 12
+#define MR(format) 12
+#define PART 2
+#define WHOLE(format) 12
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), \
                     F(8, h), F(9, h), F(10, h), F(11, h), F(12, h), F(13, h), F(14, h), F(15, h)
 #elif defined(__AVX2__)
 #define VL 8
-#define MR 3
+#define MR(format) ((format) == F32 ? 3 : (format) == BF16 ? 4 : 6)
+#define PART 2
+#define WHOLE(format) ((format) == F32 ? 3 : 2)
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
 #else
 #define VL 4
-#define MR 1
+#define MR(format) 1
+#define PART 8
+#define WHOLE(format) 1
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
 #endif
 
@@ -127,8 +134,10 @@ static ALWAYS_INLINE vu widen(const void *halves)
 {
     vh v;
     memcpy(&v, halves, sizeof v);
-#if defined(__AVX512F__) /* which gcc 12 makes of two halves */
+#if defined(__AVX512F__) /* which gcc 12 makes of two halves, here and below */
     return (vu)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32((__m128i)v);
 #else
     return __builtin_convertvector(v, vu);
 #endif
@@ -140,6 +149,8 @@ static ALWAYS_INLINE vi widen_pairs(const void *bytes)
     memcpy(&v, bytes, sizeof v);
 #if defined(__AVX512BW__)
     return (vi)_mm512_cvtepi8_epi16((__m256i)v);
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi16((__m128i)v);
 #else
     return (vi)__builtin_convertvector(v, vs2);
 #endif
