@@ -12,6 +12,7 @@ from grpc_health.v1 import health_pb2
 
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
+from gateway.doorkeeper import Doorkeeper, follow, read_keys
 from gateway.frontend import Frontend
 from gateway.http.app import create_app
 from gateway.http.front_door import Vocabulary
@@ -20,6 +21,7 @@ from gateway.http.server import HttpServer
 from gateway.link import DecodeLinks
 from gateway.metrics import ViewCollector
 from gateway.servicer import ClusterServicer, InferenceServicer
+from gateway.tenants import KeyFileError
 from gateway.view import ClusterView, watch
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.errors import Error
@@ -52,7 +54,8 @@ async def run_gateway(config: GatewayConfig) -> None:
         try:
             files = await asyncio.to_thread(open_model, config.model)
             view = ClusterView(max_index_entries=config.max_index_entries)
-        except (Error, IndexUnavailable) as e:
+            doorkeeper = Doorkeeper(read_keys(config.api_keys) if config.api_keys else None)
+        except (Error, IndexUnavailable, KeyFileError) as e:
             raise StartupError(str(e)) from e
         channels = await stack.enter_async_context(Channels())
         prometheus_client.REGISTRY.register(ViewCollector(view))
@@ -65,9 +68,9 @@ async def run_gateway(config: GatewayConfig) -> None:
         frontend = Frontend(
             files, view, dispatcher, max_requests=config.max_requests, max_request_s=config.max_request_s
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend), server)
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend, doorkeeper), server)
         inference_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterServicer(frontend, view, dispatcher.decisions), server
+            ClusterServicer(frontend, doorkeeper, view, dispatcher.decisions), server
         )
         names = [s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values()]
         health = await add_standard_services(server, names)
@@ -92,7 +95,7 @@ async def run_gateway(config: GatewayConfig) -> None:
             await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)
         limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s)
-        http = HttpServer(create_app(frontend, vocabulary=vocabulary, limits=limits))
+        http = HttpServer(create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper))
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await http.start(*split_address(config.http_listen), flag="--http-listen")
         stack.push_async_callback(http.stop, SERVER_GRACE_S)
@@ -100,6 +103,8 @@ async def run_gateway(config: GatewayConfig) -> None:
         background = await stack.enter_async_context(asyncio.TaskGroup())
         following = watch(view, config.directory, on_change=lambda _: membership_changed.set())
         tasks = [background.create_task(following), background.create_task(report_health())]
+        if config.api_keys:
+            tasks.append(background.create_task(follow(doorkeeper, config.api_keys)))
         stack.callback(lambda: [task.cancel() for task in tasks])
         log.info("ready", grpc=config.listen, http=config.http_listen, model=files.config.name)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
@@ -37,6 +38,10 @@ class GatewayConfig:
         DEFAULT_MAX_ENTRIES,
         help="how many pairs of KV block and worker are known at most, at about 60 bytes each; more are left out",
         minimum=1,
+    )
+    api_keys: Path | None = option(
+        None,
+        help="file of API keys and their tenants (`kvferry key` makes it); without, everybody who reaches a port may ask",
     )
     drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")

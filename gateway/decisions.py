@@ -32,17 +32,18 @@ class DecisionBook:
 
     def __init__(self, max_requests: int = MAX_REQUESTS) -> None:
         self.max_requests = max_requests
-        self._by_request: OrderedDict[str, list[Decision]] = OrderedDict()
+        self._by_request: OrderedDict[tuple[str, str], list[Decision]] = OrderedDict()
 
-    def add(self, request_id: str, decision: Decision, *, first: bool) -> None:
-        """``first`` begins the request anew, also where a client has used its id before."""
-        if first or request_id not in self._by_request:
-            self._by_request.pop(request_id, None)
-            self._by_request[request_id] = []
+    def add(self, tenant: str, request_id: str, decision: Decision, *, first: bool) -> None:
+        """``first`` begins the request anew, also where a client of the tenant has used its id before."""
+        key = tenant, request_id
+        if first or key not in self._by_request:
+            self._by_request.pop(key, None)
+            self._by_request[key] = []
             if len(self._by_request) > self.max_requests:
                 self._by_request.popitem(last=False)
-        self._by_request[request_id].append(decision)
+        self._by_request[key].append(decision)
 
-    def of(self, request_id: str) -> tuple[Decision, ...]:
-        """In order; empty for a request that is not known, or not any more."""
-        return tuple(self._by_request.get(request_id, ()))
+    def of(self, tenant: str, request_id: str) -> tuple[Decision, ...]:
+        """In order; empty for a request that is not known, not any more, or another tenant's."""
+        return tuple(self._by_request.get((tenant, request_id), ()))

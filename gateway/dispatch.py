@@ -39,6 +39,7 @@ from gateway.request import (
     TokenCame,
 )
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
+from gateway.tenants import EVERYBODY, Tenant
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -70,7 +71,11 @@ class Job:
     request_id: str
     prompt: Sequence[int]
     sampling: common_pb2.SamplingParams
-    cache_salt: bytes = b""
+    tenant: Tenant = EVERYBODY
+
+    @property
+    def cache_salt(self) -> bytes:
+        return self.tenant.cache_salt
 
 
 @dataclass(slots=True)
@@ -415,7 +420,8 @@ class Dispatcher:
     def _remember(self, run: _Run, outcome: Route | Refusal, started_s: float) -> None:
         self._num_routed += 1
         run.trace.route_s += time.monotonic() - started_s
-        self.decisions.add(run.job.request_id, Decision(outcome, started_s, self._view.age_s), first=not run.routed)
+        decision = Decision(outcome, started_s, self._view.age_s)
+        self.decisions.add(run.job.tenant.name, run.job.request_id, decision, first=not run.routed)
         run.routed = True
 
     def _open_decode(self, run: _Run, attempt: int) -> None:

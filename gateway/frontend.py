@@ -11,6 +11,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.tenants import Tenant
 from gateway.text import TextStream
 from gateway.validation import Validator
 from gateway.view import ClusterView
@@ -136,7 +137,7 @@ class Frontend:
             log.warning("drain_cut_short", requests=self.num_in_flight)
 
     async def generate(
-        self, request: inference_pb2.GenerateRequest
+        self, request: inference_pb2.GenerateRequest, tenant: Tenant
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         """One Started, chunks, one Finished.  Closing it stops the compute.  Raises kvferry.errors.Error."""
         clock = Clock()
@@ -149,7 +150,7 @@ class Frontend:
         _IN_FLIGHT.inc()
         outcome = "cancelled"
         try:
-            job = await self.validator.to_job(request)
+            job = await self.validator.to_job(request, tenant)
             clock.tokenize_s = time.monotonic() - clock.arrived_s
             async with aclosing(self._answer(job, tuple(request.stop), clock)) as responses:
                 async for response in responses:
@@ -169,6 +170,8 @@ class Frontend:
         self, job: Job, stop: tuple[str, ...], clock: Clock
     ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
+        if job.tenant.name:
+            structlog.contextvars.bind_contextvars(tenant=job.tenant.name)
         started = inference_pb2.Started(
             request_id=job.request_id,
             model=self.files.config.name,

@@ -11,7 +11,9 @@ import grpc
 
 from gateway.costs import Option
 from gateway.decisions import Decision, DecisionBook, Refusal
+from gateway.doorkeeper import Doorkeeper
 from gateway.frontend import Frontend
+from gateway.tenants import Tenant
 from gateway.view import ClusterView
 from kvferry import __version__
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -21,24 +23,28 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, doorkeeper: Doorkeeper) -> None:
         self._frontend = frontend
+        self._doorkeeper = doorkeeper
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Context
     ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        async with aclosing(self._frontend.generate(request)) as responses:
+        tenant = _admit(self._doorkeeper, context)
+        async with aclosing(self._frontend.generate(request, tenant)) as responses:
             async for response in responses:
                 yield response
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context
     ) -> inference_pb2.ListModelsResponse:
+        _admit(self._doorkeeper, context)
         return inference_pb2.ListModelsResponse(models=[self._frontend.model])
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: Context
     ) -> inference_pb2.TokenizeResponse:
+        _admit(self._doorkeeper, context)
         validator = self._frontend.validator
         validator.check_model(request.model)
         match request.WhichOneof("prompt"):
@@ -53,6 +59,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Detokenize(
         self, request: inference_pb2.DetokenizeRequest, context: Context
     ) -> inference_pb2.DetokenizeResponse:
+        _admit(self._doorkeeper, context)
         validator = self._frontend.validator
         validator.check_model(request.model)
         if request.ids and max(request.ids) >= validator.files.config.vocab_size:
@@ -61,14 +68,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
 
 class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
-    def __init__(self, frontend: Frontend, view: ClusterView, decisions: DecisionBook) -> None:
+    def __init__(self, frontend: Frontend, doorkeeper: Doorkeeper, view: ClusterView, decisions: DecisionBook) -> None:
         self._frontend = frontend
+        self._doorkeeper = doorkeeper
         self._view = view
         self._decisions = decisions
 
     async def DescribeCluster(
         self, request: inference_pb2.DescribeClusterRequest, context: Context
     ) -> inference_pb2.DescribeClusterResponse:
+        _admit(self._doorkeeper, context)
         return inference_pb2.DescribeClusterResponse(
             model=self._frontend.model,
             workers=self._view.workers.values(),
@@ -81,7 +90,8 @@ class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
     async def ExplainRoute(
         self, request: inference_pb2.ExplainRouteRequest, context: Context
     ) -> inference_pb2.ExplainRouteResponse:
-        decisions = self._decisions.of(request.request_id)
+        tenant = _admit(self._doorkeeper, context)
+        decisions = self._decisions.of(tenant.name, request.request_id)
         if not decisions:
             raise NotFoundError(
                 f"request {request.request_id!r} is not among the last {self._decisions.max_requests} that this gateway "
@@ -90,6 +100,14 @@ class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
             )
         now_s = time.monotonic()
         return inference_pb2.ExplainRouteResponse(decisions=[_to_decision_proto(d, now_s) for d in decisions])
+
+
+def _admit(doorkeeper: Doorkeeper, context: Context) -> Tenant:
+    """Raises UnauthenticatedError."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization":
+            return doorkeeper.admit(value if isinstance(value, str) else value.decode(errors="replace"))
+    return doorkeeper.admit(None)
 
 
 def _to_decision_proto(decision: Decision, now_s: float) -> inference_pb2.RouteDecision:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gateway.dispatch import Job
+from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import InvalidRequestError, NotFoundError
@@ -50,7 +51,7 @@ class Validator:
             raise _invalid("prompt", "the prompt is empty")
         return await self._tokenize(prompt, add_special=True)
 
-    async def to_job(self, request: inference_pb2.GenerateRequest) -> Job:
+    async def to_job(self, request: inference_pb2.GenerateRequest, tenant: Tenant) -> Job:
         """Raises InvalidRequestError or NotFoundError; the message names the field."""
         self.check_model(request.model)
         request_id = request.request_id or secrets.token_hex(8)
@@ -72,7 +73,7 @@ class Validator:
         if len(prompt) >= config.context_length:
             raise _invalid("prompt", f"has {len(prompt)} tokens; the model's context holds {config.context_length}, "
                                      f"the answer included", reason="PROMPT_TOO_LONG")  # fmt: skip
-        return Job(request_id, prompt, self._complete(request.sampling, len(prompt)))
+        return Job(request_id, prompt, self._complete(request.sampling, len(prompt)), tenant)
 
     async def _tokenize(self, text: str, *, add_special: bool) -> list[int]:
         encode = self.files.tokenizer.encode

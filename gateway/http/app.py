@@ -1,5 +1,5 @@
-"""The application and its routes.  A request meets, in this order: RequestScope, the router, its route; what a route
-raises becomes a response in ``errors``."""
+"""The application and its routes.  A request meets, in this order: RequestScope, KeyCheck, the router, its route; what a
+route raises becomes a response in ``errors``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gateway.doorkeeper import Doorkeeper
 from gateway.http import schema
 from gateway.http.completions import Completions, require_model
 from gateway.http.errors import json_response, on_error, on_http_exception
 from gateway.http.front_door import FrontDoor, Vocabulary
+from gateway.http.key_check import KeyCheck
 from gateway.http.limits import HttpLimits
 from gateway.http.request_scope import RequestScope
 from gateway.http.shapes import ChatShape, CompletionShape
@@ -27,10 +29,17 @@ from kvferry.errors import Error
 __all__ = ["FrontDoor", "HttpLimits", "Vocabulary", "create_app"]
 
 
-def create_app(front_door: FrontDoor, *, vocabulary: Vocabulary, limits: HttpLimits | None = None) -> Starlette:
+def create_app(
+    front_door: FrontDoor,
+    *,
+    vocabulary: Vocabulary,
+    limits: HttpLimits | None = None,
+    doorkeeper: Doorkeeper | None = None,
+) -> Starlette:
     """OpenAI-compatible HTTP over ``front_door``, with /health for load balancers and /metrics for Prometheus (the
     process's default registry).  ``schema`` says which fields are served; request headers of our own:
 
+    - authorization: Bearer KEY, where ``doorkeeper`` wants one, which is for all paths below /v1;
     - x-request-id names the request, in logs, traces and the response;
     - x-request-timeout gives its time in seconds;
     - x-kvferry-timeline: 1 adds ``kvferry.timeline``, under the names of the proto's Timeline, to the last JSON.
@@ -66,7 +75,7 @@ def create_app(front_door: FrontDoor, *, vocabulary: Vocabulary, limits: HttpLim
             Route("/health", health),
             Route("/metrics", metrics),
         ],
-        middleware=[Middleware(RequestScope)],
+        middleware=[Middleware(RequestScope), Middleware(KeyCheck, doorkeeper=doorkeeper or Doorkeeper())],
         exception_handlers={Error: on_error, HTTPException: on_http_exception},
     )
     # Redirects would answer unknown paths that end in a slash.

@@ -20,6 +20,7 @@ from gateway.http.errors import error_body, error_response, internal_error, json
 from gateway.http.front_door import FrontDoor, Vocabulary
 from gateway.http.limits import HttpLimits
 from gateway.http.shapes import Head, Shape, timeline_content
+from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import Error, InternalError, InvalidRequestError, NotFoundError, UnavailableError
@@ -113,7 +114,7 @@ class Completions:
         shape = self._shape(head, self._vocabulary, with_logprobs=asked.num_logprobs is not None)
         write = _write_stream if asked.stream else _write_whole
         try:
-            async with until(deadline_s), _closing(self._front_door.generate(request)) as events:
+            async with until(deadline_s), _closing(self._front_door.generate(request, reply.tenant)) as events:
                 await write(events, asked, shape, reply)
         except Exception as error:
             if not reply.begun:
@@ -133,6 +134,7 @@ class _Reply:
         self.begun = False
         self._streams = False
         self.request_id: str = scope["state"]["request_id"]
+        self.tenant: Tenant = scope["state"]["tenant"]
         self.wants_timeline = Headers(scope=scope).get("x-kvferry-timeline") == "1"
 
     async def whole(self, content: dict[str, Any]) -> None:

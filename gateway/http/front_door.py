@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 
@@ -21,7 +22,9 @@ class FrontDoor(Protocol):
         """Whether a request would now find workers."""
         ...
 
-    def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    def generate(
+        self, request: inference_pb2.GenerateRequest, tenant: Tenant
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """One Started, chunks, one Finished.  Cancelling the task that awaits the next item, or ``aclose()`` where the
         iterator has it, stops the compute; both come back within a bounded time.  Everything is called from one task.
         Raises kvferry.errors.Error, before the first item for a request that is refused; its ``metadata["field"]``,

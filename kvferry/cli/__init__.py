@@ -13,6 +13,7 @@ from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
 from kvferry.cli.explain import explain
 from kvferry.cli.generate import generate
+from kvferry.cli.key import key
 from kvferry.cli.serve import serve
 from kvferry.cli.status import status
 
@@ -38,6 +39,7 @@ def _root(
       kvferry status --watch     see what it does
       kvferry explain ID         why a request went where it did
       kvferry doctor             what this host gives, and what to change
+      kvferry key TENANT         an API key, for a gateway that wants them
 
     The gateway to talk to is --address, or KVFERRY_ADDRESS, or 127.0.0.1:8470. Exit codes: 0 fine, 1 failed, 2 wrong
     usage, 130 interrupted.
@@ -55,7 +57,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, doctor):
+    for command in (demo, serve, generate, chat, status, explain, doctor, key):
         app.command()(command)
     return app
 

@@ -14,6 +14,7 @@ from kvferry.client import DEFAULT_ADDRESS, Client
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
     address: options.Address = DEFAULT_ADDRESS,
+    api_key: options.ApiKey = None,
     timeout: options.Timeout = None,
     model: options.ModelName = "",
     max_tokens: options.MaxTokens = None,
@@ -36,7 +37,7 @@ def generate(
       kvferry generate "Once upon a time" --temperature 0.8 --seed 1 --timeline
       cat notes.txt | kvferry generate - --max-tokens 64 --json
     """
-    with output.failures(address), Client(address) as client:
+    with output.failures(address), Client(address, api_key=api_key) as client:
         text = sys.stdin.read() if prompt == "-" else prompt
         with client.generate(
             text,

@@ -68,6 +68,7 @@ class ClusterConfig:
     pin: bool | None = None
     kv_memory: str | None = None
     speculate: str | None = None
+    api_keys: Path | None = None
     log_level: str = "info"
 
 
@@ -156,6 +157,8 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         "--model": model,
         "--log-level": config.log_level,
     }
+    if config.api_keys is not None:
+        gateway_flags["--api-keys"] = str(config.api_keys.resolve())
     members.append(member(Role.GATEWAY, "gateway", "gateway", grpc_address, gateway_flags, f"{http_url}/metrics"))
     return Plan(tuple(members), grpc_address, http_url)
 

@@ -23,11 +23,21 @@ class WhenToSpeculate(enum.Enum):
 
 
 ADDRESS_ENV = "KVFERRY_ADDRESS"
+API_KEY_ENV = "KVFERRY_API_KEY"
 
 _TALK, _SAMPLE, _RUN = "Gateway", "Sampling", "Cluster"
 
 Address = Annotated[
     str, typer.Option(envvar=ADDRESS_ENV, help="host:port of the gateway's gRPC server.", rich_help_panel=_TALK)
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar=API_KEY_ENV,
+        help="For a gateway that wants one; better in the environment, for others see command lines.",
+        show_default=False,
+        rich_help_panel=_TALK,
+    ),
 ]
 Timeout = Annotated[
     float | None,
@@ -117,6 +127,16 @@ Pin = Annotated[
 KvMemory = Annotated[
     str | None,
     typer.Option(help="KV pool of each worker, such as 512MiB.", show_default=False, rich_help_panel=_RUN),
+]
+ApiKeys = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="File of API keys (kvferry key makes it); without, everybody who reaches a port may ask.",
+        show_default=False,
+        rich_help_panel=_RUN,
+    ),
 ]
 LogDir = Annotated[
     Path | None,

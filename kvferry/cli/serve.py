@@ -35,6 +35,7 @@ def serve(
     pin: options.Pin = None,
     kv_memory: options.KvMemory = None,
     speculate: options.WorkersSpeculate = None,
+    api_keys: options.ApiKeys = None,
     log_dir: options.LogDir = None,
     log_level: options.Level = options.LogLevel.INFO,
 ) -> None:
@@ -68,6 +69,7 @@ def serve(
         pin=pin,
         kv_memory=kv_memory,
         speculate=None if speculate is None else speculate.value,
+        api_keys=api_keys,
         log_level=log_level.value,
     )
     progress = StartProgress()
@@ -79,7 +81,7 @@ def serve(
                 with progress.show([member.name for member in cluster.members], cluster.doing):
                     cluster.start()
                 is_up = True  # before it is announced: whoever waits for the words may stop us as soon as they are out
-                _announce(cluster)
+                _announce(cluster, config)
                 interrupts.wait()
             except KeyboardInterrupt:
                 output.say("\nstopping; Ctrl-C again kills at once")
@@ -98,9 +100,14 @@ def stop(cluster: LocalCluster) -> None:
         cluster.stop()
 
 
-def _announce(cluster: LocalCluster) -> None:
-    with Client(cluster.grpc_address) as client:
-        model = client.models()[0].name
+def _announce(cluster: LocalCluster, config: ClusterConfig) -> None:
+    model, key, with_key = config.model, "", ""
+    if config.api_keys is None:
+        with Client(cluster.grpc_address) as client:
+            model = client.models()[0].name
+    else:
+        key = ' -H "authorization: Bearer $KVFERRY_API_KEY"'
+        with_key = ", with a key in KVFERRY_API_KEY"
     address = "" if cluster.grpc_address == DEFAULT_ADDRESS else f" --address {cluster.grpc_address}"
     metrics = "\n".join(
         f"  {'metrics' if first else '':9}{member.metrics_url}  ({member.name})"
@@ -114,11 +121,11 @@ kvferry serves {model}
 {metrics}
   logs     {cluster.log_dir}
 
-Try it:
+Try it{with_key}:
   kvferry chat{address}
   kvferry generate "The capital of France is" --temperature 0 --timeline{address}
   kvferry status{address}
-  curl {cluster.http_url}/v1/chat/completions -H 'content-type: application/json' \\
+  curl {cluster.http_url}/v1/chat/completions -H 'content-type: application/json'{key} \\
     -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}], "temperature": 0}}'
 
 Ctrl-C stops everything.""",

@@ -18,6 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kvferry
+from gateway.doorkeeper import read_keys
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.cli import make_app
 from tests.sdk.fake_gateway import FakeGateway, answer, refuse
@@ -380,3 +381,27 @@ def test_a_terminal_of_80_columns_shows_every_column_whole(gateway: FakeGateway,
     assert "prefill-0" in shell.seen, "no name is folded"
     assert all(word in shell.seen for word in ("worker", "active", "cached", "quar."))
     assert shell.process.wait(20) == 0
+
+
+def test_a_key_is_printed_once_and_its_hash_is_what_gateways_read(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    texts = []
+    for tenant in ("search", "docs"):
+        done = CliRunner().invoke(APP, ["key", tenant, "--file", str(path)])
+        assert done.exit_code == 0
+        texts.append(done.stdout.strip())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert not any(text in path.read_text() for text in texts)
+    keys = read_keys(path)
+    tenants = [keys.tenant_of(text) for text in texts]
+    assert [tenant and tenant.name for tenant in tenants] == ["search", "docs"]
+    assert CliRunner().invoke(APP, ["key", "no spaces"]).exit_code == 2
+    done = CliRunner().invoke(APP, ["key", "x", "--file", str(tmp_path / "none" / "keys")])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert "No such file" in done.stderr
+
+
+def test_a_key_comes_from_the_environment(gateway: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVFERRY_API_KEY", "kvf-1")
+    assert CliRunner().invoke(APP, ["generate", "x"]).exit_code == 0
+    assert gateway.metadata[-1]["authorization"] == "Bearer kvf-1"

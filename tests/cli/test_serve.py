@@ -104,7 +104,7 @@ def test_being_stopped_while_it_announces_is_a_clean_end(monkeypatch: pytest.Mon
         def stop(self) -> None:
             self.stopped = True
 
-    def announce(cluster: Started) -> None:
+    def announce(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     cluster = Started()

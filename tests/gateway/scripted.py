@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 
 from gateway.http.app import Vocabulary
+from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 
@@ -70,13 +71,15 @@ class ScriptedFrontDoor:
         self.model = common_pb2.ModelInfo(name=MODEL, revision="rev-9", context_length=64, vocab_size=257)
         self.ready = True
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.tenants: list[Tenant] = []
         self.num_running = 0
         self.num_cancelled = 0
         self.waiting = asyncio.Event()
         self.idle = asyncio.Event()
 
-    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[Response]:
+    async def generate(self, request: inference_pb2.GenerateRequest, tenant: Tenant) -> AsyncIterator[Response]:
         self.requests.append(request)
+        self.tenants.append(tenant)
         self.num_running += 1
         task = asyncio.current_task()
         try:

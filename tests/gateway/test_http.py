@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.doorkeeper import Doorkeeper
 from gateway.http.app import HttpLimits, create_app
+from gateway.tenants import Keyring, Tenant
 from kvferry import errors
 from kvferry.api.common.v1 import common_pb2
 from tests.gateway.scripted import END, MODEL, VOCABULARY, ScriptedFrontDoor, chunk, finished, started
@@ -526,3 +529,26 @@ async def test_the_timeline_comes_when_asked_for() -> None:
     assert last["kvferry"] == whole["kvferry"]
     assert "kvferry" not in closing
     assert "kvferry" not in (await post(answering(), CHAT, chat())).json()
+
+
+async def test_a_gateway_with_keys_lets_their_tenants_in_and_nobody_else() -> None:
+    keys = Keyring([(hashlib.sha256(b"k").hexdigest(), Tenant("a", b"salt"))])
+    front_door = answering()
+    app = create_app(front_door, vocabulary=VOCABULARY, limits=LIMITS, doorkeeper=Doorkeeper(keys))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app), base_url="http://gateway") as client:
+        for method, path in (("POST", CHAT), ("POST", TEXT), ("GET", "/v1/models"), ("GET", "/v1/models/x"),
+                             ("GET", "/v1/nothing")):  # fmt: skip
+            for headers in ({}, {"authorization": "Bearer other"}):
+                response = await client.request(method, path, json=chat(), headers=headers)
+                assert response.status_code == 401, path
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.headers["x-request-id"]
+                error = response.json()["error"]
+                assert error["type"] == "authentication_error"
+                assert error["code"] == ("invalid_api_key" if headers else "missing_api_key")
+        assert not front_door.requests
+        response = await client.post(CHAT, json=chat(), headers={"authorization": "Bearer k"})
+        assert response.json()["choices"][0]["message"]["content"] == "Héllo"
+        assert front_door.tenants == [Tenant("a", b"salt")]
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/metrics")).status_code == 200
