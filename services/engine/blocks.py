@@ -18,6 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
 
 from services.runtime.tier import Tier
 
@@ -53,6 +54,14 @@ class CacheChange:
     tier: Tier = Tier.DEVICE
 
 
+class Content(NamedTuple):
+    """What a block holds.  Equal as long as the block has kept it: ``num_evictions`` tells apart two times that it held the
+    same."""
+
+    hash: bytes
+    num_evictions: int
+
+
 class BlockPool:
     """Not thread-safe; one owner calls it."""
 
@@ -65,14 +74,22 @@ class BlockPool:
         self._hash: list[bytes | None] = [None] * num_blocks
         self._by_hash: dict[bytes, int] = {}
         self._free = deque(range(num_blocks))
-        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        # CACHED blocks, least recently used first: all that are foreseen before all that are not.
+        self._foreseen: OrderedDict[int, None] = OrderedDict()
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        self._num_evictions = [0] * num_blocks
         self._num = dict.fromkeys(BlockState, 0) | {BlockState.FREE: num_blocks}
         self._changes: list[CacheChange] = []
 
     @property
     def num_available(self) -> int:
         """Blocks that ``allocate`` or ``lend`` could hand out now."""
-        return len(self._free) + len(self._cached)
+        return self.num_foreseen + len(self._cached)
+
+    @property
+    def num_foreseen(self) -> int:
+        """Of these, those that ``allocate`` and ``lend`` hand out before they evict one that was not foreseen."""
+        return len(self._free) + len(self._foreseen)
 
     def counts(self) -> Counts:
         return Counts(self.num_blocks, *(self._num[state] for state in BlockState))
@@ -102,6 +119,24 @@ class BlockPool:
             self._move(block, BlockState.QUARANTINED, BlockState.FREE)
             self._free.append(block)
 
+    def foresee(self) -> int | None:
+        """The CACHED block that is evicted next after those foreseen before, unless it is acquired first; None when there
+        is no other."""
+        if not self._cached:
+            return None
+        block, _ = self._cached.popitem(last=False)
+        self._foreseen[block] = None
+        return block
+
+    def content(self, block: int) -> Content | None:
+        """None where it has no hash."""
+        hash_ = self._hash[block]
+        return None if hash_ is None else Content(hash_, self._num_evictions[block])
+
+    def find(self, hash_: bytes) -> int | None:
+        """The block of that content.  It stays evictable until acquired."""
+        return self._by_hash.get(hash_)
+
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest prefix of the chain held here.  They stay evictable until acquired."""
         blocks = []
@@ -116,7 +151,7 @@ class BlockPool:
         """One more reference on each of ``blocks``, which must be ACTIVE or CACHED."""
         for block in blocks:
             if self._state[block] is BlockState.CACHED:
-                del self._cached[block]
+                del (self._foreseen if block in self._foreseen else self._cached)[block]
                 self._move(block, BlockState.CACHED, BlockState.ACTIVE)
             assert self._state[block] is BlockState.ACTIVE, f"block {block} is {self._state[block].name}"
             self._references[block] += 1
@@ -172,9 +207,8 @@ class BlockPool:
         assert sorted(self._free) == [b for b, s in enumerate(self._state) if s is BlockState.FREE], (
             "the free list differs"
         )
-        assert set(self._cached) == {b for b, s in enumerate(self._state) if s is BlockState.CACHED}, (
-            "the LRU list differs"
-        )
+        cached = sorted(b for b, s in enumerate(self._state) if s is BlockState.CACHED)
+        assert sorted([*self._foreseen, *self._cached]) == cached, "the LRU lists differ"
         for block, state in enumerate(self._state):
             assert (self._references[block] > 0) == (state is BlockState.ACTIVE), (
                 f"block {block}: references in {state.name}"
@@ -195,11 +229,12 @@ class BlockPool:
         return blocks
 
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+        block, _ = (self._foreseen or self._cached).popitem(last=False)
         hash_ = self._hash[block]
         assert hash_ is not None
         del self._by_hash[hash_]
         self._hash[block] = None
+        self._num_evictions[block] += 1
         self._changes.append(CacheChange(hash_, stored=False))
         self._move(block, BlockState.CACHED, BlockState.FREE)
         return block

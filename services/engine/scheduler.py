@@ -6,6 +6,9 @@ take the same path (as in vLLM's V1 scheduler).
 
 A step may be planned while the one before it runs, so that nobody waits for the plan: its tokens that are still to be
 drawn are named by who draws them.  What ends with such a token is computed once too often, and that is thrown away.
+
+What the pool has evicted may come back from the host by a copy (host_tier.py).  Nothing of a sequence is computed before
+its copy has ended, and nobody else waits for that; where it fails, what was to be copied is computed.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ from itertools import islice
 from types import MappingProxyType
 
 from services.engine.batch import Entry, awaited_token
-from services.engine.blocks import BlockPool, OutOfBlocksError
+from services.engine.blocks import BlockPool, CacheChange, OutOfBlocksError
 from services.engine.hashing import extend_chain
+from services.engine.host_tier import Copy, HostTier
 from services.engine.lookup import share_out
 from services.engine.sampling_params import DrawFailed, Drawn
 from services.engine.sequence import (
@@ -86,13 +90,17 @@ class Scheduler:
     """Not thread-safe.  Between ``plan`` and its ``complete`` the planned sequences keep their blocks, whoever aborts
     them: a step in flight writes into them.  Two plans may be open, to be completed in their order."""
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits, host: HostTier | None = None) -> None:
+        """``host``: of ``pool``; None is one without room."""
         self.pool = pool
         self.limits = limits
+        self.host = host or HostTier(pool, 0)
         # A sequence that shares the pool with pins alone must be able to end: no deadlock, however long its answer.
         self.max_length = min(limits.context_length, (pool.num_blocks - limits.max_pinned) * limits.block_size)
         self._sequences: dict[SequenceId, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
+        self._loads: dict[int, Sequence] = {}  # by the copy from the host that it waits for
+        self._arrived: deque[Sequence] = deque()  # that copy has ended, not told to have started yet
         self._ready: deque[Sequence] = deque()  # KV delivered, no place in the batch yet
         self._running: list[Sequence] = []  # by age
         self._open: deque[Plan] = deque()
@@ -100,7 +108,8 @@ class Scheduler:
 
     @property
     def num_running(self) -> int:
-        return len(self._running) + len(self._ready)
+        """Those that wait for a copy from the host among them."""
+        return len(self._running) + len(self._ready) + len(self._arrived) + self._num_loading
 
     @property
     def num_waiting(self) -> int:
@@ -112,7 +121,9 @@ class Scheduler:
 
     @property
     def num_queued_prefill_tokens(self) -> int:
-        return sum(s.num_to_compute for s in (*self._waiting, *self._running) if s.num_to_compute > 1)
+        loading = (s for s in self._loads.values() if s.stage is Stage.LOADING)
+        queued = (*self._waiting, *self._running, *self._arrived, *loading)
+        return sum(s.num_to_compute for s in queued if s.num_to_compute > 1)
 
     def get(self, id_: SequenceId) -> Sequence | None:
         return self._sequences.get(id_)
@@ -127,26 +138,28 @@ class Scheduler:
 
     def reserve(self, sequence: Sequence) -> tuple[int, list[int]]:
         """Makes room for a prompt that a writer will deliver: (index of the first block to write, blocks lent).  Blocks
-        before it are in the prefix cache already.  The lent blocks belong to the caller's ticket, and come back by
-        ``deliver`` or, after ``abort``, by way of the pool's quarantine.  Raises OutOfBlocksError or NeverFitsError."""
+        before it are in the prefix cache already, or on their way from the host.  The lent blocks belong to the caller's
+        ticket, and come back by ``deliver`` or, after ``abort``, by way of the pool's quarantine.  Raises OutOfBlocksError
+        or NeverFitsError."""
         self._check_fits(sequence)
         self._extend_chain(sequence)
-        cached = self.pool.match(sequence.chain[1:])
+        found = self._find(sequence.chain[1:])
+        cached = [block for block in found if block is not None]
         self.pool.acquire(cached)
         need = self._num_blocks(sequence.num_prompt) - len(cached)
         try:
             self._check_room(need)
-            lent = self.pool.lend(need)
         except OutOfBlocksError:
             self.pool.release(cached)
             raise
+        fresh = self.pool.allocate(len(found) - len(cached))
+        lent = self.pool.lend(need - len(fresh))
         self._num_reserved += 1
-        sequence.block_table = cached
-        sequence.num_remembered = len(cached)
-        sequence.num_cached = len(cached) * self.limits.block_size
         sequence.stage = Stage.RESERVED
         self._sequences[sequence.id] = sequence
-        return len(cached), lent
+        self._place(sequence, found, fresh)
+        sequence.num_cached = sequence.num_computed
+        return len(found), lent
 
     def deliver(self, id_: SequenceId, lent: list[int], first_token: Drawn) -> list[Event]:
         """The writer of ``lent`` has committed: the prompt's KV is here and its first token drawn."""
@@ -155,17 +168,38 @@ class Scheduler:
         self._num_reserved -= 1
         self.pool.settle(lent)
         sequence.block_table = sequence.block_table + lent
-        sequence.num_computed = sequence.num_prompt
+        if sequence.num_computed == sequence.num_cached:  # or else a copy failed, and all behind it is computed again
+            sequence.num_computed = sequence.num_prompt
         sequence.stage = Stage.RUNNING
-        self._remember(sequence)
+        if not sequence.is_loading:
+            self._remember(sequence)
         event = self._append(sequence, first_token)
-        if sequence.stage is not Stage.ENDED:
+        if sequence.stage is not Stage.ENDED and not sequence.is_loading:
             self._ready.append(sequence)
         return [event]
 
+    def copied(self, copy: Copy, *, ok: bool) -> None:
+        """A copy of the host tier was made, or failed: nothing of it is read or written any more."""
+        self.host.end(copy, ok=ok)
+        sequence = self._loads.pop(copy.id, None)
+        if sequence is None:
+            return
+        sequence.is_loading = False
+        if not ok:
+            sequence.num_computed = sequence.num_remembered * self.limits.block_size
+        match sequence.stage:
+            case Stage.ENDED:
+                self._forget_once_free(sequence)
+                return
+            case Stage.LOADING:
+                self._arrived.append(sequence)
+            case Stage.RUNNING:  # delivered meanwhile
+                self._ready.append(sequence)
+        self._remember(sequence)
+
     def abort(self, id_: SequenceId) -> None:
-        """Ends a sequence at any stage; its blocks go back now, or after the step in flight.  Unknown ids are ignored.
-        Blocks lent to a writer are the ticket's business."""
+        """Ends a sequence at any stage; its blocks go back now, or after the step or copy in flight.  Unknown ids are
+        ignored.  Blocks lent to a writer are the ticket's business."""
         sequence = self._sequences.get(id_)
         if sequence is None:
             return
@@ -191,16 +225,16 @@ class Scheduler:
         self._fill_from_ready()
         if not self._grow():
             return None
-        while self._ready and len(self._running) < self.limits.max_running:  # a preemption made a place
+        while self._ready and self._has_place:  # a preemption made a place
             self._fill_from_ready()
             if not self._grow():
                 return None
-        while self._waiting and len(self._running) < self.limits.max_running:
-            event = self._try_start(self._waiting[0])
-            if event is None:
-                break
-            started.append(event)
-            self._running.append(self._waiting.popleft())
+        while self._arrived:  # its place was kept
+            started.append(self._start(self._arrived.popleft()))
+        while self._waiting and self._has_place and self._try_place(self._waiting[0]):
+            sequence = self._waiting.popleft()
+            if not sequence.is_loading:
+                started.append(self._start(sequence))
         budget = self.limits.max_step_tokens
         chosen: list[tuple[Sequence, int]] = []
         for sequence in sorted(self._running, key=lambda s: s.num_to_compute > 1):  # stable: age within each kind
@@ -260,6 +294,14 @@ class Scheduler:
         """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it and the
         ``pinned`` references on it, which no sequence has."""
         self.pool.check_integrity()
+        self.host.check_integrity()
+        loads = self.host.loads()
+        assert loads.keys() == self._loads.keys(), "the copies up are not those that sequences wait for"
+        for id_, sequence in self._loads.items():
+            assert sequence.is_loading, f"{sequence.id} does not wait for its copy"
+            assert set(loads[id_].blocks) <= set(sequence.block_table), (
+                f"{sequence.id} lost blocks that are copied into"
+            )
         held = dict(pinned)
         for sequence in self._sequences.values():
             for block in sequence.block_table:
@@ -284,8 +326,8 @@ class Scheduler:
             sequence.num_steps -= 1
             sequence.num_in_steps -= count
             sequence.num_awaited -= entry.sampling is not None
-            if sequence.stage is Stage.ENDED and sequence.num_steps == 0:
-                self._forget(sequence)
+            if sequence.stage is Stage.ENDED:
+                self._forget_once_free(sequence)
 
     def _is_over(self, sequence: Sequence) -> bool:
         """Whether the token that is awaited is its last, whatever it is."""
@@ -316,41 +358,86 @@ class Scheduler:
 
     def _num_kept(self) -> int:
         kept = self.num_running + self._num_reserved
-        if self._waiting and len(self._running) < self.limits.max_running:
+        if self._waiting and self._has_place:
             kept += self._num_blocks(len(self._waiting[0].tokens))
         return kept
 
-    def _try_start(self, sequence: Sequence) -> Started | None:
+    @property
+    def _num_loading(self) -> int:
+        """Those that would run if it were not for their copy."""
+        return sum(s.stage in (Stage.LOADING, Stage.RUNNING) for s in self._loads.values())
+
+    @property
+    def _has_place(self) -> bool:
+        return len(self._running) + len(self._arrived) + self._num_loading < self.limits.max_running
+
+    def take_cache_changes(self) -> list[CacheChange]:
+        """What entered and left the cache, of either tier, since the last call; in order within a tier."""
+        changes = self.pool.take_changes()
+        self.host.note(changes)
+        return [*self.host.take_changes(), *changes]
+
+    def _try_place(self, sequence: Sequence) -> bool:
+        """Gives it its blocks, and has copied up what the host has of them.  False where there are too few."""
         self._extend_chain(sequence)
         # The last token is always computed: its logits are what the next token is drawn from.
         usable = (len(sequence.tokens) - 1) // self.limits.block_size
-        cached = self.pool.match(sequence.chain[1 : usable + 1])
+        found = self._find(sequence.chain[1 : usable + 1])
+        cached = [block for block in found if block is not None]
         self.pool.acquire(cached)
         need = self._num_blocks(len(sequence.tokens)) - len(cached)
         # A block in hand for each running sequence: starting one more must not preempt another at once.
-        if need + len(self._running) > self.pool.num_available and self._running:
+        num_running = self.num_running
+        if num_running and need + num_running > self.pool.num_available:
             self.pool.release(cached)
-            return None
+            return False
         try:
             fresh = self.pool.allocate(need)
         except OutOfBlocksError:
             self.pool.release(cached)
-            return None
-        sequence.block_table = cached + fresh
-        sequence.num_computed = len(cached) * self.limits.block_size
-        sequence.num_remembered = len(cached)
+            return False
+        self._place(sequence, found, fresh)
+        sequence.stage = Stage.LOADING
+        return True
+
+    def _find(self, hashes: Sequence_[bytes]) -> list[int | None]:
+        """For each block of the longest prefix held: where it lies in the pool, or None where only the host has it."""
+        found = []
+        for hash_ in hashes:
+            block = self.pool.find(hash_)
+            if block is None and not self.host.holds(hash_):
+                break
+            found.append(block)
+        return found
+
+    def _place(self, sequence: Sequence, found: list[int | None], fresh: list[int]) -> None:
+        """``fresh`` are the blocks of what was not found in the pool, in order: what the host has, and what nobody has."""
+        awaited = [i for i, block in enumerate(found) if block is None]
+        places = iter(fresh)
+        table = [next(places) if block is None else block for block in found]
+        sequence.block_table = [*table, *places]
+        sequence.num_computed = len(found) * self.limits.block_size
+        sequence.num_remembered = awaited[0] if awaited else len(found)
+        if awaited:
+            copy = self.host.load([sequence.chain[i + 1] for i in awaited], [table[i] for i in awaited])
+            self._loads[copy.id] = sequence
+            sequence.is_loading = True
+
+    def _start(self, sequence: Sequence) -> Started:
         if sequence.num_preemptions == 0:
             sequence.num_cached = sequence.num_computed
         sequence.stage = Stage.RUNNING
+        self._running.append(sequence)
         return Started(sequence.id, tuple(sequence.block_table), sequence.num_computed)
 
     def _fill_from_ready(self) -> None:
-        while self._ready and len(self._running) < self.limits.max_running:
+        while self._ready and self._has_place:
             self._running.append(self._ready.popleft())
 
     def _grow(self) -> bool:
         """Gives each running sequence the block its next token needs, oldest first, preempting the youngest for it.  False
-        when that must wait for the step under way, which needs the blocks of all that are in it."""
+        when that must wait for the step under way, which needs the blocks of all that are in it, or for a copy from the
+        host, whose sequence is among the youngest."""
         for sequence in list(self._running):
             if sequence.stage is not Stage.RUNNING:
                 continue  # preempted a moment ago for an older one
@@ -358,10 +445,10 @@ class Scheduler:
                 try:
                     sequence.block_table += self.pool.allocate(1)
                 except OutOfBlocksError:
-                    if self._open:
+                    if self._open or self._loads:
                         return False
                     # Not a prefill-only one: its blocks may be the source of a transfer.
-                    victim = next(s for s in reversed(self._running) if not s.prefill_only)
+                    victim = next(s for s in reversed([*self._running, *self._arrived]) if not s.prefill_only)
                     self._preempt(victim)
                     if victim is sequence:
                         break
@@ -374,7 +461,7 @@ class Scheduler:
                 sequence.block_table += self.pool.allocate(1)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        self._leave_queues(sequence)
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed = sequence.num_remembered = 0
@@ -473,17 +560,18 @@ class Scheduler:
         self._num_reserved -= sequence.stage is Stage.RESERVED
         sequence.stage = Stage.ENDED
         self._leave_queues(sequence)
-        if sequence.num_steps == 0:
-            self._forget(sequence)
+        self._forget_once_free(sequence)
 
-    def _forget(self, sequence: Sequence) -> None:
-        """Gives back the blocks of one that has ended and that no step writes into any more."""
+    def _forget_once_free(self, sequence: Sequence) -> None:
+        """Gives back the blocks of one that has ended, unless a step or a copy still writes into them."""
+        if sequence.num_steps or sequence.is_loading:
+            return
         self.pool.release(sequence.block_table)
         sequence.block_table = []
         del self._sequences[sequence.id]
 
     def _leave_queues(self, sequence: Sequence) -> None:
-        for queue in (self._running, self._waiting, self._ready):
+        for queue in (self._running, self._waiting, self._ready, self._arrived):
             if sequence in queue:
                 queue.remove(sequence)
 

@@ -20,6 +20,7 @@ class FinishReason(Enum):
 
 class Stage(Enum):
     WAITING = auto()  # queued, holds no blocks
+    LOADING = auto()  # holds blocks, not started; waits for what is copied into them from the host
     RESERVED = auto()  # its prompt's blocks are lent to a writer
     RUNNING = auto()  # holds blocks; computed a step at a time
     HELD = auto()  # prompt computed, blocks kept until their transfer has ended
@@ -28,9 +29,9 @@ class Stage(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """``tokens`` is the prompt and what was drawn; KV is valid for the first ``num_computed`` of them.  ``drafter`` is None
-    where nothing is to be guessed.  Steps that are not completed compute ``num_in_steps`` more and will draw
-    ``num_awaited`` tokens, the last of them as ``awaited_sample`` of the newest step."""
+    """``tokens`` is the prompt and what was drawn; KV is valid for the first ``num_computed`` of them, once what is loading
+    has come.  ``drafter`` is None where nothing is to be guessed.  Steps that are not completed compute ``num_in_steps``
+    more and will draw ``num_awaited`` tokens, the last of them as ``awaited_sample`` of the newest step."""
 
     id: SequenceId
     tokens: list[int]
@@ -47,6 +48,7 @@ class Sequence:
     block_table: list[int] = field(init=False, default_factory=list)
     num_cached: int = field(init=False, default=0)  # prompt tokens found in the prefix cache
     num_remembered: int = field(init=False, default=0)  # blocks whose hash is in the cache index
+    is_loading: bool = field(init=False, default=False)  # a copy from the host writes into its blocks
     num_preemptions: int = field(init=False, default=0)
     num_chunks: int = field(init=False, default=0)
     num_drafted: int = field(init=False, default=0)  # tokens guessed and verified
