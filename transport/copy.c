@@ -92,3 +92,9 @@ void kvf_memcpy(char *to, const char *from, const uint64_t *offsets, uint64_t n,
 {
     for (uint64_t i = 0; i < n; i++) memcpy(to + offsets[i], from + offsets[n + i], size);
 }
+
+void kvf_stream(char *to, const char *from, const uint64_t *offsets, uint64_t n, uint64_t size)
+{
+    for (uint64_t i = 0; i < n; i++) copy_streaming(to + offsets[i], from + offsets[n + i], size);
+    copy_fence();
+}

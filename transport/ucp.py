@@ -8,10 +8,11 @@ import functools
 import os
 import struct
 import threading
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_char_p, c_int, c_uint, c_uint64, c_void_p
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from transport.base import Counters, Op, Path, Region, RemoteRegion, Transfer, TransferResult
 from transport.build import build
@@ -384,13 +385,31 @@ def ucx_version() -> str:
     return ".".join(map(str, _version(_load())))
 
 
-def memcpy(to: Region, source: Region, to_offsets: Offsets, source_offsets: Offsets, size: int) -> None:
+class Memory(Protocol):
+    """Of this process."""
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+def memcpy(to: Memory, source: Memory, to_offsets: Offsets, source_offsets: Offsets, size: int) -> None:
     """Plain copies within this process, of ``size`` bytes each: what transfers are measured against.  Blocks.  Raises
     as Transport.post does."""
-    pieces = Pieces.of(to_offsets, source_offsets, size)
+    _copy(_load().kvf_memcpy, to, source, Pieces.of(to_offsets, source_offsets, size), size)
+
+
+def stream(to: Memory, source: Memory, to_offsets: Offsets, source_offsets: Offsets, size: int) -> None:
+    """As ``memcpy``, but past the cache, which it leaves to whoever computes beside."""
+    _copy(_load().kvf_stream, to, source, Pieces.of(to_offsets, source_offsets, size), size)
+
+
+def _copy(function: Callable[..., None], to: Memory, source: Memory, pieces: Pieces, size: int) -> None:
     if error := pieces.out_of_bounds(to.nbytes, source.nbytes):
         raise error
-    _load().kvf_memcpy(to.address, source.address, pieces.packed, pieces.num_blocks, size)
+    function(to.address, source.address, pieces.packed, pieces.num_blocks, size)
 
 
 def _version(lib: ctypes.CDLL) -> tuple[int, int, int]:
@@ -433,6 +452,7 @@ def _load() -> ctypes.CDLL:
         ("cancel", c_int, [h, size]),
         ("drain", size, [h, c_void_p, size]),
         ("memcpy", None, [h, h, c_char_p, size, size]),
+        ("stream", None, [h, h, c_char_p, size, size]),
         ("completion_size", size, []),
         ("status_string", c_char_p, [c_int]),
         ("version", None, [POINTER(c_uint)] * 3),
