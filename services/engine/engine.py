@@ -14,7 +14,9 @@ import structlog
 
 from services.engine.batch import build_batch
 from services.engine.blocks import CacheChange
+from services.engine.copies import CopyThread
 from services.engine.gaps import Gaps
+from services.engine.host_tier import Copy, Direction, HostTotals
 from services.engine.ready import Ready
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import ChunkComputed, Event, SequenceId, Started, TokenDrawn
@@ -89,15 +91,18 @@ class Engine:
     never held while the model runs, so reserving or aborting does not wait for a step."""
 
     def __init__(
-        self, scheduler: Scheduler, runner: Runner, listener: Listener, cpus: frozenset[int] = frozenset()
-    ) -> None:
-        """``cpus``: where its thread may run, if it is the one that computes; empty leaves that to the system."""
+        self, scheduler: Scheduler, runner: Runner, listener: Listener, cpus: frozenset[int] = frozenset(),
+        copies: CopyThread | None = None,
+    ) -> None:  # fmt: skip
+        """``cpus``: where its thread may run, if it is the one that computes; empty leaves that to the system.  ``copies``:
+        makes those of the scheduler's host tier, which has no room where this is None; whoever made it closes it."""
         self.work = Work()
         self.gaps = Gaps()
         self.step_times = StepTimes()
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
+        self._copies = copies
         self._cpus = frozenset() if runner.runs_ahead else cpus
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -106,6 +111,15 @@ class Engine:
         self._ready: Ready | None = None  # of the last step that was completed, which may still run
         self._idle_since_s: float | None = None  # time.monotonic(); None while there was nothing to compute
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def host_totals(self) -> HostTotals:
+        return self._scheduler.host.totals
+
+    @property
+    def host_load_bytes_per_s(self) -> float:
+        """0 until something came back from the host."""
+        return self._copies.loaded_bytes_per_s if self._copies else 0.0
 
     def start(self) -> None:
         self._thread.start()
@@ -126,7 +140,7 @@ class Engine:
                 try:
                     yield self._scheduler
                 finally:
-                    self._tell_cache_changes()
+                    self._settle()
         finally:
             if wake:
                 self._wake.set()
@@ -152,13 +166,14 @@ class Engine:
             known = outcome is not None and (outcome.ready is None or before is not None)
             self._account(flight.plan, _num_accepted(events), time_.elapsed_s if known else None)
             self._listener.on_events(events, time_)
-            self._tell_cache_changes()
+            self._settle()
         return True
 
     def _launch(self) -> _Flight | None:
         """Plans a step and hands it over; None when there is nothing to compute, or not yet."""
         with self._lock:
             plan = self._scheduler.plan()
+            self._settle()
             if plan is None:
                 return None
             if plan.started:
@@ -189,10 +204,22 @@ class Engine:
         flight.failure = f"the model could not be run: {error}"
         return flight
 
-    def _tell_cache_changes(self) -> None:
-        """With the lock held, so that they are told in their order."""
-        if changes := self._scheduler.pool.take_changes():
+    def _settle(self) -> None:
+        """After the scheduler was changed, with the lock held: so changes are told in their order."""
+        if changes := self._scheduler.take_cache_changes():
             self._listener.on_cache_changes(changes)
+        for copy in self._scheduler.host.take_copies():
+            assert self._copies is not None, "a host tier with room has somebody who copies"
+            self._copies.start(copy, self._copied)
+
+    def _copied(self, copy: Copy, ok: bool) -> None:
+        """On the thread that copies."""
+        try:
+            with self.exclusive(wake=copy.direction is Direction.UP) as scheduler:
+                scheduler.copied(copy, ok=ok)
+        except BaseException as e:  # a bug: whoever waits for copies would wait for ever
+            log.exception("engine_died")
+            self._listener.on_death(e)
 
     def _account(self, plan: Plan, accepted: int, elapsed_s: float | None) -> None:
         """``elapsed_s`` None: nobody knows how long it takes."""

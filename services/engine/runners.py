@@ -22,6 +22,7 @@ from services.engine.steps import Runner
 # torch takes seconds to import, and a worker whose packed weights are in the cache does without: what needs it is imported
 # where it is used.
 if TYPE_CHECKING:
+    from services.engine.copies import Copier
     from services.engine.weights import LayerWeights, Weights
     from transport import Region
 
@@ -142,6 +143,21 @@ def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, 
     )  # fmt: skip
     log.info("flashinfer_kernels", device=torch.cuda.get_device_name(place))
     return runner
+
+
+def create_host_copier(pool: Region, layout: KvLayout, num_blocks: int, num_slots: int) -> Copier:
+    """With room for ``num_slots`` blocks.  Blocks while the memory is made.  Raises OutOfMemory."""
+    if pool.device is None:
+        from services.engine.host_copier import HostCopier
+
+        return HostCopier(pool, layout.block_nbytes, num_slots)
+    import torch
+
+    from services.engine.cuda_copier import CudaCopier
+    from services.engine.flashinfer_runner import cuda_arena
+
+    arena = cuda_arena(pool.address, num_blocks, layout, torch.device("cuda", pool.device), pool)
+    return CudaCopier(arena, num_slots)
 
 
 def _kernels_missing(config: ModelConfig, dtype: str) -> str | None:

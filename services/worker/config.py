@@ -65,6 +65,9 @@ class WorkerConfig:
         "auto", help="folder that keeps packed weights for the next start: auto is ~/.cache/kvferry/weights; or none"
     )
     kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
+    host_kv_memory: str = option(
+        "0", help="memory of the host for blocks that the KV pool evicts, which come back by a copy; 0 is off"
+    )
     convert_memory: str = option(
         "24MiB", help="memory of a prefill worker for KV on its way to decode workers of another dtype"
     )

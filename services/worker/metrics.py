@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from kvferry.api.directory.v1 import directory_pb2
 from services.engine.gaps import BOUNDS_S, Gaps
 from services.worker.worker import Worker
 from transport import Path
@@ -62,6 +63,7 @@ class _WorkerCollector(Collector):
         transfer_bytes.add_metric(["written"], traffic.bytes_written)
         transfer_bytes.add_metric(["received"], traffic.bytes_received)
         yield transfer_bytes
+        yield from self._host_tier(load)
         by_path = CounterMetricFamily(
             "kvferry_transport_bytes", "Bytes that this process moved by one-sided operations", labels=["path"]
         )
@@ -80,6 +82,31 @@ class _WorkerCollector(Collector):
         )
         yield CounterMetricFamily(
             "kvferry_transfer_check_seconds", "Seconds spent digesting KV to verify transfers", value=traffic.digest_s
+        )
+
+    def _host_tier(self, load: directory_pb2.WorkerLoad) -> Iterable[Metric]:
+        totals, block_nbytes = self._worker.engine.host_totals, self._worker.layout.block_nbytes
+        yield GaugeMetricFamily("kvferry_host_blocks", "KV blocks in the host tier", value=load.num_host_blocks)
+        yield GaugeMetricFamily(
+            "kvferry_host_slots", "KV blocks that the host tier has room for", value=load.num_host_slots
+        )
+        copied = {"down": totals.saved, "up": totals.loaded}
+        blocks = CounterMetricFamily(
+            "kvferry_host_copied_blocks",
+            "KV blocks saved to the host tier, and hits that came back",
+            labels=["direction"],
+        )
+        nbytes = CounterMetricFamily("kvferry_host_copied_bytes", "Bytes of these blocks", labels=["direction"])
+        for direction, count in copied.items():
+            blocks.add_metric([direction], count)
+            nbytes.add_metric([direction], count * block_nbytes)
+        yield blocks
+        yield nbytes
+        yield CounterMetricFamily(
+            "kvferry_host_lost_blocks", "KV blocks evicted from the pool with no copy held", value=totals.lost
+        )
+        yield CounterMetricFamily(
+            "kvferry_host_failed_copies", "Copies to or from the host tier that failed", value=totals.failed_copies
         )
 
 

@@ -19,7 +19,9 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import Error
 from services.engine.blocks import BlockPool, CacheChange
+from services.engine.copies import Copier, CopyThread
 from services.engine.engine import Engine
+from services.engine.host_tier import HostTier
 from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
@@ -29,6 +31,7 @@ from services.engine.runners import (
     choose_cuda_dtype,
     choose_dtype,
     create_cuda_runner,
+    create_host_copier,
     create_runner,
     kv_dtype,
     load_for_runner,
@@ -162,7 +165,11 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             look_ahead=device is not None,
         )
         router = EventRouter(loop)
-        engine = Engine(Scheduler(pool, limits), runner, router, cpus)
+        copies = None
+        if num_slots := _num_host_slots(config, layout):
+            copier = await _host_copier(region, layout, num_blocks, num_slots)
+            copies = stack.enter_context(CopyThread(copier, layout.block_nbytes))
+        engine = Engine(Scheduler(pool, limits, HostTier(pool, num_slots)), runner, router, cpus, copies)
         role_name = common_pb2.WorkerRole.Name(role.kind).removeprefix("WORKER_ROLE_").lower()
         identity = Identity(
             worker_id=config.worker_id or f"{role_name}-{address}",
@@ -178,6 +185,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             block_nbytes=layout.block_nbytes,
             layout=layout.fingerprint,
             huge_pages=region.huge_pages,
+            num_host_blocks=num_slots,
         )
         pins = PinBook(pool, max_blocks=limits.max_pinned, max_pins=MAX_PINS)
         exact = isinstance(weights, PackedWeights)
@@ -226,10 +234,29 @@ def _num_blocks(config: WorkerConfig, layout: KvLayout) -> int:
     return num_blocks
 
 
+def _num_host_slots(config: WorkerConfig, layout: KvLayout) -> int:
+    try:
+        nbytes = parse_nbytes(config.host_kv_memory)
+    except Error as e:
+        raise StartupError(f"--host-kv-memory: {e}") from e
+    if 0 < nbytes < layout.block_nbytes:
+        raise StartupError(
+            f"--host-kv-memory {config.host_kv_memory} holds no KV block of {layout.block_nbytes} bytes; give more, or 0"
+        )
+    return nbytes // layout.block_nbytes
+
+
+async def _host_copier(region: Region, layout: KvLayout, num_blocks: int, num_slots: int) -> Copier:
+    try:
+        return await asyncio.to_thread(create_host_copier, region, layout, num_blocks, num_slots)
+    except TransportError as e:
+        raise StartupError(f"--host-kv-memory: {e}") from e
+
+
 def _snapshot(worker: Worker) -> Callable[[], Mapping[Tier, Sequence[bytes]]]:
     def hashes() -> Mapping[Tier, Sequence[bytes]]:
         with worker.engine.exclusive(wake=False) as scheduler:
-            return {Tier.DEVICE: scheduler.pool.hashes()}
+            return {Tier.DEVICE: scheduler.pool.hashes(), Tier.HOST: scheduler.host.hashes()}
 
     return hashes
 

@@ -75,7 +75,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def GetStats(self, request: worker_pb2.GetStatsRequest, context: Context) -> worker_pb2.GetStatsResponse:
         worker = self._worker
-        traffic, work = worker.traffic, worker.engine.work
+        traffic, work, host = worker.traffic, worker.engine.work, worker.engine.host_totals
         return worker_pb2.GetStatsResponse(
             state=directory_pb2.WorkerState(info=worker.info(), load=worker.load()),
             num_blocks_written=traffic.blocks_written,
@@ -86,6 +86,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_decode_tokens=work.decode_tokens,
             num_cached_tokens=work.cached_tokens,
             integrity_ok=worker.integrity_ok(),
+            num_host_blocks_saved=host.saved,
+            num_host_blocks_loaded=host.loaded,
+            num_host_blocks_lost=host.lost,
+            num_host_copies_failed=host.failed_copies,
         )
 
 

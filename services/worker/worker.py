@@ -121,6 +121,7 @@ class Worker:
             counts = scheduler.pool.counts()
             running, waiting = scheduler.num_running, scheduler.num_waiting
             queued = scheduler.num_queued_prefill_tokens
+            host = scheduler.host.counts()
             num_pins, num_pinned_blocks = self.pins.num_pins, self.pins.num_blocks
             step_base_s, step_per_sequence_s = self.engine.step_times.line()
         work = self.engine.work
@@ -138,6 +139,9 @@ class Worker:
             decode_step_per_sequence_s=step_per_sequence_s,
             transfer_bytes_per_s=self.transfer_times.bytes_per_s,
             transfer_round_trip_s=self.transfer_times.round_trip_s,
+            num_host_blocks=host.held,
+            num_host_slots=host.total,
+            host_load_bytes_per_s=self.engine.host_load_bytes_per_s,
         )
 
     def info(self) -> directory_pb2.WorkerInfo:

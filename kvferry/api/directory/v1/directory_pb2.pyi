@@ -165,6 +165,9 @@ class WorkerLoad(google.protobuf.message.Message):
     DECODE_STEP_PER_SEQUENCE_S_FIELD_NUMBER: builtins.int
     TRANSFER_BYTES_PER_S_FIELD_NUMBER: builtins.int
     TRANSFER_ROUND_TRIP_S_FIELD_NUMBER: builtins.int
+    NUM_HOST_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_HOST_SLOTS_FIELD_NUMBER: builtins.int
+    HOST_LOAD_BYTES_PER_S_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -187,6 +190,15 @@ class WorkerLoad(google.protobuf.message.Message):
     """
     transfer_round_trip_s: builtins.float
     """From a commit to its answer, without what the owner spent on verifying. 0 until measured."""
+    num_host_blocks: builtins.int
+    """Blocks that the host's memory holds, whether the pool does too or not, and how many it has room for. 0 without a host
+    tier.
+    """
+    num_host_slots: builtins.int
+    host_load_bytes_per_s: builtins.float
+    """Of what came back from the host's memory into the pool, from asking to arrival; newer copies weigh more. 0 until
+    measured.
+    """
     @property
     def blocks(self) -> kvferry.api.common.v1.common_pb2.BlockCounts: ...
     def __init__(
@@ -205,10 +217,13 @@ class WorkerLoad(google.protobuf.message.Message):
         decode_step_per_sequence_s: builtins.float = ...,
         transfer_bytes_per_s: builtins.float = ...,
         transfer_round_trip_s: builtins.float = ...,
+        num_host_blocks: builtins.int = ...,
+        num_host_slots: builtins.int = ...,
+        host_load_bytes_per_s: builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad

@@ -801,6 +801,10 @@ class GetStatsResponse(google.protobuf.message.Message):
     NUM_DECODE_TOKENS_FIELD_NUMBER: builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     INTEGRITY_OK_FIELD_NUMBER: builtins.int
+    NUM_HOST_BLOCKS_SAVED_FIELD_NUMBER: builtins.int
+    NUM_HOST_BLOCKS_LOADED_FIELD_NUMBER: builtins.int
+    NUM_HOST_BLOCKS_LOST_FIELD_NUMBER: builtins.int
+    NUM_HOST_COPIES_FAILED_FIELD_NUMBER: builtins.int
     num_blocks_written: builtins.int
     """Since start. On a writer what it wrote, on a pool's owner what was committed into its pool."""
     num_bytes_written: builtins.int
@@ -812,6 +816,11 @@ class GetStatsResponse(google.protobuf.message.Message):
     """Tokens whose KV was found in the prefix cache."""
     integrity_ok: builtins.bool
     """False when the block accounts do not add up; the process logs what differs."""
+    num_host_blocks_saved: builtins.int
+    """Copied to the host's memory and kept there; copied back into the pool; evicted from the pool with no copy held."""
+    num_host_blocks_loaded: builtins.int
+    num_host_blocks_lost: builtins.int
+    num_host_copies_failed: builtins.int
     @property
     def state(self) -> kvferry.api.directory.v1.directory_pb2.WorkerState: ...
     def __init__(
@@ -826,10 +835,14 @@ class GetStatsResponse(google.protobuf.message.Message):
         num_decode_tokens: builtins.int = ...,
         num_cached_tokens: builtins.int = ...,
         integrity_ok: builtins.bool = ...,
+        num_host_blocks_saved: builtins.int = ...,
+        num_host_blocks_loaded: builtins.int = ...,
+        num_host_blocks_lost: builtins.int = ...,
+        num_host_copies_failed: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["state", b"state"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["integrity_ok", b"integrity_ok", "num_blocks_received", b"num_blocks_received", "num_blocks_written", b"num_blocks_written", "num_bytes_received", b"num_bytes_received", "num_bytes_written", b"num_bytes_written", "num_cached_tokens", b"num_cached_tokens", "num_decode_tokens", b"num_decode_tokens", "num_prefill_tokens", b"num_prefill_tokens", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["integrity_ok", b"integrity_ok", "num_blocks_received", b"num_blocks_received", "num_blocks_written", b"num_blocks_written", "num_bytes_received", b"num_bytes_received", "num_bytes_written", b"num_bytes_written", "num_cached_tokens", b"num_cached_tokens", "num_decode_tokens", b"num_decode_tokens", "num_host_blocks_loaded", b"num_host_blocks_loaded", "num_host_blocks_lost", b"num_host_blocks_lost", "num_host_blocks_saved", b"num_host_blocks_saved", "num_host_copies_failed", b"num_host_copies_failed", "num_prefill_tokens", b"num_prefill_tokens", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetStatsResponse: typing_extensions.TypeAlias = GetStatsResponse
