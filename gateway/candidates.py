@@ -29,6 +29,7 @@ class Rates:
     step_per_sequence_s: float = 0.0
     transfer_bytes_per_s: float = 0.0
     transfer_round_trip_s: float = 0.0
+    host_load_bytes_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class Candidate:
     num_queued_prefill_tokens: int
     num_free_blocks: int  # free or evictable
     num_prefix_blocks: int  # of this prompt, in its prefix cache
+    num_prefix_host_blocks: int = 0  # of these, those that it must copy from its host's memory
     rates: Rates = Rates()
     draining: bool = False
 

@@ -11,7 +11,7 @@ from gateway.candidates import Candidate, Rates, Role, WorkerKey
 # For as long as no worker of the model has measured the quantity: the order of a small model on a few cores.
 PRIOR = Rates(
     prefill_tokens_per_s=1000.0, step_base_s=0.02, step_per_sequence_s=0.001, transfer_bytes_per_s=1e9,
-    transfer_round_trip_s=0.001,
+    transfer_round_trip_s=0.001, host_load_bytes_per_s=2e9,
 )  # fmt: skip
 # Nobody knows how long an answer gets: load on a decode worker counts for this many steps at most.
 HORIZON_TOKENS = 64
@@ -29,7 +29,8 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Seconds.  ``queue_s`` until the prompt's turn, ``prefill_s`` for what is not cached, ``ship_s`` for the handover and
+    """Seconds.  ``queue_s`` until the prompt's turn, ``prefill_s`` for what is not cached, and for copying what the host
+    has, ``ship_s`` for the handover and
     the bytes that the decode worker lacks, ``stall_s`` that the requests of a decode worker lose while it computes the
     prompt itself, ``decode_s`` for the answer's first steps in the batch as it is."""
 
@@ -85,9 +86,10 @@ class Costs:
     Where a worker has not measured a rate, it gets the mean of its role's workers that have, else that of all; where
     nobody has, ``PRIOR`` holds.  So a worker that has just joined is neither shunned nor flooded.
 
-    Writing overlaps with computing, so ``ship_s`` is an upper bound: it counts what occupies the link.  A decode worker is
-    taken to have at least one request to stall: an idle one will not be idle for long, and so a prompt is shipped where
-    that is quicker than computing it.
+    Writing overlaps with computing, so ``ship_s`` is an upper bound: it counts what occupies the link.  What a decode
+    worker copies from its host meanwhile is taken to be hidden behind it.  A decode worker is taken to have at least one
+    request to stall: an idle one will not be idle for long, and so a prompt is shipped where that is quicker than
+    computing it.
     """
 
     def __init__(self, candidates: Sequence[Candidate], demand: Demand) -> None:
@@ -98,7 +100,7 @@ class Costs:
 
     def alone(self, decode: Candidate) -> Option:
         rates = self._rates[decode.key]
-        prefill_s = decode.num_uncached(self._demand.num_prompt_tokens) / rates.prefill_tokens_per_s
+        prefill_s = self._prefill_s(decode, rates)
         terms = Terms(
             queue_s=decode.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
             prefill_s=prefill_s,
@@ -134,7 +136,12 @@ class Costs:
         return min(alone, self.split(decode, min(writers, key=rank)), key=lambda option: option.rank)
 
     def is_full(self, decode: Candidate) -> bool:
-        return decode.num_missing_blocks(self._demand.num_prompt_tokens + 1) > decode.num_free_blocks
+        needed = decode.num_missing_blocks(self._demand.num_prompt_tokens + 1) + decode.num_prefix_host_blocks
+        return needed > decode.num_free_blocks
+
+    def _prefill_s(self, worker: Candidate, rates: Rates) -> float:
+        compute_s = worker.num_uncached(self._demand.num_prompt_tokens) / rates.prefill_tokens_per_s
+        return compute_s + worker.num_prefix_host_blocks * worker.block_nbytes / rates.host_load_bytes_per_s
 
     def _num_missing_bytes(self, decode: Candidate) -> int:
         return decode.num_missing_blocks(self._demand.num_prompt_tokens) * decode.block_nbytes
@@ -143,7 +150,7 @@ class Costs:
         rates = self._rates[prefill.key]
         return _Writing(
             queue_s=prefill.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
-            prefill_s=prefill.num_uncached(self._demand.num_prompt_tokens) / rates.prefill_tokens_per_s,
+            prefill_s=self._prefill_s(prefill, rates),
             handover_s=HANDOVER_ROUND_TRIPS * rates.transfer_round_trip_s,
             bytes_per_s=rates.transfer_bytes_per_s,
         )
@@ -162,9 +169,9 @@ def _completed(candidates: Sequence[Candidate]) -> dict[WorkerKey, Rates]:
     fill_step = _Filler(candidates, lambda r: (r.step_base_s, r.step_per_sequence_s))
     fill_bytes = _Filler(candidates, lambda r: (r.transfer_bytes_per_s,))
     fill_trip = _Filler(candidates, lambda r: (r.transfer_round_trip_s,))
-    return {
-        c.key: Rates(*fill_prefill.of(c), *fill_step.of(c), *fill_bytes.of(c), *fill_trip.of(c)) for c in candidates
-    }
+    fill_host = _Filler(candidates, lambda r: (r.host_load_bytes_per_s,))
+    fillers = (fill_prefill, fill_step, fill_bytes, fill_trip, fill_host)
+    return {c.key: Rates(*(value for filler in fillers for value in filler.of(c))) for c in candidates}
 
 
 _Quantity = tuple[float, ...]

@@ -365,6 +365,7 @@ class Dispatcher:
                 prefixes[block_size] = self._view.longest_prefix(extend_chain(root, job.prompt, block_size))
             key = WorkerKey(info.worker_id, info.incarnation)
             pending = self._pending.of(key)
+            prefix = prefixes[block_size].get(info.worker_id, _NO_PREFIX)
             found.append(
                 Candidate(
                     key=key,
@@ -376,13 +377,15 @@ class Dispatcher:
                     num_requests=max(pending.num_requests, load.num_running + load.num_waiting),
                     num_queued_prefill_tokens=max(pending.prefill_tokens, load.num_queued_prefill_tokens),
                     num_free_blocks=load.blocks.free + load.blocks.cached,
-                    num_prefix_blocks=prefixes[block_size].get(info.worker_id, _NO_PREFIX).num_blocks,
+                    num_prefix_blocks=prefix.num_blocks,
+                    num_prefix_host_blocks=prefix.num_blocks - prefix.num_device_blocks,
                     rates=Rates(
                         prefill_tokens_per_s=load.prefill_tokens_per_s,
                         step_base_s=load.decode_step_base_s,
                         step_per_sequence_s=load.decode_step_per_sequence_s,
                         transfer_bytes_per_s=load.transfer_bytes_per_s,
                         transfer_round_trip_s=load.transfer_round_trip_s,
+                        host_load_bytes_per_s=load.host_load_bytes_per_s,
                     ),
                     draining=load.draining,
                 )

@@ -15,7 +15,7 @@ from gateway.routing import NoWorkerError, Policy, Route, choose_route
 
 RATES = Rates(
     prefill_tokens_per_s=1000.0, step_base_s=0.02, step_per_sequence_s=0.002, transfer_bytes_per_s=1e9,
-    transfer_round_trip_s=0.001,
+    transfer_round_trip_s=0.001, host_load_bytes_per_s=5e9,
 )  # fmt: skip
 
 
@@ -98,6 +98,19 @@ def test_the_terms_add_up() -> None:
     assert str(alone) == "d0 0.0+484.0+0.0+484.0+1408.0=2376.0ms"
 
 
+def test_a_hit_on_the_host_costs_a_copy_and_room() -> None:
+    on_host = {"num_prefix_blocks": 20, "num_prefix_host_blocks": 12}
+    found = route([replace(P0, **on_host), replace(D0, **on_host)])  # type: ignore[arg-type]
+    split, alone = sorted(found.options, key=lambda option: option.prefill is None)
+    for option in (split, alone):
+        assert option.terms.prefill_s == pytest.approx((500 - 320) / 1000 + 12 * 500_000 / 5e9)
+    assert split.terms.ship_s == pytest.approx(2 * 0.001 + 12 * 500_000 / 1e9)
+    assert names([replace(P0, **on_host), replace(P1, num_prefix_blocks=20), D0]) == ("d0", "p1")  # type: ignore[arg-type]
+    assert names([P0, replace(P1, **on_host), D0]) == ("d0", "p1")  # type: ignore[arg-type]
+    assert route([D0, replace(D1, num_free_blocks=23, **on_host)]).decode.key.worker_id == "d0"  # type: ignore[arg-type]
+    assert route([D0, replace(D1, num_free_blocks=24, **on_host)]).decode.key.worker_id == "d1"  # type: ignore[arg-type]
+
+
 def test_who_has_not_measured_is_taken_for_typical() -> None:
     new = replace(P1, rates=Rates())
     for speed in (10.0, 1e6):
@@ -151,7 +164,7 @@ def test_the_other_policies_look_at_no_cache() -> None:
 
 
 MEASURED = st.floats(min_value=1e-4, max_value=1e4)
-ANY_RATES = st.builds(Rates, *(st.one_of(st.just(0.0), MEASURED) for _ in range(5)))
+ANY_RATES = st.builds(Rates, *(st.one_of(st.just(0.0), MEASURED) for _ in range(6)))
 
 
 @st.composite
@@ -160,12 +173,14 @@ def views(draw: st.DrawFn) -> list[Candidate]:
     found = []
     for role, letter in ((Role.PREFILL, "p"), (Role.DECODE, "d")):
         for index in range(draw(st.integers(min_value=1, max_value=3))):
+            num_prefix_blocks = draw(count)
             found.append(
                 worker(
                     f"{letter}{index}", role, content_fingerprint=draw(st.sampled_from("fg")),
                     block_size=draw(st.sampled_from((16, 32))), block_nbytes=draw(st.integers(1, 10**6)),
                     num_requests=draw(count), num_queued_prefill_tokens=draw(count) * 50,
-                    num_free_blocks=draw(count), num_prefix_blocks=draw(count), rates=draw(ANY_RATES),
+                    num_free_blocks=draw(count), num_prefix_blocks=num_prefix_blocks,
+                    num_prefix_host_blocks=draw(st.integers(0, num_prefix_blocks)), rates=draw(ANY_RATES),
                     draining=draw(st.integers(0, 5)) == 0,
                 )
             )  # fmt: skip
@@ -210,6 +225,19 @@ def test_more_of_the_prefix_never_repels(view: list[Candidate], num_tokens: int,
     after = try_route([*view[:index], better, *view[index + 1 :]], num_tokens)
     assert after is not None
     assert taken.key in chosen_keys(after)
+
+
+@given(views(), st.integers(1, 800), st.data())
+def test_a_prefix_on_the_host_never_attracts_more_than_one_on_the_device(
+    view: list[Candidate], num_tokens: int, data: st.DataObject
+) -> None:
+    before = try_route(view, num_tokens)
+    index = data.draw(st.integers(0, len(view) - 1))
+    num_blocks = data.draw(st.integers(view[index].num_prefix_host_blocks, view[index].num_prefix_blocks))
+    evicted = replace(view[index], num_prefix_host_blocks=num_blocks)
+    after = try_route([*view[:index], evicted, *view[index + 1 :]], num_tokens)
+    if before is not None and after is not None and evicted.key not in chosen_keys(before):
+        assert evicted.key not in chosen_keys(after)
 
 
 @given(views(), st.integers(1, 800))
