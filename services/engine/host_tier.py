@@ -6,8 +6,9 @@ Every slot is in exactly one state, and free + filling + held = total at every i
     FILLING  a copy from the pool is under way
     HELD     holds the block of a hash; evicted when it is the least recently used and no copy reads it
 
-Blocks are copied down ahead of need, in the order in which the pool would evict them, so eviction waits for nothing.  A
-block that is evicted while it is copied is overwritten under the copy, whose result then does not count: whether the
+Blocks are copied down ahead of need, so eviction waits for nothing: first those that the pool would evict next, then
+those that are still in use, the oldest first, for a pool that is full of these evicts them as soon as they are released.
+A block that is evicted while it is copied is overwritten under the copy, whose result then does not count: whether the
 block kept its content throughout is asked when the copy has ended.
 """
 
@@ -66,13 +67,17 @@ class HostTier:
         self.num_slots = num_slots
         self.totals = HostTotals()
         self._pool = pool
-        # As many as may lie in both places at once: a small host is to hold what the pool has evicted, not what it has.
+        # How many may lie in both places at once: a small host is to hold what the pool has evicted, not what it has.
         self._num_ahead = min(pool.num_blocks, -(-num_slots // 2))
         self._free = deque(range(num_slots))
         self._hash: list[bytes | None] = [None] * num_slots
         self._by_hash: dict[bytes, int] = {}
         self._unread: OrderedDict[int, None] = OrderedDict()  # HELD ones that no copy reads, least recently used first
         self._num_readers = [0] * num_slots
+        self._both: set[bytes] = set()  # HELD, and in the pool
+        self._unsaved: OrderedDict[bytes, None] = (
+            OrderedDict()
+        )  # entered the pool, in that order, and never looked at here
         self._saving: tuple[Copy, tuple[Content, ...]] | None = None
         self._loading: dict[int, Copy] = {}
         self._to_begin: deque[Copy] = deque()
@@ -103,7 +108,7 @@ class HostTier:
 
     def take_copies(self) -> list[Copy]:
         """What is to be copied from now on, in any order.  To be asked whenever the pool or this has changed."""
-        if self._saving is None and self._pool.num_foreseen < self._num_ahead:
+        if self._saving is None and self.num_slots:
             self._save()
         copies = list(self._to_begin)
         self._to_begin.clear()
@@ -118,9 +123,18 @@ class HostTier:
             self._end_save(copy, ok=ok)
 
     def note(self, changes: Sequence[CacheChange]) -> None:
-        """What entered and left the pool's cache."""
-        if self.num_slots:
-            self.totals.lost += sum(not change.stored and not self.holds(change.hash) for change in changes)
+        """What entered and left the pool's cache; to be told before copies are taken."""
+        if not self.num_slots:
+            return
+        for change in changes:
+            if not change.stored:
+                self._unsaved.pop(change.hash, None)
+                self._both.discard(change.hash)
+                self.totals.lost += not self.holds(change.hash)
+            elif self.holds(change.hash):
+                self._both.add(change.hash)
+            else:
+                self._unsaved[change.hash] = None
 
     def take_changes(self) -> list[CacheChange]:
         """What entered and left the host since the last call, in order."""
@@ -128,7 +142,7 @@ class HostTier:
         return changes
 
     def check_integrity(self) -> None:
-        """Raises AssertionError naming the first account that does not add up."""
+        """Raises AssertionError naming the first account that does not add up, once the pool's changes were noted."""
         filling = self._saving[0].slots if self._saving else ()
         held = sorted(self._by_hash.values())
         assert sorted([*self._free, *filling, *held]) == list(range(self.num_slots)), "a slot has not exactly one state"
@@ -140,32 +154,41 @@ class HostTier:
         assert readers == self._num_readers, "the readers counted are not those of the copies up"
         assert sorted(self._unread) == [s for s in held if not readers[s]], "the host's LRU list differs"
         assert all(self._hash[s] is not None for s, n in enumerate(readers) if n), "a slot that is read holds nothing"
+        in_pool = set(self._pool.hashes()) if self.num_slots else set()
+        assert self._both == in_pool & self._by_hash.keys(), "what is in both places differs"
+        assert self._unsaved.keys() <= in_pool - self._by_hash.keys(), "what is unsaved differs"
 
     def loads(self) -> dict[int, Copy]:
         """The copies up that have not ended."""
         return dict(self._loading)
 
     def _save(self) -> None:
-        """Copies down the next blocks to be evicted that are not here yet."""
-        blocks: list[int] = []
-        contents: list[Content] = []
+        """Copies down what is next and not here yet."""
+        blocks: dict[int, Content] = {}
         slots: list[int] = []
-        while len(blocks) < MAX_SAVED_AT_ONCE and self._pool.num_foreseen < self._num_ahead:
-            block = self._pool.foresee()
-            if block is None:
-                break
+        while len(blocks) < MAX_SAVED_AT_ONCE and (block := self._next(len(blocks))) is not None:
             content = self._pool.content(block)
             assert content is not None
+            self._unsaved.pop(content.hash, None)
             if self.holds(content.hash):
                 continue
             slot = self._free.popleft() if self._free else self._evict()
             if slot is None:
                 break
-            blocks.append(block)
-            contents.append(content)
+            blocks[block] = content
             slots.append(slot)
         if blocks:
-            self._saving = (self._copy(Direction.DOWN, tuple(blocks), tuple(slots)), tuple(contents))
+            self._saving = (self._copy(Direction.DOWN, tuple(blocks), tuple(slots)), tuple(blocks.values()))
+
+    def _next(self, num_chosen: int) -> int | None:
+        """A block of the pool to be saved after ``num_chosen`` others, unless it is here."""
+        if self._pool.num_foreseen < self._num_ahead and (block := self._pool.foresee()) is not None:
+            return block
+        while self._unsaved and len(self._both) + num_chosen < self._num_ahead:
+            hash_, _ = self._unsaved.popitem(last=False)
+            if (block := self._pool.find(hash_)) is not None:
+                return block
+        return None
 
     def _end_save(self, copy: Copy, *, ok: bool) -> None:
         assert self._saving is not None
@@ -179,6 +202,7 @@ class HostTier:
             self._hash[slot] = content.hash
             self._by_hash[content.hash] = slot
             self._unread[slot] = None
+            self._both.add(content.hash)
             self._changes.append(CacheChange(content.hash, stored=True, tier=Tier.HOST))
             self.totals.saved += 1
 
@@ -198,6 +222,7 @@ class HostTier:
         assert hash_ is not None
         self._hash[slot] = None
         del self._by_hash[hash_]
+        self._both.discard(hash_)
         self._changes.append(CacheChange(hash_, stored=False, tier=Tier.HOST))
         return slot
 

@@ -128,11 +128,13 @@ class TierMachine(RuleBasedStateMachine):
     def adds_up(self) -> None:
         if not hasattr(self, "tier"):
             return
+        changes = self.pool.take_changes()
+        self.tier.note(changes)
         self.pool.check_integrity()
         self.tier.check_integrity()
         counts = self.tier.counts()
         assert counts.free + counts.filling + counts.held == counts.total
-        for change in [*self.pool.take_changes(), *self.tier.take_changes()]:
+        for change in [*changes, *self.tier.take_changes()]:
             (self.known[change.tier].add if change.stored else self.known[change.tier].remove)(change.hash)
         assert self.known[Tier.DEVICE] == set(self.pool.hashes())
         assert self.known[Tier.HOST] == set(self.tier.hashes())
@@ -158,36 +160,65 @@ def filled(num_blocks: int, num_slots: int) -> tuple[BlockPool, HostTier]:
     return pool, HostTier(pool, num_slots)
 
 
-def save_all(tier: HostTier) -> list[Copy]:
+def save_all(pool: BlockPool, tier: HostTier) -> list[Copy]:
     made = []
-    while copies := tier.take_copies():
+    while True:
+        tier.note(pool.take_changes())
+        copies = tier.take_copies()
+        if not copies:
+            tier.check_integrity()
+            return made
         (copy,) = copies
         tier.end(copy, ok=True)
         made.append(copy)
-    return made
 
 
 def test_everything_is_saved_ahead_where_there_is_room_and_once() -> None:
     pool, tier = filled(80, 160)
-    made = save_all(tier)
+    made = save_all(pool, tier)
     assert [len(copy.blocks) for copy in made] == [32, 32, 16]
     assert set(tier.hashes()) == set(pool.hashes())
     pool.allocate(70)
-    tier.note(pool.take_changes())
+    assert save_all(pool, tier) == []
     assert tier.totals.lost == 0
-    assert save_all(tier) == []
     copy = tier.load([b"79"], [0])
     tier.end(copy, ok=True)
     assert (tier.totals.saved, tier.totals.loaded) == (80, 1)
 
 
+def test_what_is_in_use_is_saved_after_what_is_about_to_be_evicted() -> None:
+    """Released and evicted at once, as in a pool that is full of running sequences, it is not lost."""
+    pool = BlockPool(40)
+    tier = HostTier(pool, 80)
+    running, ended = pool.allocate(30), pool.allocate(10)
+    for i, block in enumerate([*running, *ended]):
+        pool.remember(block, b"%d" % i)
+    pool.release(ended)
+    first, second = save_all(pool, tier)
+    assert list(first.blocks) == [*reversed(ended), *running[:22]]
+    assert list(second.blocks) == running[22:]
+    pool.release(running)
+    pool.allocate(40)
+    tier.note(pool.take_changes())
+    assert tier.totals.lost == 0
+
+
+def test_what_is_in_use_leaves_room_for_what_was_evicted() -> None:
+    pool = BlockPool(40)
+    tier = HostTier(pool, 20)
+    for i, block in enumerate(pool.allocate(40)):
+        pool.remember(block, b"%d" % i)
+    save_all(pool, tier)
+    assert tier.hashes() == [b"%d" % i for i in range(10)]
+
+
 def test_a_small_host_keeps_what_the_pool_has_evicted() -> None:
     """At most half of its slots copy what the pool still has."""
     pool, tier = filled(40, 8)
-    assert sum(len(copy.blocks) for copy in save_all(tier)) == 4
+    assert sum(len(copy.blocks) for copy in save_all(pool, tier)) == 4
     for _ in range(4):
         pool.allocate(1)
-        save_all(tier)
+        save_all(pool, tier)
     # The end of the sequence is evicted first.
     assert tier.hashes() == [b"%d" % i for i in range(39, 31, -1)]
     assert pool.match([b"%d" % i for i in range(40)])[-1] == 35, "half of what is held is not in the pool any more"
@@ -195,9 +226,9 @@ def test_a_small_host_keeps_what_the_pool_has_evicted() -> None:
 
 def test_the_least_recently_used_is_evicted_and_nothing_that_is_read() -> None:
     pool, tier = filled(4, 4)
-    save_all(tier)
+    save_all(pool, tier)
     blocks = pool.allocate(2)
-    save_all(tier)
+    save_all(pool, tier)
     assert tier.hashes() == [b"3", b"2", b"1", b"0"]
     copy = tier.load([b"3"], blocks[:1])
     assert tier.take_copies() == [copy]
@@ -205,7 +236,7 @@ def test_the_least_recently_used_is_evicted_and_nothing_that_is_read() -> None:
     for i, block in enumerate(blocks):
         pool.remember(block, b"new%d" % i)
     pool.release(blocks)
-    save_all(tier)
+    save_all(pool, tier)
     assert set(tier.hashes()) == {b"3", b"0", b"new3", b"new2"}
     tier.end(copy, ok=False)
     assert tier.totals.failed_copies == 1

@@ -28,6 +28,7 @@ class Copies:
         self._host: list[int | None] = [None] * (s.host.num_slots * BLOCK)
 
     def begin(self) -> None:
+        self._s.take_cache_changes()
         for copy in self._s.host.take_copies():
             self.begun.append(copy)
             self.under_way.append((copy, self._read(copy)))
@@ -76,7 +77,6 @@ def answer(s: Scheduler, model: FakeModel, copies: Copies, q: Sequence) -> list[
         if plan := s.plan():
             tokens += drawn(s, model, plan).get(q.id, [])
         copies.settle()
-        s.take_cache_changes()
         s.check_integrity()
     return tokens
 
@@ -218,6 +218,7 @@ def test_blocks_that_a_copy_still_writes_into_are_given_to_nobody() -> None:
     s.abort(again.id)
     assert s.pool.counts().active == 8
     assert not set(table) & set(s.pool.allocate(2))
+    s.take_cache_changes()
     s.check_integrity({block: 1 for block in s.pool.references() if block not in table})
     copies.settle()
     assert s.pool.counts().active == 2
