@@ -43,11 +43,11 @@ class Ours:
         self.layout = KvLayout(config.revision, kv_dtype(dtype), BLOCK_SIZE, config.num_layers, config.num_kv_heads,
                                config.head_dim)  # fmt: skip
         self.num_blocks = 16 * (2048 // BLOCK_SIZE + 1)
-        self._arena = large_pages(self.num_blocks * self.layout.block_nbytes)
+        self.arena = large_pages(self.num_blocks * self.layout.block_nbytes)
         self._table = np.random.default_rng(0).permutation(self.num_blocks).tolist()
         weights = load_weights(config, files.path, "float32" if dtype == "int8" else dtype)
         self.weights_nbytes = sum(t.nbytes for t in _tensors(weights))
-        pool = (self.layout, memoryview(self._arena), self.num_blocks, threads)
+        pool = (self.layout, memoryview(self.arena), self.num_blocks, threads)
         self.inside_s = 0.0  # how long the kernels ran in the last step
         self.runner: TorchRunner | CompiledRunner
         if torch_only:

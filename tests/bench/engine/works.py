@@ -16,6 +16,7 @@ from services.engine.hashing import chain_root
 from services.engine.model_files import ModelFiles
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Sequence, SequenceId, TokenDrawn
+from tests.bench.engine import host
 from tests.bench.engine.engines import BLOCK_SIZE, CHUNK, GREEDY, Engine, Ours
 from tests.bench.engine.limits import Memory, matmul_seconds
 from tests.bench.engine.rows import Row, compared, in_turn
@@ -111,6 +112,9 @@ class Works:
         return [
             compared(f"prefill {self._on}, 2048 tokens, a prefix hit against a miss", taken["hit"], taken["miss"], 10.0)
         ]
+
+    def host(self) -> list[Row]:
+        return host.measure(self._ours, self._setting.files.config.revision, self._setting.rounds, self._on)
 
     def _step(self, batch: int, context: int) -> list[Row]:
         setting, ours, eager = self._setting, self._ours, self._eager
