@@ -298,4 +298,6 @@ def _worker(message: directory_pb2.WorkerState) -> types.Worker:
         draining=load.draining,
         num_pins=load.num_pins,
         num_pinned_blocks=load.num_pinned_blocks,
+        num_host_blocks=load.num_host_blocks,
+        num_host_slots=load.num_host_slots,
     )

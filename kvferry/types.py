@@ -237,7 +237,8 @@ class Layout:
 class Worker:
     """One worker as the gateway sees it.  Rates are tokens per second over its last seconds of work, 0 until
     measured; ``num_queued_prefill_tokens`` counts prompt tokens accepted and not yet computed.  Pinned blocks, which
-    other workers read under ``num_pins`` leases, are among the active ones."""
+    other workers read under ``num_pins`` leases, are among the active ones.  The host's memory holds ``num_host_blocks``
+    besides, of the ``num_host_slots`` that it has room for."""
 
     worker_id: str
     incarnation: int
@@ -255,6 +256,8 @@ class Worker:
     draining: bool
     num_pins: int
     num_pinned_blocks: int
+    num_host_blocks: int
+    num_host_slots: int
 
 
 @dataclass(frozen=True, slots=True)

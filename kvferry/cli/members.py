@@ -67,6 +67,7 @@ class ClusterConfig:
     threads: int | None = None
     pin: bool | None = None
     kv_memory: str | None = None
+    host_kv_memory: str | None = None
     speculate: str | None = None
     api_keys: Path | None = None
     log_level: str = "info"
@@ -147,6 +148,8 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
                 flags["--block-size"] = str(block_size)
             if config.kv_memory is not None:
                 flags["--kv-memory"] = config.kv_memory
+            if config.host_kv_memory is not None:
+                flags["--host-kv-memory"] = config.host_kv_memory
             if config.speculate is not None:
                 flags["--speculate"] = config.speculate
             members.append(member(role, name, f"services.{role.value}", address, flags, metrics(metrics_port)))

@@ -138,6 +138,12 @@ ApiKeys = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+HostKvMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory of each worker for blocks that its pool evicts.", show_default=False, rich_help_panel=_RUN
+    ),
+]
 LogDir = Annotated[
     Path | None,
     typer.Option(help="Where the processes log; build/logs in the clone by default.", show_default=False,

@@ -45,8 +45,8 @@ def status(
 
     Run and wait count requests; pre/s and dec/s are tokens per second of prefill and of decode, over the last seconds of
     work. Free, active, cached, lent and quarantined KV blocks add up to all of a worker's; pinned ones, which others read,
-    are among the active. The gateway answers from its own view, whose age is shown. Roles, addresses and sizes are in
-    --json.
+    are among the active. The gateway answers from its own view, whose age is shown. Roles, addresses, sizes and what the
+    hosts' memory holds are in --json.
 
     \b
     Examples:

@@ -296,6 +296,7 @@ def test_plan_wires_the_members_to_each_other() -> None:
         host="0.0.0.0",
         dtype="bfloat16",
         kv_memory="64MiB",
+        host_kv_memory="1GiB",
         speculate="auto",
     )
     planned = plan(config, ROOT)
@@ -307,6 +308,7 @@ def test_plan_wires_the_members_to_each_other() -> None:
     assert flags["prefill-1"]["--worker-id"] == "prefill-1"
     assert flags["prefill-1"]["--speculate"] == flags["decode-0"]["--speculate"] == "auto"
     assert (flags["decode-0"]["--dtype"], flags["decode-0"]["--kv-memory"]) == ("bfloat16", "64MiB")
+    assert flags["prefill-0"]["--host-kv-memory"] == "1GiB"
     assert "--dtype" not in flags["gateway"]
     assert planned.members[-1].command[1:3] == ("-m", "gateway")
     assert planned.members[1].command[1:3] == ("-m", "services.prefill")

@@ -120,6 +120,8 @@ def describe_cluster() -> inference_pb2.DescribeClusterResponse:
                 draining=name == "decode-0",
                 num_pins=2,
                 num_pinned_blocks=7,
+                num_host_blocks=321,
+                num_host_slots=400,
             ),
         )
 

@@ -311,6 +311,7 @@ def test_cluster_is_described_in_full(client: kvferry.Client) -> None:
     assert (prefill.prefill_tokens_per_s, prefill.decode_tokens_per_s) == (812.5, 48.25)
     assert (prefill.draining, decode.draining) == (False, True)
     assert (prefill.num_pins, prefill.num_pinned_blocks) == (2, 7)
+    assert (prefill.num_host_blocks, prefill.num_host_slots) == (321, 400)
 
 
 def test_unary_calls_are_retried_when_unavailable_only(client: kvferry.Client, gateway: FakeGateway) -> None:
