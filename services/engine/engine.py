@@ -73,6 +73,9 @@ class Listener(Protocol):
 
     def on_cache_changes(self, changes: list[CacheChange]) -> None: ...
 
+    def on_copied(self) -> None:
+        """A copy from the host has ended, and with it perhaps a sequence that was aborted meanwhile."""
+
     def on_death(self, error: BaseException) -> None:
         """The engine's thread has ended by a bug: nothing will be computed any more."""
 
@@ -217,6 +220,8 @@ class Engine:
         try:
             with self.exclusive(wake=copy.direction is Direction.UP) as scheduler:
                 scheduler.copied(copy, ok=ok)
+                if copy.direction is Direction.UP:
+                    self._listener.on_copied()
         except BaseException as e:  # a bug: whoever waits for copies would wait for ever
             log.exception("engine_died")
             self._listener.on_death(e)

@@ -58,6 +58,9 @@ class EventRouter:
     def on_cache_changes(self, changes: list[CacheChange]) -> None:
         self._call(lambda: self.tell_directory(changes))
 
+    def on_copied(self) -> None:
+        self._call(self.changed.set)
+
     def on_death(self, error: BaseException) -> None:
         def end() -> None:
             if not self.died.done():

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from kvferry.api.common.v1 import common_pb2
 from services.engine.batch import Batch
 from services.engine.blocks import BlockPool
+from services.engine.copies import CopyThread
 from services.engine.engine import Engine
+from services.engine.host_tier import HostTier
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
 from services.engine.ready import Ready
@@ -58,11 +60,15 @@ class HeldDigester:
         return self.found[-1]
 
 
-def make_worker(transport: Transport, worker_id: str, role: common_pb2.WorkerRole.ValueType) -> Worker:
+def make_worker(
+    transport: Transport, worker_id: str, role: common_pb2.WorkerRole.ValueType, *, num_host_slots: int = 0,
+    copies: CopyThread | None = None,
+) -> Worker:  # fmt: skip
     """Its engine is not started."""
     router = EventRouter(asyncio.get_running_loop())
     pool = BlockPool(NUM_BLOCKS)
-    scheduler = Scheduler(pool, Limits(block_size=4, context_length=64, max_step_tokens=8))
+    limits = Limits(block_size=4, context_length=64, max_step_tokens=8)
+    scheduler = Scheduler(pool, limits, HostTier(pool, num_host_slots))
     region = transport.allocate(NUM_BLOCKS * LAYOUT.block_nbytes)
     identity = Identity(worker_id, 1, role, "127.0.0.1:1", NO_PROCESS)
     return Worker(
@@ -71,7 +77,7 @@ def make_worker(transport: Transport, worker_id: str, role: common_pb2.WorkerRol
         LAYOUT,
         transport,
         region,
-        Engine(scheduler, AlwaysSeven(), router),
+        Engine(scheduler, AlwaysSeven(), router, copies=copies),
         router,
         PinBook(pool, max_blocks=4, max_pins=4),
     )

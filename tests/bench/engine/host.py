@@ -58,6 +58,8 @@ class FirstToken:
 
     def on_cache_changes(self, changes: list[CacheChange]) -> None: ...
 
+    def on_copied(self) -> None: ...
+
     def on_death(self, error: BaseException) -> None:
         self._failed = StepFailed(SequenceId("-"), str(error))
         self._drawn.release()

@@ -42,6 +42,8 @@ class Ends:
 
     def on_cache_changes(self, changes: list[CacheChange]) -> None: ...
 
+    def on_copied(self) -> None: ...
+
     def on_death(self, error: BaseException) -> None:
         self.all_over.set()
 
