@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 from types import MappingProxyType
 
 from services.engine.batch import Entry, awaited_token
@@ -143,8 +143,7 @@ class Scheduler:
         or NeverFitsError."""
         self._check_fits(sequence)
         self._extend_chain(sequence)
-        found = self._find(sequence.chain[1:])
-        cached = [block for block in found if block is not None]
+        cached, num_on_host = self._find(sequence.chain[1:])
         self.pool.acquire(cached)
         need = self._num_blocks(sequence.num_prompt) - len(cached)
         try:
@@ -152,14 +151,14 @@ class Scheduler:
         except OutOfBlocksError:
             self.pool.release(cached)
             raise
-        fresh = self.pool.allocate(len(found) - len(cached))
-        lent = self.pool.lend(need - len(fresh))
+        fresh = self.pool.allocate(num_on_host)
+        lent = self.pool.lend(need - num_on_host)
         self._num_reserved += 1
         sequence.stage = Stage.RESERVED
         self._sequences[sequence.id] = sequence
-        self._place(sequence, found, fresh)
+        self._place(sequence, cached, fresh, num_on_host)
         sequence.num_cached = sequence.num_computed
-        return len(found), lent
+        return len(sequence.block_table), lent
 
     def deliver(self, id_: SequenceId, lent: list[int], first_token: Drawn) -> list[Event]:
         """The writer of ``lent`` has committed: the prompt's KV is here and its first token drawn."""
@@ -382,8 +381,7 @@ class Scheduler:
         self._extend_chain(sequence)
         # The last token is always computed: its logits are what the next token is drawn from.
         usable = (len(sequence.tokens) - 1) // self.limits.block_size
-        found = self._find(sequence.chain[1 : usable + 1])
-        cached = [block for block in found if block is not None]
+        cached, num_on_host = self._find(sequence.chain[1 : usable + 1])
         self.pool.acquire(cached)
         need = self._num_blocks(len(sequence.tokens)) - len(cached)
         # A block in hand for each running sequence: starting one more must not preempt another at once.
@@ -396,30 +394,25 @@ class Scheduler:
         except OutOfBlocksError:
             self.pool.release(cached)
             return False
-        self._place(sequence, found, fresh)
+        self._place(sequence, cached, fresh, num_on_host)
         sequence.stage = Stage.LOADING
         return True
 
-    def _find(self, hashes: Sequence_[bytes]) -> list[int | None]:
-        """For each block of the longest prefix held: where it lies in the pool, or None where only the host has it."""
-        found = []
-        for hash_ in hashes:
-            block = self.pool.find(hash_)
-            if block is None and not self.host.holds(hash_):
-                break
-            found.append(block)
-        return found
+    def _find(self, hashes: Sequence_[bytes]) -> tuple[list[int], int]:
+        """The blocks of the longest prefix in the pool, and how many behind it the host has.  What the pool has behind
+        these is not used: should the copy fail, it would be computed again, in blocks that others read."""
+        cached = self.pool.match(hashes)
+        rest = islice(hashes, len(cached), None)
+        return cached, sum(1 for _ in takewhile(self.host.holds, rest))
 
-    def _place(self, sequence: Sequence, found: list[int | None], fresh: list[int]) -> None:
-        """``fresh`` are the blocks of what was not found in the pool, in order: what the host has, and what nobody has."""
-        awaited = [i for i, block in enumerate(found) if block is None]
-        places = iter(fresh)
-        table = [next(places) if block is None else block for block in found]
-        sequence.block_table = [*table, *places]
-        sequence.num_computed = len(found) * self.limits.block_size
-        sequence.num_remembered = awaited[0] if awaited else len(found)
-        if awaited:
-            copy = self.host.load([sequence.chain[i + 1] for i in awaited], [table[i] for i in awaited])
+    def _place(self, sequence: Sequence, cached: list[int], fresh: list[int], num_on_host: int) -> None:
+        """``fresh`` follow ``cached``; the first ``num_on_host`` of them are to be copied into."""
+        sequence.block_table = cached + fresh
+        sequence.num_remembered = len(cached)
+        num_found = len(cached) + num_on_host
+        sequence.num_computed = num_found * self.limits.block_size
+        if num_on_host:
+            copy = self.host.load(sequence.chain[len(cached) + 1 : num_found + 1], fresh[:num_on_host])
             self._loads[copy.id] = sequence
             sequence.is_loading = True
 

@@ -63,6 +63,10 @@ def with_host(num_blocks: int, num_slots: int, **limits: int) -> tuple[Scheduler
 
 
 def drawn(s: Scheduler, model: FakeModel, plan: Plan) -> dict[str, list[int]]:
+    for entry in plan.entries:
+        for position in range(entry.start, entry.start + len(entry.token_ids)):
+            block = entry.block_table[position // BLOCK]
+            assert s.pool.content(block) is None, "a step writes into a block that others may read"
     tokens: dict[str, list[int]] = {}
     for event in s.complete(plan, model.run(plan)):
         if isinstance(event, TokenDrawn):
@@ -181,6 +185,35 @@ def test_where_the_copy_fails_the_prompt_is_computed() -> None:
     assert answer(s, model, copies, again) == expected(prompt, 3)
     assert again.num_cached == 0
     assert model.tokens_computed - computed == 30 + 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_others_share_is_not_written_where_a_copy_before_it_fails(fails: bool) -> None:
+    """Of a chain, the pool has kept a block in the middle, which a pin reads."""
+    s, model, copies = with_host(10, 40)
+    prompt = list(range(30))
+    answer(s, model, copies, sequence("before", prompt, 1))
+    q = sequence("x", prompt, 1)
+    s._extend_chain(q)
+    pinned = s.pool.match(q.chain[1:])[3]
+    s.pool.acquire([pinned])
+    i = 0
+    while s.pool.find(q.chain[1]) is not None:
+        i += 1
+        s.add(sequence(f"other {i}", [500 + i] * 20, 1))
+        while plan := s.plan():
+            drawn(s, model, plan)
+            copies.settle()
+    assert s.pool.find(q.chain[4]) == pinned
+    copies.fails = lambda copy: fails
+    s.add(sequence("again", prompt, 3))
+    tokens: list[int] = []
+    while s.num_sequences:
+        if plan := s.plan():
+            tokens += drawn(s, model, plan).get("again", [])
+        copies.settle()
+        s.check_integrity({pinned: 1})
+    assert tokens == expected(prompt, 3)
 
 
 def test_nobody_waits_for_anothers_copy() -> None:
