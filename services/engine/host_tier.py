@@ -67,7 +67,8 @@ class HostTier:
         self.num_slots = num_slots
         self.totals = HostTotals()
         self._pool = pool
-        # How many may lie in both places at once: a small host is to hold what the pool has evicted, not what it has.
+        # So many of the blocks that the pool would hand out next are free or copied; others are copied only while fewer
+        # than so many lie in both places: a small host is to hold what the pool has evicted, not what it has.
         self._num_ahead = min(pool.num_blocks, -(-num_slots // 2))
         self._free = deque(range(num_slots))
         self._hash: list[bytes | None] = [None] * num_slots
