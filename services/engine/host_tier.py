@@ -92,6 +92,11 @@ class HostTier:
     def holds(self, hash_: bytes) -> bool:
         return hash_ in self._by_hash
 
+    def is_loading(self, hash_: bytes) -> bool:
+        """Whether what is held under this hash is being copied up."""
+        slot = self._by_hash.get(hash_)
+        return slot is not None and self._num_readers[slot] > 0
+
     def hashes(self) -> list[bytes]:
         """Every hash held, for a snapshot."""
         return list(self._by_hash)

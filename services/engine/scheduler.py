@@ -230,10 +230,7 @@ class Scheduler:
                 return None
         while self._arrived:  # its place was kept
             started.append(self._start(self._arrived.popleft()))
-        while self._waiting and self._has_place and self._try_place(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            if not sequence.is_loading:
-                started.append(self._start(sequence))
+        started += self._start_waiting()
         budget = self.limits.max_step_tokens
         chosen: list[tuple[Sequence, int]] = []
         for sequence in sorted(self._running, key=lambda s: s.num_to_compute > 1):  # stable: age within each kind
@@ -376,12 +373,28 @@ class Scheduler:
         self.host.note(changes)
         return [*self.host.take_changes(), *changes]
 
-    def _try_place(self, sequence: Sequence) -> bool:
+    def _start_waiting(self) -> list[Started]:
+        """In their order; but one whose next block is being copied for another stays for so long, to share it, and holds up
+        nobody."""
+        started = []
+        for sequence in list(self._waiting):
+            if not self._has_place:
+                break
+            self._extend_chain(sequence)
+            # The last token is always computed: its logits are what the next token is drawn from.
+            usable = (len(sequence.tokens) - 1) // self.limits.block_size
+            cached, num_on_host = self._find(sequence.chain[1 : usable + 1])
+            if num_on_host and self.host.is_loading(sequence.chain[len(cached) + 1]):
+                continue
+            if not self._try_place(sequence, cached, num_on_host):
+                break
+            self._waiting.remove(sequence)
+            if not sequence.is_loading:
+                started.append(self._start(sequence))
+        return started
+
+    def _try_place(self, sequence: Sequence, cached: list[int], num_on_host: int) -> bool:
         """Gives it its blocks, and has copied up what the host has of them.  False where there are too few."""
-        self._extend_chain(sequence)
-        # The last token is always computed: its logits are what the next token is drawn from.
-        usable = (len(sequence.tokens) - 1) // self.limits.block_size
-        cached, num_on_host = self._find(sequence.chain[1 : usable + 1])
         self.pool.acquire(cached)
         need = self._num_blocks(len(sequence.tokens)) - len(cached)
         # A block in hand for each running sequence: starting one more must not preempt another at once.

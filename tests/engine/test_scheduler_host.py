@@ -239,6 +239,34 @@ def test_nobody_waits_for_anothers_copy() -> None:
     assert [(started.id, started.num_cached) for started in plan.started] == [("loads", 28), ("third", 0)]
 
 
+def test_one_copy_serves_all_that_ask_for_it_at_once() -> None:
+    s, model, copies = with_host(30, 120)
+    prompt = list(range(30))
+    evicted(s, model, copies, prompt)
+    loaded = s.host.totals.loaded
+    names = ("a", "b", "c")
+    for name in names:
+        s.add(sequence(name, prompt, 2))
+    s.add(sequence("beside", [7, 8, 9], 1))
+    plan = s.plan()
+    assert plan is not None
+    assert [started.id for started in plan.started] == ["beside"]
+    drawn(s, model, plan)
+    assert (s.num_waiting, s.num_running) == (2, 1)
+    outputs: dict[str, list[int]] = {name: [] for name in names}
+    num_cached = {}
+    while s.num_sequences:
+        if plan := s.plan():
+            num_cached.update({started.id: started.num_cached for started in plan.started})
+            for name, tokens in drawn(s, model, plan).items():
+                outputs[name] += tokens
+        copies.settle()
+        s.check_integrity()
+    assert outputs == {name: expected(prompt, 2) for name in names}
+    assert num_cached == dict.fromkeys(names, 28)
+    assert s.host.totals.loaded - loaded == 7
+
+
 def test_blocks_that_a_copy_still_writes_into_are_given_to_nobody() -> None:
     s, model, copies = with_host(10, 40)
     prompt = list(range(30))
