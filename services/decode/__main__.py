@@ -16,6 +16,7 @@ from services.runtime.channels import Channels
 from services.worker.config import WorkerConfig
 from services.worker.digester import Digester
 from services.worker.node import Role
+from services.worker.puller import Puller
 from services.worker.servicer import StopTransfer
 from services.worker.share import Share
 from services.worker.start import start
@@ -24,11 +25,11 @@ from services.worker.worker import Worker
 
 @asynccontextmanager
 async def _serve(
-    server: grpc.aio.Server, worker: Worker, channels: Channels, config: WorkerConfig
+    server: grpc.aio.Server, worker: Worker, channels: Channels, puller: Puller, config: WorkerConfig
 ) -> AsyncIterator[StopTransfer]:
     terms = Terms(config.ticket_lifetime_s, Share.parse(config.verify_transfers), config.pair_quarantine_s)
     with Digester(worker) as digester:
-        async with Reservations(worker, channels, digester, terms) as reservations:
+        async with Reservations(worker, channels, puller, digester, terms) as reservations:
             worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(worker, reservations), server)
             yield _writes_nowhere
 

@@ -9,7 +9,7 @@ from kvferry.api.worker.v1 import worker_pb2
 from services.decode.reservations import DecodeStream, Writer
 from services.decode.tickets import Ticket, WriterId
 from services.runtime.process import ProcessIdentity
-from services.worker.convert import to_us
+from services.worker.convert import to_pull_stats, to_us
 from services.worker.worker import Worker
 
 
@@ -60,13 +60,15 @@ def to_finished_proto(stream: DecodeStream, reason: common_pb2.FinishReason.Valu
     if stream.kv_ready_s is not None and stream.first_step_s is not None:
         finished.decode.first_step_us = to_us(stream.first_step_s - stream.kv_ready_s)
     if stream.ticket is None:
+        pulled_s = stream.pulled.elapsed_s if stream.pulled else 0.0
         finished.prefill.MergeFrom(
             common_pb2.PrefillStats(
-                queue_us=0 if stream.started_s is None else to_us(stream.started_s - stream.opened_s),
+                queue_us=0 if stream.started_s is None else to_us(stream.started_s - stream.opened_s - pulled_s),
                 compute_us=to_us(stream.prefill_s),
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 num_chunks=sequence.num_chunks,
+                pull=to_pull_stats(stream.pulled) if stream.pulled else None,
             )
         )
     return finished

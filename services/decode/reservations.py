@@ -34,6 +34,8 @@ from services.runtime.process import ProcessIdentity, has_ended
 from services.runtime.tasks import Tasks
 from services.worker.convert import to_drawn
 from services.worker.digester import Digester
+from services.worker.pull_terms import PullReport, Source
+from services.worker.puller import Puller
 from services.worker.share import Share
 from services.worker.worker import Worker, refusals_as_errors
 
@@ -88,6 +90,8 @@ class DecodeStream:
     writer: Writer | None
     opened_s: float
     tell: Callable[[News], None]
+    pulling: asyncio.Task[None] | None = None
+    pulled: PullReport | None = None
     kv_ready_s: float | None = None
     first_step_s: float | None = None  # when its first step with delivered KV began
     started_s: float | None = None  # when its own prefill began
@@ -120,7 +124,7 @@ class Reservations:
     """Use as an async context manager.  Owned by the event loop."""
 
     def __init__(
-        self, worker: Worker, channels: Channels, digester: Digester, terms: Terms,
+        self, worker: Worker, channels: Channels, puller: Puller, digester: Digester, terms: Terms,
         draw: Callable[[], float] = random.random,
     ) -> None:  # fmt: skip
         """``draw`` chooses the transfers to verify."""
@@ -128,6 +132,7 @@ class Reservations:
             self._book = TicketBook(scheduler.pool, worker.layout)
         self._worker = worker
         self._channels = channels
+        self._puller = puller
         self._digester = digester
         self._terms = terms
         self._draw = draw
@@ -136,7 +141,7 @@ class Reservations:
         self._checks: dict[str, asyncio.Task[_Verdict]] = {}  # by transfer id, while its blocks are read
         self._tasks = Tasks()
         self._expiry_changed = asyncio.Event()
-        worker.check_role = self._book.check_integrity
+        worker.check_role = self._check_integrity
 
     async def __aenter__(self) -> Reservations:
         self._tasks.spawn(self._expire_tickets())
@@ -147,10 +152,11 @@ class Reservations:
 
     def open(
         self, request_id: str, prompt: list[int], params: common_pb2.SamplingParams, salt: bytes,
-        writer: Writer | None, tell: Callable[[News], None],
+        writer: Writer | None, tell: Callable[[News], None], source: Source | None = None,
     ) -> DecodeStream:  # fmt: skip
-        """The caller must ``close`` it, also when it has ended.  Raises OverloadedError, InvalidRequestError,
-        UnavailableError or, of a writer whose blocks arrived damaged, AbortedError, having reserved nothing."""
+        """Without a writer the prompt is computed here, save what may be read from ``source`` first.  The caller must
+        ``close`` it, also when it has ended.  Raises OverloadedError, InvalidRequestError, UnavailableError or, of a writer
+        whose blocks arrived damaged, AbortedError, having reserved nothing."""
         sequence = self._worker.make_sequence(request_id, prompt, params, salt)
         ticket = self._reserve(sequence, writer) if writer else None
         stream = DecodeStream(request_id, sequence, ticket, writer, time.monotonic(), tell)
@@ -158,6 +164,9 @@ class Reservations:
         if ticket is not None:
             self._streams[ticket.transfer_id] = stream
             self._expiry_changed.set()
+            return stream
+        if source is not None:
+            stream.pulling = self._tasks.spawn(self._pull_and_add(stream, source))
             return stream
         try:
             self._worker.add(sequence)
@@ -169,6 +178,8 @@ class Reservations:
     def close(self, stream: DecodeStream) -> None:
         """Ends its compute and takes its blocks back; it has nothing more to tell.  Once."""
         self._worker.router.unsubscribe(stream.sequence.id)
+        if stream.pulling is not None:
+            stream.pulling.cancel()
         self._abandon(stream)
 
     async def commit(
@@ -215,6 +226,22 @@ class Reservations:
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
         if ticket is not None:
             self._fail(transfer_id, f"the writer gave up: {reason}")
+
+    async def _pull_and_add(self, stream: DecodeStream, source: Source) -> None:
+        self._worker.num_opening += 1
+        try:
+            stream.pulled = await self._puller.pull(stream.sequence, source)
+        finally:
+            self._worker.num_opening -= 1
+            self._worker.router.changed.set()
+        stream.pulling = None
+        try:
+            self._worker.add(stream.sequence)
+        except Error as e:
+            stream.tell(e)
+
+    def _check_integrity(self) -> None:
+        self._book.check_integrity(self._worker.pulls.away())
 
     def _reserve(self, sequence: Sequence, writer: Writer) -> Ticket:
         now_s = time.monotonic()

@@ -16,7 +16,7 @@ from services.decode.reservations import DecodeStream, Finished, News, Reservati
 from services.engine.sequence import TokenDrawn
 from services.runtime.failure import to_failure
 from services.runtime.tracing import RequestScope
-from services.worker.convert import to_finish_reason, to_token
+from services.worker.convert import to_finish_reason, to_source, to_token
 from services.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -112,6 +112,7 @@ class Session:
             message.request_id, list(message.prompt_token_ids), message.sampling, message.cache_salt,
             to_writer(message.writer) if message.HasField("writer") else None,
             lambda news: self._tell(request, news),
+            to_source(message.pull) if message.HasField("pull") else None,
         )  # fmt: skip
         if stream.ticket is not None:
             self._event(request).ticket.CopyFrom(to_ticket_proto(stream.ticket, stream, self._worker))

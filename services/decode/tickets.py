@@ -16,7 +16,7 @@ said its last word, and a check of ours reads the blocks: they go to nobody else
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -230,13 +230,17 @@ class TicketBook:
         self._retire(ticket, TicketState.CLOSED)
         return True
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError unless the LENT and QUARANTINED blocks are exactly those that open tickets name."""
+    def check_integrity(self, others: Set[int] = frozenset()) -> None:
+        """Raises AssertionError unless the LENT and QUARANTINED blocks are exactly those that open tickets name, and
+        ``others``, which none may name."""
         lent = self._blocks_in(TicketState.LENT, TicketState.VERIFYING)
         quarantined = self._blocks_in(TicketState.REVOKING, TicketState.DISCARDING)
         assert len(set(lent + quarantined)) == len(lent + quarantined), "two tickets share a block"
-        assert lent == self._pool.lent_blocks(), "the LENT blocks are not those of open tickets"
-        assert quarantined == self._pool.quarantined_blocks(), "the QUARANTINED blocks are not those of revoked tickets"
+        assert others.isdisjoint(lent + quarantined), "a ticket and somebody else share a block"
+        assert set(lent) == {*self._pool.lent_blocks()} - others, "the LENT blocks are not those of open tickets"
+        assert set(quarantined) == {*self._pool.quarantined_blocks()} - others, (
+            "the QUARANTINED blocks are not those of revoked tickets"
+        )
 
     def _blocks_in(self, *states: TicketState) -> list[int]:
         return sorted(b for t in self._tickets.values() if t.state in states for b in t.blocks)

@@ -125,6 +125,11 @@ class Scheduler:
         queued = (*self._waiting, *self._running, *self._arrived, *loading)
         return sum(s.num_to_compute for s in queued if s.num_to_compute > 1)
 
+    @property
+    def num_spare_blocks(self) -> int:
+        """That can be had without taking what those who run or wait count on."""
+        return max(0, self.pool.num_available - self._num_kept())
+
     def get(self, id_: SequenceId) -> Sequence | None:
         return self._sequences.get(id_)
 
@@ -288,7 +293,7 @@ class Scheduler:
 
     def check_integrity(self, pinned: Mapping[int, int] = MappingProxyType({})) -> None:
         """Raises AssertionError unless each ACTIVE block's references equal the block tables that name it and the
-        ``pinned`` references on it, which no sequence has."""
+        ``pinned`` references on it, which no sequence has: pins' and pulls'."""
         self.pool.check_integrity()
         self.host.check_integrity()
         loads = self.host.loads()
@@ -463,7 +468,7 @@ class Scheduler:
     def _look_ahead(self, chosen: list[tuple[Sequence, int]]) -> None:
         for sequence, count in chosen:
             full = len(sequence.block_table) * self.limits.block_size == len(sequence.tokens)
-            if full and count == 1 and sequence.num_output and self.pool.num_available > self._num_kept():
+            if full and count == 1 and sequence.num_output and self.num_spare_blocks:
                 sequence.block_table += self.pool.allocate(1)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -498,8 +503,7 @@ class Scheduler:
         """For how many of ``count`` drafts there is a place; takes the blocks for them."""
         num_tokens, block_size = len(sequence.tokens), self.limits.block_size
         need = self._num_blocks(num_tokens + count) - len(sequence.block_table)
-        spare = max(0, self.pool.num_available - self._num_kept())
-        sequence.block_table += self.pool.allocate(max(0, min(need, spare)))
+        sequence.block_table += self.pool.allocate(max(0, min(need, self.num_spare_blocks)))
         return min(count, len(sequence.block_table) * block_size - num_tokens)
 
     def _entry(self, sequence: Sequence, count: int, drafts: list[int]) -> Entry:

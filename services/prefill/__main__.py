@@ -20,6 +20,7 @@ from services.runtime.startup import StartupError
 from services.worker.config import WorkerConfig, parse_nbytes
 from services.worker.digester import Digester
 from services.worker.node import Role
+from services.worker.puller import Puller
 from services.worker.servicer import StopTransfer
 from services.worker.start import start
 from services.worker.worker import Worker
@@ -28,11 +29,11 @@ from transport import Region, TransportError
 
 @asynccontextmanager
 async def _serve(
-    server: grpc.aio.Server, worker: Worker, channels: Channels, config: WorkerConfig
+    server: grpc.aio.Server, worker: Worker, channels: Channels, puller: Puller, config: WorkerConfig
 ) -> AsyncIterator[StopTransfer]:
     scratch = _scratch_region(worker, config.convert_memory)
     with closing(Converter(worker.region, scratch)) as converter, Digester(worker) as digester:
-        async with Ferries(worker, channels, converter, digester) as ferries:
+        async with Ferries(worker, channels, puller, converter, digester) as ferries:
             worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(ferries), server)
             yield ferries.stop_transfer
 

@@ -20,11 +20,13 @@ from services.prefill.conversion import Converter
 from services.prefill.ferry import Ferry
 from services.prefill.passage import ABORT_TIMEOUT_S, Passage
 from services.prefill.pieces import Placement
-from services.prefill.remotes import Owner, Remotes
 from services.runtime.channels import Channels
 from services.runtime.tasks import Tasks
 from services.worker.convert import to_peer_layout
 from services.worker.digester import Digester
+from services.worker.pull_terms import Source
+from services.worker.puller import Puller
+from services.worker.remotes import Owner
 from services.worker.worker import Worker
 
 log = structlog.get_logger(__name__)
@@ -35,12 +37,15 @@ REMEMBER_USED = 16384
 class Ferries:
     """Use as an async context manager.  Owned by the event loop."""
 
-    def __init__(self, worker: Worker, channels: Channels, converter: Converter, digester: Digester) -> None:
+    def __init__(
+        self, worker: Worker, channels: Channels, puller: Puller, converter: Converter, digester: Digester
+    ) -> None:
         self.worker = worker
         self.channels = channels
+        self.puller = puller
         self.converter = converter
         self.digester = digester
-        self.remotes = Remotes(worker.transport)
+        self.remotes = puller.remotes
         self.loop = asyncio.get_running_loop()
         self._passages: dict[str, Passage] = {}  # by transfer id
         self._used: OrderedDict[str, Passage | None] = OrderedDict()  # never to be used again
@@ -60,19 +65,24 @@ class Ferries:
                 for passage in passages:
                     await passage.ended.wait()
                 await self.tasks.ended()
-                await self.remotes.close()
         except TimeoutError:
             log.warning("owners_do_not_answer", transfers=len(self._passages), tasks=len(self.tasks))
             self.tasks.cancel()
 
     async def run(
-        self, prompt: list[int], params: common_pb2.SamplingParams, ticket: worker_pb2.Ticket, salt: bytes
+        self,
+        prompt: list[int],
+        params: common_pb2.SamplingParams,
+        ticket: worker_pb2.Ticket,
+        salt: bytes,
+        source: Source | None = None,
     ) -> AsyncGenerator[common_pb2.Token | worker_pb2.Committed, None]:
-        """The first token, then the commit's figures.  Leaving early stops compute and writing.  Raises ConflictError,
+        """The first token, then the commit's figures.  What ``source`` has of the prompt may be read from there first.
+        Leaving early stops compute, reading and writing.  Raises ConflictError,
         having written nothing, when the ticket is not for this worker, is for blocks of other content or outside the
         owner's pool, was used or stopped before, or has expired."""
         expires_s = self.loop.time() + ticket.expires_in_ms / 1000
-        passage = await self._begin(prompt, params, ticket, salt, expires_s)
+        passage = await self._begin(prompt, params, ticket, salt, source, expires_s)
         expiry = self.loop.call_at(expires_s, passage.stop, "the ticket expired")
         try:
             while True:
@@ -115,6 +125,7 @@ class Ferries:
     def _check_integrity(self) -> None:
         self.converter.check_integrity()
         assert self._passages or self.converter.is_unused, "room to convert in is held by nobody"
+        self.worker.pulls.check_nothing_else_is_away()
 
     def _use_up(self, transfer_id: str, passage: Passage | None) -> None:
         self._used[transfer_id] = passage
@@ -137,6 +148,7 @@ class Ferries:
         params: common_pb2.SamplingParams,
         ticket: worker_pb2.Ticket,
         salt: bytes,
+        source: Source | None,
         expires_s: float,
     ) -> Passage:
         received_s = time.monotonic()
@@ -171,6 +183,7 @@ class Ferries:
         self.channels.get(ticket.owner_control_address).get_state(try_to_connect=True)
         worker.num_opening += 1
         try:
+            pulled = await self.puller.pull(sequence, source) if source else None
             remote = await self.remotes.acquire(owner, ticket.region)
         finally:
             worker.num_opening -= 1
@@ -179,7 +192,7 @@ class Ferries:
             self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
             self._require_unexpired(ticket, expires_s)
             _require_inside(ticket, remote.nbytes // layout.block_nbytes)
-            passage = Passage(self, ticket, sequence, ferry, target, remote, owner, received_s)
+            passage = Passage(self, ticket, sequence, ferry, target, remote, owner, received_s, pulled)
             worker.router.subscribe(sequence.id, passage)
             worker.add(sequence)
         except Error:

@@ -29,8 +29,9 @@ from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerrySta
 from services.prefill.logbook import ChunkTimes, Logbook
 from services.prefill.pieces import Pieces, Placement, pieces
 from services.prefill.readiness import reached
-from services.prefill.remotes import Owner
-from services.worker.convert import to_token, to_us
+from services.worker.convert import to_pull_stats, to_token, to_us
+from services.worker.pull_terms import PullReport
+from services.worker.remotes import Owner
 from transport import (
     Op,
     Path,
@@ -65,6 +66,7 @@ class Passage:
     remote: RemoteRegion
     owner: Owner
     received_s: float
+    pulled: PullReport | None = None
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     transfers: set[Transfer] = field(default_factory=set)
@@ -311,11 +313,12 @@ class Passage:
         assert logbook.begun_s is not None
         return worker_pb2.Committed(
             prefill=common_pb2.PrefillStats(
-                queue_us=to_us(logbook.begun_s - self.received_s),
+                queue_us=to_us(logbook.begun_s - self.received_s - (self.pulled.elapsed_s if self.pulled else 0.0)),
                 compute_us=to_us(logbook.compute_s),
                 num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=sequence.num_cached,
                 num_chunks=sequence.num_chunks,
+                pull=to_pull_stats(self.pulled) if self.pulled else None,
             ),
             transfer=common_pb2.TransferStats(
                 num_blocks=num_blocks,

@@ -11,6 +11,7 @@ import structlog
 
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.prefill.ferries import Ferries
+from services.worker.convert import to_source
 
 log = structlog.get_logger(__name__)
 
@@ -24,7 +25,10 @@ class PrefillServicer(worker_pb2_grpc.PrefillServiceServicer):
     async def Prefill(
         self, request: worker_pb2.PrefillRequest, context: Context
     ) -> AsyncIterator[worker_pb2.PrefillResponse]:
-        steps = self._ferries.run(list(request.prompt_token_ids), request.sampling, request.ticket, request.cache_salt)
+        steps = self._ferries.run(
+            list(request.prompt_token_ids), request.sampling, request.ticket, request.cache_salt,
+            to_source(request.pull) if request.HasField("pull") else None,
+        )  # fmt: skip
         async with aclosing(steps):
             async for item in steps:
                 if isinstance(item, worker_pb2.Committed):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvferry.api.common.v1 import common_pb2
+from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import ConflictError, InvalidRequestError
 from services.engine.blocks import Counts
 from services.engine.hashing import HASH_NBYTES
@@ -12,6 +13,7 @@ from services.engine.layout import KvLayout
 from services.engine.lookup import Drafter
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
+from services.worker.pull_terms import PullReport, Source
 
 _FINISH = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -118,6 +120,27 @@ def to_peer_layout(message: common_pb2.Layout, ours: KvLayout) -> KvLayout:
             reason="LAYOUTS_DIFFER",
         )
     return theirs
+
+
+def to_source(message: worker_pb2.PullSource) -> Source:
+    return Source(
+        message.worker_id,
+        message.incarnation,
+        message.control_address,
+        message.num_blocks,
+        message.within_ms / 1000,
+    )
+
+
+def to_pull_stats(report: PullReport) -> common_pb2.PullStats:
+    return common_pb2.PullStats(
+        holder=report.holder,
+        outcome=report.outcome.value,
+        num_blocks=report.num_blocks,
+        num_bytes=report.num_bytes,
+        elapsed_us=to_us(report.elapsed_s),
+        busy_us=to_us(report.busy_s),
+    )
 
 
 def to_finish_reason(reason: FinishReason) -> common_pb2.FinishReason.ValueType:

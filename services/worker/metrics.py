@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from kvferry.api.directory.v1 import directory_pb2
 from services.engine.gaps import BOUNDS_S, Gaps
+from services.worker.pull_terms import Outcome
 from services.worker.worker import Worker
 from transport import Path
 
@@ -56,12 +57,14 @@ class _WorkerCollector(Collector):
         )
         transfer_blocks.add_metric(["written"], traffic.blocks_written)
         transfer_blocks.add_metric(["received"], traffic.blocks_received)
+        transfer_blocks.add_metric(["pulled"], traffic.blocks_pulled)
         yield transfer_blocks
         transfer_bytes = CounterMetricFamily(
             "kvferry_transfer_bytes", "KV bytes moved by one-sided operations", labels=["direction"]
         )
         transfer_bytes.add_metric(["written"], traffic.bytes_written)
         transfer_bytes.add_metric(["received"], traffic.bytes_received)
+        transfer_bytes.add_metric(["pulled"], traffic.bytes_pulled)
         yield transfer_bytes
         yield from self._host_tier(load)
         by_path = CounterMetricFamily(
@@ -71,6 +74,15 @@ class _WorkerCollector(Collector):
         for path in Path:
             by_path.add_metric([path], moved.get(path, 0))
         yield by_path
+        pulls = CounterMetricFamily(
+            "kvferry_pulls", "Requests that were to read cached blocks from another worker first", labels=["outcome"]
+        )
+        for outcome in Outcome:
+            pulls.add_metric([outcome.value], traffic.pulls[outcome])
+        yield pulls
+        yield CounterMetricFamily(
+            "kvferry_pull_seconds", "Seconds that requests waited for pulls", value=traffic.pull_s
+        )
         checks = CounterMetricFamily(
             "kvferry_transfer_checks", "Transfers into this worker's pool that were verified", labels=["result"]
         )

@@ -51,6 +51,7 @@ from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
 from services.worker.pins import PinBook
+from services.worker.puller import Puller
 from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
 from transport import Region, TransportError
@@ -74,7 +75,9 @@ class Role:
     kind: common_pb2.WorkerRole.ValueType
     service_name: str
     # Registers the role's servicer; yields what answers StopTransfer.
-    serve: Callable[[grpc.aio.Server, Worker, Channels, WorkerConfig], AbstractAsyncContextManager[StopTransfer]]
+    serve: Callable[
+        [grpc.aio.Server, Worker, Channels, Puller, WorkerConfig], AbstractAsyncContextManager[StopTransfer]
+    ]
 
 
 async def run_worker(config: WorkerConfig, role: Role) -> None:
@@ -90,7 +93,8 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
             config.directory, worker.info(), worker.load, _snapshot(worker), lease_ttl_s=config.lease_ttl_s
         )
         worker.router.tell_directory = lambda changes: _publish(membership, changes)
-        stop_transfer = await stack.enter_async_context(role.serve(server, worker, channels, config))
+        puller = await stack.enter_async_context(Puller(worker, channels))
+        stop_transfer = await stack.enter_async_context(role.serve(server, worker, channels, puller, config))
         holdings = stack.enter_context(Holdings(worker, config.pin_lifetime_s))
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker, stop_transfer, holdings), server)
         names = (role.service_name, worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)

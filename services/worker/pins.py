@@ -58,6 +58,11 @@ class PinBook:
         """Blocks in at least one pin."""
         return len(self._references)
 
+    @property
+    def num_pinnable(self) -> int:
+        """Blocks that a pin could get now."""
+        return self._max_blocks - self.num_blocks if self.num_pins < self._max_pins else 0
+
     def pin(
         self, pin_id: str, hashes: Sequence[bytes], reader: ReaderId, *, now_s: float, lifetime_s: float
     ) -> Pin | None:

@@ -90,6 +90,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             num_host_blocks_loaded=host.loaded,
             num_host_blocks_lost=host.lost,
             num_host_copies_failed=host.failed_copies,
+            num_blocks_pulled=traffic.blocks_pulled,
+            num_bytes_pulled=traffic.bytes_pulled,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -23,12 +24,16 @@ from services.runtime.process import ProcessIdentity
 from services.worker.convert import to_block_counts, to_layout_proto, to_sequence
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
+from services.worker.pull_times import PullTimes
+from services.worker.pulls import PullBook
 from services.worker.transfer_times import TransferTimes
 from transport import Region, Transport
 
 log = structlog.get_logger(__name__)
 
 RETRY_AFTER_S = 0.5
+# Reads that copy within one host's memory: more at once make each slower and none sooner.
+MAX_PULLS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +47,18 @@ class Identity:
 
 @dataclass(slots=True)
 class Traffic:
-    """KV blocks since start: written into others' pools, and committed into ours.  ``checks``: transfers into our pool that
-    were verified; what was digested for checks counts on both sides."""
+    """KV blocks since start: written into others' pools, committed into ours, and pulled from others' into ours.
+    ``checks``: transfers into our pool that were verified; what was digested for checks counts on both sides.  ``pulls``
+    by outcome."""
 
     blocks_written: int = 0
     bytes_written: int = 0
     blocks_received: int = 0
     bytes_received: int = 0
+    blocks_pulled: int = 0
+    bytes_pulled: int = 0
+    pulls: Counter[str] = field(default_factory=Counter)
+    pull_s: float = 0.0
     checks_ok: int = 0
     checks_mismatch: int = 0
     bytes_digested: int = 0
@@ -57,9 +67,9 @@ class Traffic:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """Owned by the event loop.  ``pins`` belongs to the engine's exclusive section, as the scheduler does.  ``check_role``
-    verifies what the role adds to their accounts; ``end_streams`` ends, with their last requests, the streams that callers
-    of the role keep open between requests."""
+    """Owned by the event loop.  ``pins`` and ``pulls`` belong to the engine's exclusive section, as the scheduler does.
+    ``check_role`` verifies what the role adds to their accounts; ``end_streams`` ends, with their last requests, the
+    streams that callers of the role keep open between requests."""
 
     identity: Identity
     model: ModelConfig
@@ -74,8 +84,14 @@ class Worker:
     end_streams: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
     transfer_times: TransferTimes = field(default_factory=TransferTimes)
+    pull_times: PullTimes = field(default_factory=PullTimes)
     draining: bool = False
     num_opening: int = 0  # requests that are on their way to the scheduler
+    pulls: PullBook = field(init=False)
+
+    def __post_init__(self) -> None:
+        with self.engine.exclusive(wake=False) as scheduler:
+            self.pulls = PullBook(scheduler.pool, max_pulls=MAX_PULLS)
 
     def make_sequence(
         self,
@@ -123,6 +139,7 @@ class Worker:
             queued = scheduler.num_queued_prefill_tokens
             host = scheduler.host.counts()
             num_pins, num_pinned_blocks = self.pins.num_pins, self.pins.num_blocks
+            num_pinnable_blocks = self.pins.num_pinnable
             step_base_s, step_per_sequence_s = self.engine.step_times.line()
         work = self.engine.work
         return directory_pb2.WorkerLoad(
@@ -142,6 +159,9 @@ class Worker:
             num_host_blocks=host.held,
             num_host_slots=host.total,
             host_load_bytes_per_s=self.engine.host_load_bytes_per_s,
+            pull_bytes_per_s=self.pull_times.bytes_per_s,
+            pull_overhead_s=self.pull_times.overhead_s,
+            num_pinnable_blocks=num_pinnable_blocks,
         )
 
     def info(self) -> directory_pb2.WorkerInfo:
@@ -169,8 +189,9 @@ class Worker:
         """True when every block is accounted for; what differs is logged."""
         try:
             with self.engine.exclusive(wake=False) as scheduler:
-                scheduler.check_integrity(self.pins.references())
+                scheduler.check_integrity(Counter(self.pins.references()) + Counter(self.pulls.references()))
                 self.pins.check_integrity()
+                self.pulls.check_integrity()
                 self.check_role()
         except AssertionError as e:
             log.error("integrity", difference=str(e))
@@ -181,8 +202,9 @@ class Worker:
         with self.engine.exclusive(wake=False) as scheduler:
             counts = scheduler.pool.counts()
             return not (
-                self.num_opening or scheduler.num_sequences or counts.lent or counts.quarantined or self.pins.num_pins
-            )
+                self.num_opening or scheduler.num_sequences or counts.lent or counts.quarantined
+                or self.pins.num_pins or self.pulls.num_pulls
+            )  # fmt: skip
 
 
 class refusals_as_errors:

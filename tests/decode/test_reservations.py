@@ -21,6 +21,7 @@ from services.decode.tickets import Ticket, WriterId, Written
 from services.engine.sequence import TokenDrawn
 from services.runtime.channels import Channels
 from services.runtime.process import this_process
+from services.worker.puller import Puller
 from services.worker.servicer import WorkerServicer, drain
 from services.worker.share import Share
 from services.worker.worker import Worker
@@ -62,7 +63,8 @@ async def reservations(worker: Worker, digester: HeldDigester, drawn: deque[floa
     terms = Terms(ticket_lifetime_s=60.0, verified=Share.parse("1/2"), pair_quarantine_s=60.0)
     async with (
         Channels() as channels,
-        Reservations(worker, channels, digester, terms, lambda: drawn.popleft() if drawn else 0.9) as it,  # type: ignore[arg-type]
+        Puller(worker, channels) as puller,
+        Reservations(worker, channels, puller, digester, terms, lambda: drawn.popleft() if drawn else 0.9) as it,  # type: ignore[arg-type]
     ):
         yield it
         assert worker.integrity_ok()

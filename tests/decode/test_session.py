@@ -20,6 +20,7 @@ from services.decode.session import Session
 from services.runtime.channels import Channels
 from services.runtime.interceptor import RequestInterceptor
 from services.runtime.tracing import REQUEST_ID_KEY
+from services.worker.puller import Puller
 from services.worker.servicer import drain
 from services.worker.share import Share
 from services.worker.worker import Worker
@@ -44,7 +45,11 @@ async def worker(transport: Transport) -> Worker:
 @pytest.fixture
 async def reservations(worker: Worker) -> AsyncIterator[Reservations]:
     terms = Terms(ticket_lifetime_s=60.0, verified=Share.parse("none"), pair_quarantine_s=60.0)
-    async with Channels() as channels, Reservations(worker, channels, HeldDigester(), terms) as it:  # type: ignore[arg-type]
+    async with (
+        Channels() as channels,
+        Puller(worker, channels) as puller,
+        Reservations(worker, channels, puller, HeldDigester(), terms) as it,  # type: ignore[arg-type]
+    ):
         yield it
         assert worker.integrity_ok()
         assert num_free(worker) == NUM_BLOCKS

@@ -17,6 +17,7 @@ from kvferry.errors import AbortedError
 from services.prefill.conversion import Converter
 from services.prefill.ferries import Ferries
 from services.runtime.channels import Channels
+from services.worker.puller import Puller
 from services.worker.worker import Worker
 from tests.prefill.two_workers import stop_request
 from tests.worker.tiny import LAYOUT, SAMPLING, HeldDigester, make_worker
@@ -78,9 +79,9 @@ async def digester() -> HeldDigester:
 @pytest.fixture
 async def ferries(worker: Worker, digester: HeldDigester) -> AsyncIterator[Ferries]:
     scratch = worker.transport.allocate(LAYOUT.block_nbytes)
-    async with Channels() as channels:
+    async with Channels() as channels, Puller(worker, channels) as puller:
         with closing(Converter(worker.region, scratch)) as converter:
-            async with Ferries(worker, channels, converter, digester) as ferries:  # type: ignore[arg-type]
+            async with Ferries(worker, channels, puller, converter, digester) as ferries:  # type: ignore[arg-type]
                 yield ferries
 
 

@@ -11,6 +11,7 @@ from services.prefill.__main__ import ROLE
 from services.runtime.channels import Channels
 from services.runtime.startup import StartupError
 from services.worker.config import WorkerConfig
+from services.worker.puller import Puller
 from tests.prefill.two_workers import layout, side
 
 
@@ -22,7 +23,9 @@ async def test_memory_to_convert_in_that_cannot_be(size: str, says: str) -> None
     config = WorkerConfig(convert_memory=size)
     async with Channels() as channels, side(common_pb2.WORKER_ROLE_PREFILL, "", layout("bfloat16", 4), 8) as prefill:
         with pytest.raises(StartupError, match=says) as failed:
-            async with ROLE.serve(grpc.aio.server(), prefill.worker, channels, config):
+            async with ROLE.serve(
+                grpc.aio.server(), prefill.worker, channels, Puller(prefill.worker, channels), config
+            ):
                 pass
     assert "--convert-memory" in str(failed.value)
 
@@ -30,6 +33,8 @@ async def test_memory_to_convert_in_that_cannot_be(size: str, says: str) -> None
 async def test_the_least_memory_to_convert_in_will_do() -> None:
     config = WorkerConfig(convert_memory="128")
     async with Channels() as channels, side(common_pb2.WORKER_ROLE_PREFILL, "", layout("bfloat16", 4), 8) as prefill:
-        async with ROLE.serve(grpc.aio.server(), prefill.worker, channels, config) as stop_transfer:
+        async with ROLE.serve(
+            grpc.aio.server(), prefill.worker, channels, Puller(prefill.worker, channels), config
+        ) as stop_transfer:
             await stop_transfer(worker_pb2.StopTransferRequest(transfer_id="never heard of"))
         prefill.assert_quiet()

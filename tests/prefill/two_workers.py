@@ -34,6 +34,7 @@ from services.runtime.process import this_process
 from services.worker.digester import Digester
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
+from services.worker.puller import Puller
 from services.worker.share import Share
 from services.worker.worker import Identity, Worker
 from tests.decode_calls import DecodeCall
@@ -188,12 +189,15 @@ async def two_workers(
         writer = await enter(side(common_pb2.WORKER_ROLE_PREFILL, "", writers, chunk))
         checker = stack.enter_context(Digester(owner.worker))
         terms = Terms(ticket_lifetime_s=60.0, verified=Share.parse("all"), pair_quarantine_s=60.0)
-        reservations = await enter(Reservations(owner.worker, channels, checker, terms))
+        reservations = await enter(
+            Reservations(owner.worker, channels, await enter(Puller(owner.worker, channels)), checker, terms)
+        )
         worker_pb2_grpc.add_DecodeServiceServicer_to_server(DecodeServicer(owner.worker, reservations), server)
         await server.start()
         stack.push_async_callback(server.stop, 0)
         region = writer.worker.transport.allocate(convert_nbytes)
         converter = stack.enter_context(closing(Converter(writer.worker.region, region)))
         digester = stack.enter_context(Digester(writer.worker))
-        ferries = await enter(Ferries(writer.worker, channels, converter, digester))
+        puller = await enter(Puller(writer.worker, channels))
+        ferries = await enter(Ferries(writer.worker, channels, puller, converter, digester))
         yield TwoWorkers(writer, owner, ferries, channels.get(address))

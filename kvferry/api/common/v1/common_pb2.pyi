@@ -312,13 +312,20 @@ class PrefillStats(google.protobuf.message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     NUM_CHUNKS_FIELD_NUMBER: builtins.int
+    PULL_FIELD_NUMBER: builtins.int
     queue_us: builtins.int
     """From the prompt's receipt to its first step."""
     compute_us: builtins.int
     num_prompt_tokens: builtins.int
     num_cached_tokens: builtins.int
-    """Prompt tokens whose KV was found in the worker's prefix cache."""
+    """Prompt tokens whose KV was found in the worker's prefix cache, those included that had been pulled into it a moment
+    before.
+    """
     num_chunks: builtins.int
+    @property
+    def pull(self) -> Global___PullStats:
+        """Unset: nothing was to be pulled. queue_us does not include it."""
+
     def __init__(
         self,
         *,
@@ -327,11 +334,53 @@ class PrefillStats(google.protobuf.message.Message):
         num_prompt_tokens: builtins.int = ...,
         num_cached_tokens: builtins.int = ...,
         num_chunks: builtins.int = ...,
+        pull: Global___PullStats | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_us", b"compute_us", "num_cached_tokens", b"num_cached_tokens", "num_chunks", b"num_chunks", "num_prompt_tokens", b"num_prompt_tokens", "queue_us", b"queue_us"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["pull", b"pull"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["compute_us", b"compute_us", "num_cached_tokens", b"num_cached_tokens", "num_chunks", b"num_chunks", "num_prompt_tokens", b"num_prompt_tokens", "pull", b"pull", "queue_us", b"queue_us"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PrefillStats: typing_extensions.TypeAlias = PrefillStats
+
+@typing.final
+class PullStats(google.protobuf.message.Message):
+    """How cached blocks were read from another worker before a prompt was computed."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HOLDER_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_BYTES_FIELD_NUMBER: builtins.int
+    ELAPSED_US_FIELD_NUMBER: builtins.int
+    BUSY_US_FIELD_NUMBER: builtins.int
+    holder: builtins.str
+    outcome: builtins.str
+    """"pulled", or why not: "cached" (nothing was lacking any more), "refused", "gone", "unlike", "unsafe", "no_room", "busy",
+    "late", "lost", "unproven", "cancelled" or "failed". All but the first two cost a recompute and nothing else.
+    """
+    num_blocks: builtins.int
+    """What was cached here by it; 0 unless pulled."""
+    num_bytes: builtins.int
+    elapsed_us: builtins.int
+    """From the request's receipt until it went on."""
+    busy_us: builtins.int
+    """Of these, while bytes moved."""
+    def __init__(
+        self,
+        *,
+        holder: builtins.str = ...,
+        outcome: builtins.str = ...,
+        num_blocks: builtins.int = ...,
+        num_bytes: builtins.int = ...,
+        elapsed_us: builtins.int = ...,
+        busy_us: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["busy_us", b"busy_us", "elapsed_us", b"elapsed_us", "holder", b"holder", "num_blocks", b"num_blocks", "num_bytes", b"num_bytes", "outcome", b"outcome"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PullStats: typing_extensions.TypeAlias = PullStats
 
 @typing.final
 class TransferStats(google.protobuf.message.Message):

@@ -168,6 +168,9 @@ class WorkerLoad(google.protobuf.message.Message):
     NUM_HOST_BLOCKS_FIELD_NUMBER: builtins.int
     NUM_HOST_SLOTS_FIELD_NUMBER: builtins.int
     HOST_LOAD_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    PULL_BYTES_PER_S_FIELD_NUMBER: builtins.int
+    PULL_OVERHEAD_S_FIELD_NUMBER: builtins.int
+    NUM_PINNABLE_BLOCKS_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -199,6 +202,14 @@ class WorkerLoad(google.protobuf.message.Message):
     """Of what came back from the host's memory into the pool, from asking to arrival; newer copies weigh more. 0 until
     measured.
     """
+    pull_bytes_per_s: builtins.float
+    """Of cached blocks that this worker read from others' pools, while they were being read; newer pulls weigh more. 0 until
+    measured.
+    """
+    pull_overhead_s: builtins.float
+    """What a pull took besides: pin, its release, and waiting. Without the first opening of a pool. 0 until measured."""
+    num_pinnable_blocks: builtins.int
+    """How many more blocks other workers may pin here now."""
     @property
     def blocks(self) -> kvferry.api.common.v1.common_pb2.BlockCounts: ...
     def __init__(
@@ -220,10 +231,13 @@ class WorkerLoad(google.protobuf.message.Message):
         num_host_blocks: builtins.int = ...,
         num_host_slots: builtins.int = ...,
         host_load_bytes_per_s: builtins.float = ...,
+        pull_bytes_per_s: builtins.float = ...,
+        pull_overhead_s: builtins.float = ...,
+        num_pinnable_blocks: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad

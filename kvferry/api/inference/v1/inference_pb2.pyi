@@ -579,6 +579,9 @@ class RouteOption(google.protobuf.message.Message):
     DECODE_S_FIELD_NUMBER: builtins.int
     NUM_PREFILL_CACHED_TOKENS_FIELD_NUMBER: builtins.int
     NUM_DECODE_CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    PULL_WORKER_FIELD_NUMBER: builtins.int
+    NUM_PULLED_TOKENS_FIELD_NUMBER: builtins.int
+    PULL_S_FIELD_NUMBER: builtins.int
     decode_worker: builtins.str
     prefill_worker: builtins.str
     """Empty: the decode worker computes the prompt itself."""
@@ -598,6 +601,11 @@ class RouteOption(google.protobuf.message.Message):
     num_prefill_cached_tokens: builtins.int
     """Prompt tokens in the caches of the two; 0 without a prefill worker."""
     num_decode_cached_tokens: builtins.int
+    pull_worker: builtins.str
+    """Whose cached blocks whoever computes the prompt reads first. Empty: nobody's."""
+    num_pulled_tokens: builtins.int
+    pull_s: builtins.float
+    """For the pull. prefill_s and stall_s are for what it leaves to compute."""
     def __init__(
         self,
         *,
@@ -612,8 +620,11 @@ class RouteOption(google.protobuf.message.Message):
         decode_s: builtins.float = ...,
         num_prefill_cached_tokens: builtins.int = ...,
         num_decode_cached_tokens: builtins.int = ...,
+        pull_worker: builtins.str = ...,
+        num_pulled_tokens: builtins.int = ...,
+        pull_s: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chosen", b"chosen", "decode_s", b"decode_s", "decode_worker", b"decode_worker", "full", b"full", "num_decode_cached_tokens", b"num_decode_cached_tokens", "num_prefill_cached_tokens", b"num_prefill_cached_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "queue_s", b"queue_s", "ship_s", b"ship_s", "stall_s", b"stall_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chosen", b"chosen", "decode_s", b"decode_s", "decode_worker", b"decode_worker", "full", b"full", "num_decode_cached_tokens", b"num_decode_cached_tokens", "num_prefill_cached_tokens", b"num_prefill_cached_tokens", "num_pulled_tokens", b"num_pulled_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "pull_s", b"pull_s", "pull_worker", b"pull_worker", "queue_s", b"queue_s", "ship_s", b"ship_s", "stall_s", b"stall_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RouteOption: typing_extensions.TypeAlias = RouteOption

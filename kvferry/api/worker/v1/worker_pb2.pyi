@@ -106,6 +106,7 @@ class PrefillRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     TICKET_FIELD_NUMBER: builtins.int
     CACHE_SALT_FIELD_NUMBER: builtins.int
+    PULL_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     cache_salt: builtins.bytes
     """Keeps tenants' prefix caches apart."""
@@ -117,6 +118,10 @@ class PrefillRequest(google.protobuf.message.Message):
 
     @property
     def ticket(self) -> Global___Ticket: ...
+    @property
+    def pull(self) -> Global___PullSource:
+        """Whose cached blocks of this prompt to read before the rest is computed. Unset: nobody's."""
+
     def __init__(
         self,
         *,
@@ -125,10 +130,11 @@ class PrefillRequest(google.protobuf.message.Message):
         sampling: kvferry.api.common.v1.common_pb2.SamplingParams | None = ...,
         ticket: Global___Ticket | None = ...,
         cache_salt: builtins.bytes = ...,
+        pull: Global___PullSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["sampling", b"sampling", "ticket", b"ticket"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["pull", b"pull", "sampling", b"sampling", "ticket", b"ticket"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cache_salt", b"cache_salt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "ticket", b"ticket"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cache_salt", b"cache_salt", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "request_id", b"request_id", "sampling", b"sampling", "ticket", b"ticket"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PrefillRequest: typing_extensions.TypeAlias = PrefillRequest
@@ -181,6 +187,40 @@ class Committed(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Committed: typing_extensions.TypeAlias = Committed
+
+@typing.final
+class PullSource(google.protobuf.message.Message):
+    """A worker that holds blocks of a prompt which the one that is to compute it lacks. Advice: where they cannot be read
+    under a pin and proven (see PinBlocks), or not in time, the tokens are computed as if nothing had been said.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: builtins.int
+    INCARNATION_FIELD_NUMBER: builtins.int
+    CONTROL_ADDRESS_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_FIELD_NUMBER: builtins.int
+    WITHIN_MS_FIELD_NUMBER: builtins.int
+    worker_id: builtins.str
+    incarnation: builtins.int
+    control_address: builtins.str
+    num_blocks: builtins.int
+    """Leading blocks of the prompt to have when the pull has ended, those included that need not be read."""
+    within_ms: builtins.int
+    """Worth waiting for so long, counted from its receipt: what computing the same tokens would take. At most 10 s; 0 is that."""
+    def __init__(
+        self,
+        *,
+        worker_id: builtins.str = ...,
+        incarnation: builtins.int = ...,
+        control_address: builtins.str = ...,
+        num_blocks: builtins.int = ...,
+        within_ms: builtins.int = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["control_address", b"control_address", "incarnation", b"incarnation", "num_blocks", b"num_blocks", "within_ms", b"within_ms", "worker_id", b"worker_id"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PullSource: typing_extensions.TypeAlias = PullSource
 
 @typing.final
 class Writer(google.protobuf.message.Message):
@@ -269,6 +309,7 @@ class DecodeOpen(google.protobuf.message.Message):
     CACHE_SALT_FIELD_NUMBER: builtins.int
     WRITER_FIELD_NUMBER: builtins.int
     CONTEXT_FIELD_NUMBER: builtins.int
+    PULL_FIELD_NUMBER: builtins.int
     handle: builtins.int
     """Names the request on this stream; never used twice on it."""
     request_id: builtins.str
@@ -288,6 +329,12 @@ class DecodeOpen(google.protobuf.message.Message):
     def context(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
         """What the metadata of a call of its own would hold: x-request-id and the W3C trace context."""
 
+    @property
+    def pull(self) -> Global___PullSource:
+        """Whose cached blocks of this prompt to read before the rest is computed here. Unset: nobody's. Passed over where a writer
+        is named.
+        """
+
     def __init__(
         self,
         *,
@@ -298,10 +345,11 @@ class DecodeOpen(google.protobuf.message.Message):
         cache_salt: builtins.bytes = ...,
         writer: Global___Writer | None = ...,
         context: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
+        pull: Global___PullSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["sampling", b"sampling", "writer", b"writer"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["pull", b"pull", "sampling", b"sampling", "writer", b"writer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cache_salt", b"cache_salt", "context", b"context", "handle", b"handle", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "writer", b"writer"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["cache_salt", b"cache_salt", "context", b"context", "handle", b"handle", "prompt_token_ids", b"prompt_token_ids", "pull", b"pull", "request_id", b"request_id", "sampling", b"sampling", "writer", b"writer"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___DecodeOpen: typing_extensions.TypeAlias = DecodeOpen
@@ -805,6 +853,8 @@ class GetStatsResponse(google.protobuf.message.Message):
     NUM_HOST_BLOCKS_LOADED_FIELD_NUMBER: builtins.int
     NUM_HOST_BLOCKS_LOST_FIELD_NUMBER: builtins.int
     NUM_HOST_COPIES_FAILED_FIELD_NUMBER: builtins.int
+    NUM_BLOCKS_PULLED_FIELD_NUMBER: builtins.int
+    NUM_BYTES_PULLED_FIELD_NUMBER: builtins.int
     num_blocks_written: builtins.int
     """Since start. On a writer what it wrote, on a pool's owner what was committed into its pool."""
     num_bytes_written: builtins.int
@@ -821,6 +871,9 @@ class GetStatsResponse(google.protobuf.message.Message):
     num_host_blocks_loaded: builtins.int
     num_host_blocks_lost: builtins.int
     num_host_copies_failed: builtins.int
+    num_blocks_pulled: builtins.int
+    """Read from other workers' pools, proven and cached here."""
+    num_bytes_pulled: builtins.int
     @property
     def state(self) -> kvferry.api.directory.v1.directory_pb2.WorkerState: ...
     def __init__(
@@ -839,10 +892,12 @@ class GetStatsResponse(google.protobuf.message.Message):
         num_host_blocks_loaded: builtins.int = ...,
         num_host_blocks_lost: builtins.int = ...,
         num_host_copies_failed: builtins.int = ...,
+        num_blocks_pulled: builtins.int = ...,
+        num_bytes_pulled: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["state", b"state"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["integrity_ok", b"integrity_ok", "num_blocks_received", b"num_blocks_received", "num_blocks_written", b"num_blocks_written", "num_bytes_received", b"num_bytes_received", "num_bytes_written", b"num_bytes_written", "num_cached_tokens", b"num_cached_tokens", "num_decode_tokens", b"num_decode_tokens", "num_host_blocks_loaded", b"num_host_blocks_loaded", "num_host_blocks_lost", b"num_host_blocks_lost", "num_host_blocks_saved", b"num_host_blocks_saved", "num_host_copies_failed", b"num_host_copies_failed", "num_prefill_tokens", b"num_prefill_tokens", "state", b"state"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["integrity_ok", b"integrity_ok", "num_blocks_pulled", b"num_blocks_pulled", "num_blocks_received", b"num_blocks_received", "num_blocks_written", b"num_blocks_written", "num_bytes_pulled", b"num_bytes_pulled", "num_bytes_received", b"num_bytes_received", "num_bytes_written", b"num_bytes_written", "num_cached_tokens", b"num_cached_tokens", "num_decode_tokens", b"num_decode_tokens", "num_host_blocks_loaded", b"num_host_blocks_loaded", "num_host_blocks_lost", b"num_host_blocks_lost", "num_host_blocks_saved", b"num_host_blocks_saved", "num_host_copies_failed", b"num_host_copies_failed", "num_prefill_tokens", b"num_prefill_tokens", "state", b"state"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___GetStatsResponse: typing_extensions.TypeAlias = GetStatsResponse

@@ -89,6 +89,13 @@ class Remotes:
             entry.stale = True
             self._close_if_unused(owner, entry)
 
+    def is_unmapped(self, owner: Owner) -> bool:
+        """Whether the owner's pool is open already, and by another way than mapped memory."""
+        entry = self._opened.get(owner)
+        if entry is None or not entry.opening.done() or entry.opening.cancelled() or entry.opening.exception():
+            return False
+        return entry.opening.result().path is Path.RMA
+
     async def close(self) -> None:
         """Lets go of all regions; nobody may be using one."""
         for owner in list(self._opened):

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvferry.errors import UnavailableError
-from services.prefill.remotes import Owner, Remotes
+from services.worker.remotes import Owner, Remotes
 from transport import Region, RemoteRegion, Transport, create
 
 A, A_AGAIN, B = Owner("a", 1), Owner("a", 2), Owner("b", 1)
