@@ -22,7 +22,7 @@ class WorkerKey:
 @dataclass(frozen=True, slots=True)
 class Rates:
     """What a worker measured of itself; what is not above 0, or not finite, counts as not measured.  A decode step of
-    ``n`` sequences takes ``step_base_s + n * step_per_sequence_s``."""
+    ``n`` sequences takes ``step_base_s + n * step_per_sequence_s``, a pull ``pull_overhead_s`` and what its bytes take."""
 
     prefill_tokens_per_s: float = 0.0
     step_base_s: float = 0.0
@@ -30,6 +30,8 @@ class Rates:
     transfer_bytes_per_s: float = 0.0
     transfer_round_trip_s: float = 0.0
     host_load_bytes_per_s: float = 0.0
+    pull_bytes_per_s: float = 0.0
+    pull_overhead_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,9 @@ class Candidate:
     num_prefix_host_blocks: int = 0  # of these, those that it must copy from its host's memory
     rates: Rates = Rates()
     draining: bool = False
+    fingerprint: str = ""  # of its KV layout, block size and type included
+    host: str = ""  # equal for workers that can map each other's pools; empty where that is not known
+    num_pinnable_blocks: int = 0  # that others may pin there now
 
     def num_uncached(self, num_prompt_tokens: int) -> int:
         """Prompt tokens that it would have to compute; the last one always, for its logits."""
@@ -56,3 +61,8 @@ class Candidate:
 
     def num_missing_blocks(self, num_tokens: int) -> int:
         return max(0, -(-num_tokens // self.block_size) - self.num_prefix_blocks)
+
+    @property
+    def num_prefix_device_blocks(self) -> int:
+        """Of this prompt, what others could read."""
+        return self.num_prefix_blocks - self.num_prefix_host_blocks

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import inf
 
 from gateway.candidates import Candidate, Rates, Role, WorkerKey
+from gateway.pulls import Pull, Pulls
 
 # For as long as no worker of the model has measured the quantity: the order of a small model on a few cores.
 PRIOR = Rates(
     prefill_tokens_per_s=1000.0, step_base_s=0.02, step_per_sequence_s=0.001, transfer_bytes_per_s=1e9,
-    transfer_round_trip_s=0.001, host_load_bytes_per_s=2e9,
+    transfer_round_trip_s=0.001, host_load_bytes_per_s=2e9, pull_bytes_per_s=1e9, pull_overhead_s=0.005,
 )  # fmt: skip
 # Nobody knows how long an answer gets: load on a decode worker counts for this many steps at most.
 HORIZON_TOKENS = 64
@@ -29,12 +30,13 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Seconds.  ``queue_s`` until the prompt's turn, ``prefill_s`` for what is not cached, and for copying what the host
-    has, ``ship_s`` for the handover and
+    """Seconds.  ``queue_s`` until the prompt's turn, ``pull_s`` for cached blocks that are read from another worker first,
+    ``prefill_s`` for what is then not cached, and for copying what the host has, ``ship_s`` for the handover and
     the bytes that the decode worker lacks, ``stall_s`` that the requests of a decode worker lose while it computes the
     prompt itself, ``decode_s`` for the answer's first steps in the batch as it is."""
 
     queue_s: float
+    pull_s: float
     prefill_s: float
     ship_s: float
     stall_s: float
@@ -42,17 +44,19 @@ class Terms:
 
     @property
     def total_s(self) -> float:
-        return self.queue_s + self.prefill_s + self.ship_s + self.stall_s + self.decode_s
+        return self.queue_s + self.pull_s + self.prefill_s + self.ship_s + self.stall_s + self.decode_s
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """``prefill`` None: the decode worker computes the prompt itself.  ``full``: it has too few blocks to begin."""
+    """``prefill`` None: the decode worker computes the prompt itself.  ``full``: it has too few blocks to begin.  ``pull``:
+    what whoever computes the prompt reads from a third worker, or from the decode worker, before it does."""
 
     decode: Candidate
     prefill: Candidate | None
     terms: Terms
     full: bool
+    pull: Pull | None = None
 
     @property
     def rank(self) -> tuple[bool, float, int, str, str]:
@@ -63,8 +67,9 @@ class Option:
     def __str__(self) -> str:
         ms = [f"{s * 1000:.1f}" for s in (*_each(self.terms), self.terms.total_s)]
         prefill = f"{self.prefill.key.worker_id}>" if self.prefill else ""
+        pull = f"{self.pull.holder.key.worker_id}:" if self.pull else ""
         full = " full" if self.full else ""
-        return f"{prefill}{self.decode.key.worker_id} {'+'.join(ms[:-1])}={ms[-1]}ms{full}"
+        return f"{pull}{prefill}{self.decode.key.worker_id} {'+'.join(ms[:-1])}={ms[-1]}ms{full}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,8 @@ class _Writing:
     """What a prefill worker needs, whoever decodes; and its speed for what depends on that."""
 
     queue_s: float
+    pull: Pull | None
+    pull_s: float
     prefill_s: float
     handover_s: float
     bytes_per_s: float
@@ -92,34 +99,43 @@ class Costs:
     computing it.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], demand: Demand) -> None:
+    def __init__(self, candidates: Sequence[Candidate], demand: Demand, *, pulls: bool = True) -> None:
+        """``pulls``: whether cached blocks may be read from other workers."""
         self._demand = demand
         self._num_steps = max(1, min(demand.max_tokens, HORIZON_TOKENS))
         self._rates = _completed(candidates)
+        self._pulls = Pulls(candidates if pulls else (), self._rates, demand.num_prompt_tokens)
         self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}
 
     def alone(self, decode: Candidate) -> Option:
-        rates = self._rates[decode.key]
-        prefill_s = self._prefill_s(decode, rates)
+        rates, pull = self._rates[decode.key], self._pulls.best(decode)
+        prefill_s = self._prefill_s(decode, rates, pull)
         terms = Terms(
             queue_s=decode.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
+            pull_s=pull.pull_s if pull else 0.0,
             prefill_s=prefill_s,
             ship_s=0.0,
             stall_s=prefill_s * max(1, decode.num_requests),
             decode_s=self._decode_s(decode),
         )
-        return Option(decode, None, terms, self.is_full(decode))
+        return Option(decode, None, terms, self.is_full(decode), pull)
 
     def split(self, decode: Candidate, prefill: Candidate) -> Option:
         writing = self._writing[prefill.key]
         terms = Terms(
             queue_s=writing.queue_s,
+            pull_s=writing.pull_s,
             prefill_s=writing.prefill_s,
             ship_s=writing.ship_s(self._num_missing_bytes(decode)),
             stall_s=0.0,
             decode_s=self._decode_s(decode),
         )
-        return Option(decode, prefill, terms, self.is_full(decode))
+        return Option(decode, prefill, terms, self.is_full(decode), writing.pull)
+
+    def explain_pull(self, option: Option) -> str:
+        """Why whoever computes the prompt does or does not read cached blocks first, in words; empty where nobody has any
+        that it lacks."""
+        return self._pulls.explain(option.prefill or option.decode)
 
     def best(self, decode: Candidate, writers: Sequence[Candidate]) -> Option:
         """Of all that decode there: by rank, but without making each one, of which there are many."""
@@ -131,7 +147,8 @@ class Costs:
         def rank(writer: Candidate) -> tuple[float, str]:
             w = self._writing[writer.key]
             # The same additions in the same order as a total's, so that rounding makes no other order.
-            return (w.queue_s + w.prefill_s + w.ship_s(num_bytes) + 0.0 + decode_s, writer.key.worker_id)
+            total_s = w.queue_s + w.pull_s + w.prefill_s + w.ship_s(num_bytes) + 0.0 + decode_s
+            return (total_s, writer.key.worker_id)
 
         return min(alone, self.split(decode, min(writers, key=rank)), key=lambda option: option.rank)
 
@@ -139,7 +156,10 @@ class Costs:
         needed = decode.num_missing_blocks(self._demand.num_prompt_tokens + 1) + decode.num_prefix_host_blocks
         return needed > decode.num_free_blocks
 
-    def _prefill_s(self, worker: Candidate, rates: Rates) -> float:
+    def _prefill_s(self, worker: Candidate, rates: Rates, pull: Pull | None) -> float:
+        """What is pulled comes first in the prompt, and nothing of it is copied from the host."""
+        if pull is not None:
+            return (self._demand.num_prompt_tokens - pull.total_blocks * worker.block_size) / rates.prefill_tokens_per_s
         compute_s = worker.num_uncached(self._demand.num_prompt_tokens) / rates.prefill_tokens_per_s
         return compute_s + worker.num_prefix_host_blocks * worker.block_nbytes / rates.host_load_bytes_per_s
 
@@ -147,10 +167,12 @@ class Costs:
         return decode.num_missing_blocks(self._demand.num_prompt_tokens) * decode.block_nbytes
 
     def _writing_on(self, prefill: Candidate) -> _Writing:
-        rates = self._rates[prefill.key]
+        rates, pull = self._rates[prefill.key], self._pulls.best(prefill)
         return _Writing(
             queue_s=prefill.num_queued_prefill_tokens / rates.prefill_tokens_per_s,
-            prefill_s=self._prefill_s(prefill, rates),
+            pull=pull,
+            pull_s=pull.pull_s if pull else 0.0,
+            prefill_s=self._prefill_s(prefill, rates, pull),
             handover_s=HANDOVER_ROUND_TRIPS * rates.transfer_round_trip_s,
             bytes_per_s=rates.transfer_bytes_per_s,
         )
@@ -161,7 +183,7 @@ class Costs:
 
 
 def _each(terms: Terms) -> tuple[float, ...]:
-    return (terms.queue_s, terms.prefill_s, terms.ship_s, terms.stall_s, terms.decode_s)
+    return (terms.queue_s, terms.pull_s, terms.prefill_s, terms.ship_s, terms.stall_s, terms.decode_s)
 
 
 def _completed(candidates: Sequence[Candidate]) -> dict[WorkerKey, Rates]:
@@ -170,7 +192,9 @@ def _completed(candidates: Sequence[Candidate]) -> dict[WorkerKey, Rates]:
     fill_bytes = _Filler(candidates, lambda r: (r.transfer_bytes_per_s,))
     fill_trip = _Filler(candidates, lambda r: (r.transfer_round_trip_s,))
     fill_host = _Filler(candidates, lambda r: (r.host_load_bytes_per_s,))
-    fillers = (fill_prefill, fill_step, fill_bytes, fill_trip, fill_host)
+    fill_pull = _Filler(candidates, lambda r: (r.pull_bytes_per_s,))
+    fill_overhead = _Filler(candidates, lambda r: (r.pull_overhead_s,))
+    fillers = (fill_prefill, fill_step, fill_bytes, fill_trip, fill_host, fill_pull, fill_overhead)
     return {c.key: Rates(*(value for filler in fillers for value in filler.of(c))) for c in candidates}
 
 

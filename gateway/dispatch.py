@@ -18,6 +18,7 @@ from gateway.costs import Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.link import DecodeLink, DecodeLinks
 from gateway.pace import Load, Pace
+from gateway.pulls import Pull
 from gateway.request import (
     Action,
     CancelAttempt,
@@ -56,6 +57,8 @@ NO_WORKER_RETRY_S = 1.0
 WORKER_RETRY_S = 2.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
+
+MAX_PULL_MS = 10_000
 
 # Of the options, in the log.
 _LOGGED_OPTIONS = 8
@@ -386,8 +389,13 @@ class Dispatcher:
                         transfer_bytes_per_s=load.transfer_bytes_per_s,
                         transfer_round_trip_s=load.transfer_round_trip_s,
                         host_load_bytes_per_s=load.host_load_bytes_per_s,
+                        pull_bytes_per_s=load.pull_bytes_per_s,
+                        pull_overhead_s=load.pull_overhead_s,
                     ),
                     draining=load.draining,
+                    fingerprint=info.layout.fingerprint,
+                    host=f"{info.process.boot_id}/{info.process.pid_namespace}" if info.process.boot_id else "",
+                    num_pinnable_blocks=load.num_pinnable_blocks,
                 )
             )
         return found
@@ -416,6 +424,7 @@ class Dispatcher:
             chosen=str(route.chosen),
             options=[str(option) for option in route.options[:_LOGGED_OPTIONS]],
             passed_over={p.worker_id: p.why for p in route.passed_over},
+            pull=route.pull_reason,
             prompt_tokens=len(job.prompt),
         )
         return Routed(route.decode.key, route.prefill.key if route.prefill else None)
@@ -439,6 +448,7 @@ class Dispatcher:
                 sampling=job.sampling,
                 cache_salt=job.cache_salt,
                 writer=self._writer(prefill) if prefill else None,
+                pull=None if prefill else _to_pull_source(run.route.chosen.pull),
                 context=dict(outgoing_metadata()),
             )
         )
@@ -470,6 +480,7 @@ class Dispatcher:
             sampling=job.sampling,
             ticket=ticket,
             cache_salt=job.cache_salt,
+            pull=_to_pull_source(run.route.chosen.pull),
         )
         stub = worker_pb2_grpc.PrefillServiceStub(self._channels.get(run.prefill.address))
         async with aclosing(_each(stub.Prefill(request), self._stall_timeout_s)) as responses:
@@ -487,6 +498,18 @@ class Dispatcher:
             control_address=candidate.address,
             process=state.info.process if state else None,
         )
+
+
+def _to_pull_source(pull: Pull | None) -> worker_pb2.PullSource | None:
+    if pull is None:
+        return None
+    return worker_pb2.PullSource(
+        worker_id=pull.holder.key.worker_id,
+        incarnation=pull.holder.key.incarnation,
+        control_address=pull.holder.address,
+        num_blocks=pull.total_blocks,
+        within_ms=max(1, min(MAX_PULL_MS, round(pull.compute_s * 1000))),
+    )
 
 
 def _as_lost(error: Error, worker_id: str) -> Error:

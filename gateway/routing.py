@@ -32,13 +32,15 @@ class PassedOver:
 @dataclass(frozen=True, slots=True)
 class Route:
     """``options``, the best first: all that keep the chosen decode worker, and the best of every other one.  The chosen
-    one is among them."""
+    one is among them.  ``pull_reason``: why it reads cached blocks from another worker first or does not, where there are
+    any."""
 
     policy: Policy
     demand: Demand
     chosen: Option
     options: tuple[Option, ...]
     passed_over: tuple[PassedOver, ...]
+    pull_reason: str = ""
 
     @property
     def decode(self) -> Candidate:
@@ -51,8 +53,11 @@ class Route:
 
     @property
     def num_uncached_tokens(self) -> int:
-        """Prompt tokens that whoever computes the prompt does not have."""
-        return (self.prefill or self.decode).num_uncached(self.demand.num_prompt_tokens)
+        """Prompt tokens that whoever computes the prompt neither has nor pulls."""
+        worker, pull = self.prefill or self.decode, self.chosen.pull
+        if pull is not None:
+            return self.demand.num_prompt_tokens - pull.total_blocks * worker.block_size
+        return worker.num_uncached(self.demand.num_prompt_tokens)
 
     @property
     def reason(self) -> str:
@@ -61,8 +66,8 @@ class Route:
         t = self.chosen.terms
         return (
             f"{what}, by {self.policy.value} of {len(self.options)} options: about {t.total_s:.3f} s = "
-            f"queue {t.queue_s:.3f} + prefill {t.prefill_s:.3f} + ship {t.ship_s:.3f} + stall {t.stall_s:.3f} + "
-            f"decode {t.decode_s:.3f}"
+            f"queue {t.queue_s:.3f} + pull {t.pull_s:.3f} + prefill {t.prefill_s:.3f} + ship {t.ship_s:.3f} + "
+            f"stall {t.stall_s:.3f} + decode {t.decode_s:.3f}{f'; {self.pull_reason}' if self.pull_reason else ''}"
         )
 
 
@@ -93,7 +98,7 @@ def choose_route(
             f"no decode worker can take the request ({known} known, all failed it or are draining)" if known else
             "no decode worker has joined the cluster", passed_over,
         )  # fmt: skip
-    costs = Costs(usable, demand)
+    costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE)
     writers = _by_content(c for c in usable if c.role is Role.PREFILL)
     bests = [costs.best(d, writers.get(d.content_fingerprint, ())) for d in decoders]
     if policy is Policy.KV_AWARE:
@@ -106,7 +111,7 @@ def choose_route(
     ]
     others = (best for best in bests if best.decode is not chosen.decode)
     options = tuple(sorted([*with_it, *others], key=lambda option: option.rank))
-    return Route(policy, demand, chosen, options, passed_over)
+    return Route(policy, demand, chosen, options, passed_over, costs.explain_pull(chosen))
 
 
 def _by_content(workers: Iterable[Candidate]) -> dict[str, list[Candidate]]:

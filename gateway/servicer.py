@@ -130,7 +130,7 @@ def _to_decision_proto(decision: Decision, now_s: float) -> inference_pb2.RouteD
 
 
 def _to_option_proto(option: Option, chosen: bool, num_prompt_tokens: int) -> inference_pb2.RouteOption:
-    decode, prefill, terms = option.decode, option.prefill, option.terms
+    decode, prefill, terms, pull = option.decode, option.prefill, option.terms, option.pull
     return inference_pb2.RouteOption(
         decode_worker=decode.key.worker_id,
         prefill_worker=prefill.key.worker_id if prefill else "",
@@ -141,6 +141,9 @@ def _to_option_proto(option: Option, chosen: bool, num_prompt_tokens: int) -> in
         ship_s=terms.ship_s,
         stall_s=terms.stall_s,
         decode_s=terms.decode_s,
+        pull_worker=pull.holder.key.worker_id if pull else "",
+        num_pulled_tokens=pull.num_blocks * (prefill or decode).block_size if pull else 0,
+        pull_s=terms.pull_s,
         num_prefill_cached_tokens=min(num_prompt_tokens, prefill.num_prefix_blocks * prefill.block_size)
         if prefill
         else 0,

@@ -175,7 +175,7 @@ def route_decision(message: inference_pb2.RouteDecision) -> types.RouteDecision:
 
 
 def _route_option(message: inference_pb2.RouteOption) -> types.RouteOption:
-    terms = (message.queue_s, message.prefill_s, message.ship_s, message.stall_s, message.decode_s)
+    terms = (message.queue_s, message.pull_s, message.prefill_s, message.ship_s, message.stall_s, message.decode_s)
     return types.RouteOption(
         decode_worker=message.decode_worker,
         prefill_worker=message.prefill_worker,
@@ -189,6 +189,9 @@ def _route_option(message: inference_pb2.RouteOption) -> types.RouteOption:
         total_s=sum(terms),
         num_prefill_cached_tokens=message.num_prefill_cached_tokens,
         num_decode_cached_tokens=message.num_decode_cached_tokens,
+        pull_worker=message.pull_worker,
+        num_pulled_tokens=message.num_pulled_tokens,
+        pull_s=message.pull_s,
     )
 
 
@@ -226,6 +229,18 @@ def _prefill(message: common_pb2.PrefillStats) -> types.PrefillStats:
         num_prompt_tokens=message.num_prompt_tokens,
         num_cached_tokens=message.num_cached_tokens,
         num_chunks=message.num_chunks,
+        pull=_pull(message.pull) if message.HasField("pull") else None,
+    )
+
+
+def _pull(message: common_pb2.PullStats) -> types.PullStats:
+    return types.PullStats(
+        holder=message.holder,
+        outcome=message.outcome,
+        num_blocks=message.num_blocks,
+        num_bytes=message.num_bytes,
+        elapsed_s=message.elapsed_us * _US,
+        busy_s=message.busy_us * _US,
     )
 
 

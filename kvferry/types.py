@@ -84,14 +84,30 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class PullStats:
+    """How cached blocks of the prompt were read from ``holder`` before the rest was computed.  ``outcome`` is ``pulled``,
+    or why nothing was; the prompt was computed then.  ``elapsed_s`` is what the request waited for it, ``busy_s`` the part
+    while bytes moved."""
+
+    holder: str
+    outcome: str
+    num_blocks: int
+    num_bytes: int
+    elapsed_s: float
+    busy_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrefillStats:
-    """What computing the prompt took, by the worker's own clock."""
+    """What computing the prompt took, by the worker's own clock.  ``pull`` is None where nothing was to be read from
+    another worker's cache; it comes before the queue."""
 
     queue_s: float
     compute_s: float
     num_prompt_tokens: int
     num_cached_tokens: int
     num_chunks: int
+    pull: PullStats | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +294,8 @@ class RouteOption:
     what is not cached, ``ship_s`` for the handover and the bytes that the decode worker lacks, ``stall_s`` that its other
     requests lose while it computes the prompt itself, ``decode_s`` for the answer's first tokens.  Without a
     ``prefill_worker`` (empty) the decode worker computes the prompt.  ``full`` ones, whose decode worker has too few
-    blocks to begin, come last.  The cached tokens are those of the prompt, on either side."""
+    blocks to begin, come last.  The cached tokens are those of the prompt, on either side.  Where there is a
+    ``pull_worker``, whoever computes the prompt reads that many tokens' blocks from it first, in ``pull_s``."""
 
     decode_worker: str
     prefill_worker: str
@@ -292,6 +309,9 @@ class RouteOption:
     total_s: float
     num_prefill_cached_tokens: int
     num_decode_cached_tokens: int
+    pull_worker: str = ""
+    num_pulled_tokens: int = 0
+    pull_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

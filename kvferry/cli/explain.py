@@ -12,7 +12,7 @@ from kvferry.client import DEFAULT_ADDRESS, Client
 from kvferry.types import RouteDecision, RouteOption
 
 # Narrow enough for 80 columns.
-HEADINGS = ("", "prefill", "decode", "cached", "queue", "prefill", "ship", "stall", "decode", "total")
+HEADINGS = ("", "prefill", "decode", "cache", "queue", "pull", "fill", "ship", "stall", "decode", "total")
 _NUMERIC = frozenset(range(3, len(HEADINGS)))
 
 
@@ -26,10 +26,10 @@ def explain(
     """Show why a request went to its workers.
 
     One table for each attempt, the cheapest option first, the chosen one marked *: milliseconds predicted from what workers
-    measured. Queue is until the prompt's turn, prefill for what is not cached, ship for the handover and the bytes that the
-    decode worker lacks, stall what its other requests lose while it computes the prompt itself (no prefill worker: -),
-    decode for the answer's first tokens. Cached counts prompt tokens on the prefill/decode worker. The gateway remembers
-    its last 1000 requests.
+    measured. Queue is until the prompt's turn, pull for cached blocks that are read from another worker, fill (prefill) for
+    what is then not cached, ship for the handover and the bytes that the decode worker lacks, stall what its other requests lose
+    while it computes the prompt itself (no prefill worker: -), decode for the answer's first tokens. Cache counts prompt
+    tokens on the prefill/decode worker. The gateway remembers its last 1000 requests.
 
     \b
     Example:
@@ -56,11 +56,23 @@ def _show(attempt: int, decision: RouteDecision) -> None:
 
 
 def _row(option: RouteOption) -> tuple[str, ...]:
-    seconds = (option.queue_s, option.prefill_s, option.ship_s, option.stall_s, option.decode_s, option.total_s)
+    seconds = (
+        option.queue_s,
+        option.pull_s,
+        option.prefill_s,
+        option.ship_s,
+        option.stall_s,
+        option.decode_s,
+        option.total_s,
+    )
     return (
         "*" if option.chosen else "full" if option.full else "",
         option.prefill_worker or "-",
         option.decode_worker,
         f"{option.num_prefill_cached_tokens}/{option.num_decode_cached_tokens}",
-        *(f"{s * 1000:.1f}" for s in seconds),
+        *(_ms(s) for s in seconds),
     )
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.{0 if seconds >= 1 else 1}f}"

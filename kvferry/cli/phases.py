@@ -34,6 +34,9 @@ def phases(timeline: Timeline) -> list[Phase]:
         made.append(Phase("ticket", ((opened_s, sent_s),)))
     if prefill is not None:
         queued_s = opened_s if sent_s is None else sent_s
+        if prefill.pull is not None:
+            received_s, queued_s = queued_s, queued_s + prefill.pull.elapsed_s
+            made.append(Phase("pull", ((received_s, queued_s),)))
         begun_s = queued_s + prefill.queue_s
         chunks = () if transfer is None else transfer.chunks
         computed = [(begun_s + c.compute_begin_s, begun_s + c.compute_end_s) for c in chunks]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvferry.cli import bars, output
 from kvferry.cli.phases import phases
-from kvferry.types import PrefillStats, Timeline, Usage
+from kvferry.types import PrefillStats, PullStats, Timeline, Usage
 
 HEADINGS = ("stage", "time", "detail")
 
@@ -24,6 +24,8 @@ def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
     ]
     if prefill is not None:
         where = timeline.prefill_worker or f"{timeline.decode_worker} (computed where it is decoded)"
+        if pull := prefill.pull:
+            made.append(("pull", duration(pull.elapsed_s), _pulled(pull)))
         made += [
             ("prefill queue", duration(prefill.queue_s), where),
             (
@@ -73,6 +75,12 @@ def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
     if timeline.num_retries:
         made.append(("retries", str(timeline.num_retries), "started over on other workers"))
     return made
+
+
+def _pulled(pull: PullStats) -> str:
+    if pull.outcome != "pulled":
+        return f"nothing from {pull.holder}: {pull.outcome}"
+    return f"{pull.num_blocks} blocks, {pull.num_bytes:,} bytes ({size(pull.num_bytes)}) from {pull.holder}"
 
 
 def duration(seconds: float) -> str:

@@ -138,20 +138,23 @@ def test_explain_shows_every_option_of_every_attempt(gateway: FakeGateway) -> No
     title, reason, heading, chosen, full, passed, second, why, *_ = done.stdout.splitlines()
     assert title == "attempt 1, 4.2 s ago, view 0.3 s old then, 512 prompt tokens, times in ms"
     assert reason == "prefill on prefill-0, decode on decode-0"
-    assert heading.split() == ["prefill", "decode", "cached", "queue", "prefill", "ship", "stall", "decode", "total"]
+    assert heading.split() == [
+        "prefill", "decode", "cache", "queue", "pull", "fill", "ship", "stall", "decode", "total",
+    ]  # fmt: skip
     assert chosen.split() == [
         "*",
         "prefill-0",
         "decode-0",
         "32/16",
         "250.0",
+        "35.0",
         "500.0",
         "12.5",
         "0.0",
-        "1500.0",
-        "2262.5",
+        "1500",
+        "2298",
     ]
-    assert full.split() == ["full", "-", "decode-1", "0/0", "0.0", "500.0", "0.0", "2500.0", "1500.0", "4500.0"]
+    assert full.split() == ["full", "-", "decode-1", "0/0", "0.0", "0.0", "500.0", "0.0", "2500", "1500", "4500"]
     assert passed == "not decode-2: draining"
     assert second.startswith("attempt 2, 4.1 s ago")
     assert why == "no decode worker has joined the cluster"
@@ -161,7 +164,8 @@ def test_explain_shows_every_option_of_every_attempt(gateway: FakeGateway) -> No
 def test_explain_json(gateway: FakeGateway) -> None:
     value = json.loads(CliRunner().invoke(APP, ["explain", "r-1", "--json"]).stdout)
     first, second = value["decisions"]
-    assert first["options"][0]["total_s"] == 2.2625
+    assert first["options"][0]["total_s"] == 2.2975
+    assert [first["options"][0][key] for key in ("pull_worker", "num_pulled_tokens")] == ["decode-0", 160]
     assert first["passed_over"] == {"decode-2": "draining"}
     assert second["options"] == []
 

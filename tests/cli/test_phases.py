@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from kvferry.cli.bars import axis, bar
 from kvferry.cli.phases import phases
-from kvferry.types import ChunkTimes, DecodeStats, PrefillStats, Timeline, TransferStats
+from kvferry.cli.timeline import rows
+from kvferry.types import ChunkTimes, DecodeStats, PrefillStats, PullStats, Timeline, TransferStats, Usage
 
 SPLIT = Timeline(
     tokenize_s=0.5,
@@ -113,3 +114,19 @@ def test_a_bar_never_leaves_its_cells(spans: list[tuple[float, float]], total_s:
 def test_the_axis() -> None:
     assert axis(2.5, 12) == "0-----2.50 s"
     assert axis(0.0125, 12) == "0----12.5 ms"
+
+
+def test_a_pull_comes_before_the_queue() -> None:
+    assert SPLIT.prefill is not None
+    for outcome, num_blocks, detail in (
+        ("pulled", 2, "2 blocks, 4,096 bytes (4.0 KiB) from decode-1"),
+        ("late", 0, "nothing from decode-1: late"),
+    ):
+        pull = PullStats("decode-1", outcome, num_blocks, 2048 * num_blocks, elapsed_s=0.5, busy_s=0.125)
+        timeline = dataclasses.replace(SPLIT, prefill=dataclasses.replace(SPLIT.prefill, pull=pull))
+        spans = {phase.name: phase.spans for phase in phases(timeline)}
+        assert spans["pull"] == ((2.0, 2.5),)
+        assert spans["prefill queue"] == ((2.5, 3.5),)
+        assert spans["prefill compute"][0] == (3.5, 5.5)
+        told = {stage: (time, what) for stage, time, what in rows(timeline, Usage(48, 9, 0))}
+        assert told["pull"] == ("500.0 ms", detail)

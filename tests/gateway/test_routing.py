@@ -15,7 +15,7 @@ from gateway.routing import NoWorkerError, Policy, Route, choose_route
 
 RATES = Rates(
     prefill_tokens_per_s=1000.0, step_base_s=0.02, step_per_sequence_s=0.002, transfer_bytes_per_s=1e9,
-    transfer_round_trip_s=0.001, host_load_bytes_per_s=5e9,
+    transfer_round_trip_s=0.001, host_load_bytes_per_s=5e9, pull_bytes_per_s=2e9, pull_overhead_s=0.004,
 )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def test_the_terms_add_up() -> None:
     assert terms.total_s == pytest.approx(terms.queue_s + terms.prefill_s + terms.ship_s + terms.decode_s)
     alone = next(option for option in found.options if option.prefill is None)
     assert alone.terms.prefill_s == alone.terms.stall_s == pytest.approx((500 - 16) / 1000)
-    assert str(alone) == "d0 0.0+484.0+0.0+484.0+1408.0=2376.0ms"
+    assert str(alone) == "d0 0.0+0.0+484.0+0.0+484.0+1408.0=2376.0ms"
 
 
 def test_a_hit_on_the_host_costs_a_copy_and_room() -> None:
@@ -163,8 +163,71 @@ def test_the_other_policies_look_at_no_cache() -> None:
     assert names([P0, D0], num_tokens=31, policy=Policy.ROUND_ROBIN) == ("d0", None)
 
 
+HERE = {"fingerprint": "x", "host": "h", "num_pinnable_blocks": 500}
+
+
+def holding(candidate: Candidate, num_blocks: int, **changes: object) -> Candidate:
+    return replace(candidate, **(HERE | {"num_prefix_blocks": num_blocks} | changes))  # type: ignore[arg-type]
+
+
+def test_a_prefix_is_pulled_where_that_is_quicker_than_computing_it() -> None:
+    """d0 holds 2000 tokens of 2048, and is too busy: d1 reads 125 blocks of 500 kB, at 2 GB/s, for its own use."""
+    busy, idle = holding(D0, 125, num_requests=40), holding(D1, 0)
+    found = route([busy, idle], num_tokens=2048)
+    pull = found.chosen.pull
+    assert pull is not None
+    assert (found.decode, pull.holder, pull.num_blocks, pull.total_blocks) == (idle, busy, 125, 125)
+    terms = found.chosen.terms
+    assert terms.pull_s == pytest.approx(0.004 + 125 * 500_000 / 2e9)
+    assert terms.prefill_s == terms.stall_s == pytest.approx(0.048)
+    assert found.num_uncached_tokens == 48
+    assert pull.compute_s == pytest.approx(2.0)
+    assert found.pull_reason == "pulls 125 blocks from d0, in 0.035 s instead of computing them in 2.000 s"
+    assert str(found.chosen).startswith("d0:d1 0.0+35.2+48.0+")
+    slow = replace(idle, rates=replace(RATES, pull_bytes_per_s=1e7))
+    found = route([busy, slow], num_tokens=2048)
+    assert found.chosen.pull is None
+
+
+def test_a_prefill_worker_pulls_too_also_from_who_will_decode() -> None:
+    decoder = holding(D0, 60, num_requests=9)
+    found = route([holding(P0, 10), decoder], num_tokens=1000)
+    pull = found.chosen.pull
+    assert pull is not None
+    assert (found.prefill, pull.holder, pull.num_blocks, pull.total_blocks) == (holding(P0, 10), decoder, 50, 60)
+
+
+def test_the_longest_prefix_that_may_be_pinned_is_pulled() -> None:
+    holders = [holding(P0, 40, num_pinnable_blocks=5), holding(P1, 30, num_requests=3), holding(D0, 30)]
+    others = [replace(c, num_queued_prefill_tokens=100_000, num_free_blocks=0) for c in holders]
+    found = route([*others, holding(D1, 0)], num_tokens=1000)
+    pull = found.chosen.pull
+    assert pull is not None
+    assert (found.decode.key, pull.holder.key, pull.num_blocks) == (D1.key, D0.key, 30)
+
+
+def test_why_nothing_is_pulled() -> None:
+    full = {"num_free_blocks": 0}
+    for changes, why in (
+        ({"fingerprint": "y"}, "does not pull from d0: its blocks have another size or type"),
+        ({"host": "elsewhere"}, "does not pull from d0: it is on another host"),
+        ({"num_pinnable_blocks": 0}, "does not pull from d0: as much of its cache is pinned as may be"),
+    ):
+        found = route([holding(D0, 20, **full | changes), holding(D1, 0)])  # type: ignore[arg-type]
+        assert (found.decode.key, found.chosen.pull) == (D1.key, None)
+        assert found.pull_reason.startswith(why)
+    assert route([holding(D0, 20, **full), holding(D1, 20)]).pull_reason == ""
+    hasty = holding(D1, 0, rates=replace(RATES, prefill_tokens_per_s=1e6))
+    assert (
+        "does not pull 20 blocks from d0 in 0.009 s instead of" in route([holding(D0, 20, **full), hasty]).pull_reason
+    )
+    for policy in (Policy.LEAST_LOADED, Policy.RANDOM, Policy.ROUND_ROBIN):
+        found = route([holding(D0, 20, **full), holding(D1, 0)], policy=policy)
+        assert (found.chosen.pull, found.pull_reason) == (None, "")
+
+
 MEASURED = st.floats(min_value=1e-4, max_value=1e4)
-ANY_RATES = st.builds(Rates, *(st.one_of(st.just(0.0), MEASURED) for _ in range(6)))
+ANY_RATES = st.builds(Rates, *(st.one_of(st.just(0.0), MEASURED) for _ in range(8)))
 
 
 @st.composite
@@ -181,7 +244,9 @@ def views(draw: st.DrawFn) -> list[Candidate]:
                     num_requests=draw(count), num_queued_prefill_tokens=draw(count) * 50,
                     num_free_blocks=draw(count), num_prefix_blocks=num_prefix_blocks,
                     num_prefix_host_blocks=draw(st.integers(0, num_prefix_blocks)), rates=draw(ANY_RATES),
-                    draining=draw(st.integers(0, 5)) == 0,
+                    draining=draw(st.integers(0, 5)) == 0, fingerprint=draw(st.sampled_from("xy")),
+                    host=draw(st.sampled_from(("", "here", "here", "there"))),
+                    num_pinnable_blocks=draw(st.integers(0, 100)),
                 )
             )  # fmt: skip
     return found
@@ -216,6 +281,7 @@ def test_more_load_never_attracts(view: list[Candidate], num_tokens: int, data: 
 
 @given(views(), st.integers(1, 800), st.data())
 def test_more_of_the_prefix_never_repels(view: list[Candidate], num_tokens: int, data: st.DataObject) -> None:
+    """Save to one who reads it from there."""
     before = try_route(view, num_tokens)
     if before is None:
         return
@@ -224,7 +290,46 @@ def test_more_of_the_prefix_never_repels(view: list[Candidate], num_tokens: int,
     better = replace(taken, num_prefix_blocks=taken.num_prefix_blocks + data.draw(st.integers(1, 60)))
     after = try_route([*view[:index], better, *view[index + 1 :]], num_tokens)
     assert after is not None
-    assert taken.key in chosen_keys(after)
+    pull = after.chosen.pull
+    assert taken.key in chosen_keys(after) or (pull is not None and pull.holder.key == taken.key)
+
+
+@given(views(), st.integers(1, 800))
+def test_a_pull_is_possible_and_pays(view: list[Candidate], num_tokens: int) -> None:
+    found = try_route(view, num_tokens)
+    if found is None:
+        return
+    rates = Costs([c for c in view if not c.draining], Demand(num_tokens, 1000))._rates
+    for option in found.options:
+        worker, pull = option.prefill or option.decode, option.pull
+        if pull is None:
+            assert option.terms.pull_s == 0.0
+            continue
+        assert pull.holder.key != worker.key
+        assert not pull.holder.draining
+        assert (pull.holder.fingerprint, pull.holder.host) == (worker.fingerprint, worker.host)
+        assert worker.host
+        assert 0 < pull.num_blocks <= pull.holder.num_pinnable_blocks
+        assert pull.total_blocks == worker.num_prefix_device_blocks + pull.num_blocks
+        assert worker.num_prefix_blocks < pull.total_blocks <= pull.holder.num_prefix_device_blocks
+        assert pull.total_blocks * worker.block_size < num_tokens, "the last token is always computed"
+        assert option.terms.pull_s == pull.pull_s < pull.compute_s
+        computed = option.terms.prefill_s * rates[worker.key].prefill_tokens_per_s
+        assert computed == pytest.approx(num_tokens - pull.total_blocks * worker.block_size)
+        assert computed > 0
+    if found.chosen.pull is not None:
+        assert found.chosen.pull.holder.key.worker_id in found.pull_reason
+        assert found.pull_reason in found.reason
+
+
+@given(views(), st.integers(1, 800))
+def test_pulling_never_makes_a_request_dearer(view: list[Candidate], num_tokens: int) -> None:
+    found = try_route(view, num_tokens)
+    apart = try_route([replace(c, host="") for c in view], num_tokens)
+    if found is None or apart is None:
+        return
+    assert found.chosen.rank[:2] <= apart.chosen.rank[:2]
+    assert apart.chosen.pull is None
 
 
 @given(views(), st.integers(1, 800), st.data())
