@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.kvferry-setup
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-engine bench-system bench-directory bench-gateway bench-gpu test-gpu wheel clean
+.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-gateway bench-gpu test-gpu wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--
 
 bench-overlap: $(STAMP) ## Measure what splitting adds to a prompt of 2048 tokens (ARGS="--rounds 5")
 	@python -m tests.bench.overlap $(ARGS)
+
+bench-pull: $(STAMP) ## Measure a prefix of 2048 tokens read from another worker against computing it (ARGS="--rounds 5")
+	@python -m tests.bench.pull $(ARGS)
 
 bench-engine: $(STAMP) ## Decode and prefill against the limits, torch, transformers, llama.cpp (ARGS="--help")
 	@python -m tests.bench.engine $(ARGS)
