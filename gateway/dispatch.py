@@ -58,6 +58,7 @@ WORKER_RETRY_S = 2.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
 
+# As long as a worker waits at all.
 MAX_PULL_MS = 10_000
 
 # Of the options, in the log.
