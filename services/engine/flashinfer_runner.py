@@ -27,6 +27,7 @@ from services.engine.layout import KvLayout
 from services.engine.model import Inputs, LlamaModel
 from services.engine.model_config import ModelConfig
 from services.engine.operations.flashinfer_operations import FlashInferOperations
+from services.engine.parallel.group import ALONE, Group
 from services.engine.ready import Ready
 from services.engine.sampler import F32
 from services.engine.steps import Blocking, Draws
@@ -53,8 +54,10 @@ class FlashInferRunner:
     runs_ahead = False
 
     def __init__(self, config: ModelConfig, weights: Weights, layout: KvLayout, kv_arena: torch.Tensor,
-                 kernels: FlashInfer, device: Device, *, max_running: int, returns_early: bool) -> None:  # fmt: skip
-        """``weights`` and ``kv_arena``, [num_blocks, *layout.block_shape], are on the device."""
+                 kernels: FlashInfer, device: Device, *, max_running: int, returns_early: bool,
+                 group: Group = ALONE) -> None:  # fmt: skip
+        """``weights`` and ``kv_arena``, [num_blocks, *layout.block_shape], are on the device.  With a ``group`` all else is
+        of one rank's shard."""
         self.ready: Ready | None = None
         self.num_foreseen = 0  # steps whose metadata was there before they came
         self._layout = layout
@@ -66,7 +69,7 @@ class FlashInferRunner:
         place = device.place
         workspace = torch.zeros(WORKSPACE_NBYTES, dtype=torch.uint8, device=place)
         self._kv_arena = kv_arena
-        self._model = LlamaModel(config, weights, FlashInferOperations(config, kernels, place))
+        self._model = LlamaModel(config, weights, FlashInferOperations(config, kernels, place), group)
         self._attention = FlashInferAttention(shape, kernels, place, workspace)
         self._graphs = DecodeGraphs(
             self._model, kv_arena, shape, kernels, device, workspace, bucket_sizes(max_running),
@@ -92,6 +95,18 @@ class FlashInferRunner:
             self._foresee(batch)
             drawn.wait()
             return drawn_tokens(chosen.tolist(), batch.samples, lambda number: logits[number])
+
+    def follow(self, batch: Batch) -> None:
+        """As ``TorchRunner.follow``; with ``returns_early`` a step that draws nothing may still run when it returns."""
+        with torch.inference_mode():
+            before, self.ready = self.ready, None
+            self._forward(batch)
+            if not batch.samples:
+                self._wait_unless_early(before)
+                return
+            computed = self._device.mark()
+            self._foresee(batch)
+            computed.wait()
 
     def logits(self, batch: Batch) -> F32:
         """As ``TorchRunner.logits``."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 from services.engine.attention.base import AttentionPlan
 from services.engine.model_config import ModelConfig
 from services.engine.operations.base import Operations, Rotation
+from services.engine.parallel.group import ALONE, Group
 from services.engine.weights import LayerWeights, Weights
 
 
@@ -25,12 +26,14 @@ class Inputs:
 
 class LlamaModel:
     """Holds weights only; all state of a sequence is in the KV pool.  Computes in the weights' type with norms in float32,
-    where the weights are."""
+    where the weights are.  Of a rank, ``config``, weights and pool are those of its shard; all of the ``group`` compute the
+    same steps in the same order."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, operations: Operations) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, operations: Operations, group: Group = ALONE) -> None:
         self.config = config
         self.weights = weights
         self._operations = operations
+        self._group = group
 
     def forward(self, inputs: Inputs, kv_arena: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """Writes the new tokens' KV into ``kv_arena`` ([num_blocks, layers, 2, block_size, kv_heads, head_dim]) and returns
@@ -46,7 +49,7 @@ class LlamaModel:
             transformed = self._transform(layer, normalized)
             hidden, normalized = operations.add_and_normalize(hidden, transformed, next_norm)
         wanted = normalized if inputs.rows is None else normalized[inputs.rows]
-        return functional.linear(wanted, weights.head)
+        return self._group.join(functional.linear(wanted, weights.head), self.config.vocab_size)
 
     def _attend(self, layer: LayerWeights, normalized: torch.Tensor, rotation: Rotation, kv_layer: torch.Tensor,
                 plan: AttentionPlan) -> torch.Tensor:  # fmt: skip
@@ -56,7 +59,8 @@ class LlamaModel:
         query, key, value = heads.split_with_sizes((config.num_heads, config.num_kv_heads, config.num_kv_heads), dim=1)
         query, key = rotation(query, key)
         plan.append(key, value, kv_layer)
-        return functional.linear(plan.run(query, kv_layer).reshape(len(qkv), -1), layer.output)
+        return self._group.sum(functional.linear(plan.run(query, kv_layer).reshape(len(qkv), -1), layer.output))
 
     def _transform(self, layer: LayerWeights, normalized: torch.Tensor) -> torch.Tensor:
-        return functional.linear(self._operations.gate(functional.linear(normalized, layer.gate_up)), layer.down)
+        gated = self._operations.gate(functional.linear(normalized, layer.gate_up))
+        return self._group.sum(functional.linear(gated, layer.down))

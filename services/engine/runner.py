@@ -13,6 +13,7 @@ from services.engine.layout import KvLayout
 from services.engine.model import Inputs, LlamaModel
 from services.engine.model_config import ModelConfig
 from services.engine.operations.torch_operations import TorchOperations
+from services.engine.parallel.group import ALONE, Group
 from services.engine.sampler import F32, draw
 from services.engine.steps import Blocking, Draws
 from services.engine.warm_up import WARM_UP_BLOCKS, check_pool, warm_up_batches
@@ -36,16 +37,17 @@ class TorchRunner:
         arena_buffer: memoryview,
         num_blocks: int,
         num_threads: int,
+        group: Group = ALONE,
     ) -> None:
         """``arena_buffer``: writable, at least ``num_blocks * layout.block_nbytes`` bytes.  ``num_threads`` holds for all
-        of torch in this process."""
+        of torch in this process.  With a ``group`` all else is of one rank's shard."""
         check_pool(config, layout, arena_buffer, num_blocks)
         if weights.embedding.dtype != DTYPES[layout.dtype]:
             raise ValueError(f"the weights are {weights.embedding.dtype}, the layout says {layout.dtype}")
         torch.set_num_threads(num_threads)
         self._layout = layout
         operations = TorchOperations(config, torch.device("cpu"), DTYPES[layout.dtype])
-        self._model = LlamaModel(config, weights, operations)
+        self._model = LlamaModel(config, weights, operations, group)
         self._attention = TorchAttention(block_size=layout.block_size, sliding_window=config.sliding_window)
         flat = torch.frombuffer(arena_buffer, dtype=DTYPES[layout.dtype], count=num_blocks * prod(layout.block_shape))
         self._arena = flat.view(num_blocks, *layout.block_shape)
@@ -57,6 +59,10 @@ class TorchRunner:
         """One drawn token per entry of ``batch.samples``, in their order, None behind a draft that is not what was drawn.
         The KV of all new tokens is in the pool."""
         return draw(self.logits(batch), batch.samples)
+
+    def follow(self, batch: Batch) -> None:
+        """Computes the step, as a rank that draws nothing."""
+        self._forward(batch, self._arena)
 
     def logits(self, batch: Batch) -> F32:
         """As ``run``, but what it would draw from: [len(batch.samples), vocab] in float32."""

@@ -14,6 +14,7 @@ import torch
 
 from services.engine.gguf_weights import GgufTensors
 from services.engine.model_config import ModelConfig, ModelError
+from services.engine.parallel.shard import Shard
 from services.engine.safetensors_weights import SafetensorsTensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """``head`` is ``embedding`` itself where the model ties them."""
+    """``head`` is ``embedding`` itself where the model ties them; a rank's is the rows of its tokens."""
 
     embedding: torch.Tensor
     layers: tuple[LayerWeights, ...]
@@ -49,11 +50,14 @@ class Weights:
 
 
 def load_weights(
-    config: ModelConfig, path: Path, dtype: str, progress: Callable[[float], None] | None = None
-) -> Weights:
+    config: ModelConfig, path: Path, dtype: str, progress: Callable[[float], None] | None = None,
+    shard: Shard | None = None,
+) -> Weights:  # fmt: skip
     """Reads the weights at ``path`` (a ``.gguf`` file or a Hugging Face directory) into memory as ``dtype``, one of
-    ``DTYPES``.  Blocks; ``progress`` is called on this thread with the share that is done, 0 to 1.  Raises ModelError."""
-    reader = WeightsReader(config, path, dtype)
+    ``DTYPES``, of one rank those of its ``shard``.  Blocks; ``progress`` is called on this thread with the share that is
+    done, 0 to 1.  Raises ModelError."""
+    shard = shard or Shard.whole(config)
+    reader = WeightsReader(config, path, dtype, shard)
     report = progress or (lambda _: None)
     report(0.0)
     embedding = reader.embedding()
@@ -63,65 +67,86 @@ def load_weights(
         report(len(layers) / (config.num_layers + 1))
     norm, head = reader.norm(), reader.head()
     report(1.0)
-    return Weights(embedding, tuple(layers), norm, embedding if head is None else head)
+    if head is None:
+        head = embedding if shard.size == 1 else embedding[shard.tokens.start : shard.tokens.stop]
+    return Weights(embedding, tuple(layers), norm, head)
 
 
 def weights_on(weights: Weights, place: torch.device) -> Weights:
     """Copies there, of tied weights one."""
     embedding = weights.embedding.to(place)
+    own_head = weights.head.untyped_storage().data_ptr() != weights.embedding.untyped_storage().data_ptr()
+    first = 0 if own_head else weights.head.storage_offset() // weights.head.shape[1]
     layers = []
     for layer in weights.layers:
         parts = {field.name: getattr(layer, field.name) for field in fields(layer)}
         layers.append(replace(layer, **{name: part.to(place) for name, part in parts.items() if part is not None}))
-    head = embedding if weights.head is weights.embedding else weights.head.to(place)
+    head = weights.head.to(place) if own_head else embedding[first : first + len(weights.head)]
     return Weights(embedding, tuple(layers), weights.norm.to(place), head)
 
 
 class WeightsReader:
     """Part by part, for whoever keeps them in another form."""
 
-    def __init__(self, config: ModelConfig, path: Path, dtype: str) -> None:
+    def __init__(self, config: ModelConfig, path: Path, dtype: str, shard: Shard | None = None) -> None:
         """As ``load_weights``.  Raises ModelError."""
         if dtype not in DTYPES:
             raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
         source: TensorSource = GgufTensors(path, config) if path.is_file() else SafetensorsTensors(path)
         self._config = config
+        self._shard = shard or Shard.whole(config)
         self._reader = _Reader(source, DTYPES[dtype])
 
     def embedding(self) -> torch.Tensor:
+        """Whole on every rank: looking up reads a few rows, and sums over the ranks would cost one more."""
         config = self._config
-        return self._reader.stacked((config.hidden_size,), ("model.embed_tokens.weight", config.vocab_size))
+        return self._reader.stacked((config.hidden_size,), Part("model.embed_tokens.weight", config.vocab_size))
 
     def layers(self) -> Iterator[LayerWeights]:
         for number in range(self._config.num_layers):
-            yield _read_layer(self._reader, self._config, f"model.layers.{number}")
+            yield _read_layer(self._reader, self._config, self._shard, f"model.layers.{number}")
 
     def norm(self) -> torch.Tensor:
-        return self._reader.stacked((), ("model.norm.weight", self._config.hidden_size))
+        return self._reader.stacked((), Part("model.norm.weight", self._config.hidden_size))
 
     def head(self) -> torch.Tensor | None:
         """None where the model ties it to the embedding."""
         config = self._config
         if config.tied_embeddings:
             return None
-        return self._reader.stacked((config.hidden_size,), ("lm_head.weight", config.vocab_size))
+        return self._reader.stacked(
+            (config.hidden_size,), Part("lm_head.weight", config.vocab_size, self._shard.tokens)
+        )
 
 
-def _read_layer(reader: _Reader, config: ModelConfig, prefix: str) -> LayerWeights:
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A tensor of a file, of ``num_rows`` rows, of which ``rows`` are wanted; None is all."""
+
+    name: str
+    num_rows: int
+    rows: range | None = None
+
+
+def _read_layer(reader: _Reader, config: ModelConfig, shard: Shard, prefix: str) -> LayerWeights:
     hidden, inner = config.hidden_size, config.intermediate_size
     query_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    qkv = [(f"{prefix}.self_attn.{kind}_proj", size) for kind, size in
-           (("q", query_size), ("k", kv_size), ("v", kv_size))]  # fmt: skip
+    queries, kv = (range(heads.start * config.head_dim, heads.stop * config.head_dim)
+                   for heads in (shard.heads, shard.kv_heads))  # fmt: skip
+    qkv = [(f"{prefix}.self_attn.{kind}_proj", size, rows) for kind, size, rows in
+           (("q", query_size, queries), ("k", kv_size, kv), ("v", kv_size, kv))]  # fmt: skip
+    biases = [Part(f"{name}.bias", size, rows) for name, size, rows in qkv]
     return LayerWeights(
-        attention_norm=reader.stacked((), (f"{prefix}.input_layernorm.weight", hidden)),
-        qkv=reader.stacked((hidden,), *((f"{name}.weight", size) for name, size in qkv)),
-        qkv_bias=reader.stacked((), *((f"{name}.bias", size) for name, size in qkv)) if config.qkv_bias else None,
-        output=reader.stacked((query_size,), (f"{prefix}.self_attn.o_proj.weight", hidden)),
-        mlp_norm=reader.stacked((), (f"{prefix}.post_attention_layernorm.weight", hidden)),
+        attention_norm=reader.stacked((), Part(f"{prefix}.input_layernorm.weight", hidden)),
+        qkv=reader.stacked((hidden,), *(Part(f"{name}.weight", size, rows) for name, size, rows in qkv)),
+        qkv_bias=reader.stacked((), *biases) if config.qkv_bias else None,
+        output=reader.stacked((query_size,), Part(f"{prefix}.self_attn.o_proj.weight", hidden), columns=queries),
+        mlp_norm=reader.stacked((), Part(f"{prefix}.post_attention_layernorm.weight", hidden)),
         gate_up=reader.stacked(
-            (hidden,), (f"{prefix}.mlp.gate_proj.weight", inner), (f"{prefix}.mlp.up_proj.weight", inner)
+            (hidden,),
+            *(Part(f"{prefix}.mlp.{kind}_proj.weight", inner, shard.inner) for kind in ("gate", "up")),
         ),
-        down=reader.stacked((inner,), (f"{prefix}.mlp.down_proj.weight", hidden)),
+        down=reader.stacked((inner,), Part(f"{prefix}.mlp.down_proj.weight", hidden), columns=shard.inner),
     )
 
 
@@ -130,17 +155,22 @@ class _Reader:
     source: TensorSource
     dtype: torch.dtype
 
-    def stacked(self, row_shape: tuple[int, ...], *parts: tuple[str, int]) -> torch.Tensor:
-        """The tensors named in ``parts``, each with its number of rows of ``row_shape``, below each other."""
-        whole = torch.empty((sum(rows for _, rows in parts), *row_shape), dtype=self.dtype)
+    def stacked(self, row_shape: tuple[int, ...], *parts: Part, columns: range | None = None) -> torch.Tensor:
+        """The rows that ``parts`` name, each of ``row_shape``, below each other; of ``columns`` alone where given."""
+        wanted = [range(part.num_rows) if part.rows is None else part.rows for part in parts]
+        kept = row_shape if columns is None else (len(columns),)
+        whole = torch.empty((sum(map(len, wanted)), *kept), dtype=self.dtype)
         begin = 0
-        for name, rows in parts:
-            tensor = self.source.read(name)
-            if tensor.shape != (rows, *row_shape):
+        for part, rows in zip(parts, wanted, strict=True):
+            tensor = self.source.read(part.name)
+            if tensor.shape != (part.num_rows, *row_shape):
                 raise ModelError(
-                    f"the tensor {name} is {tuple(tensor.shape)} and should be {(rows, *row_shape)}; "
+                    f"the tensor {part.name} is {tuple(tensor.shape)} and should be {(part.num_rows, *row_shape)}; "
                     "the weights do not belong to this configuration"
                 )
-            whole[begin : begin + rows].copy_(tensor)
-            begin += rows
+            tensor = tensor[rows.start : rows.stop]
+            if columns is not None:
+                tensor = tensor[:, columns.start : columns.stop]
+            whole[begin : begin + len(rows)].copy_(tensor)
+            begin += len(rows)
         return whole
