@@ -14,10 +14,12 @@ from transport.errors import (
     TransportClosed,
     TransportError,
 )
+from transport.lending import BorrowedMemory, borrow
 
 __all__ = [
     "BackendUnavailable",
     "BadDescriptor",
+    "BorrowedMemory",
     "Counters",
     "Op",
     "OutOfBounds",
@@ -33,6 +35,7 @@ __all__ = [
     "Transport",
     "TransportClosed",
     "TransportError",
+    "borrow",
     "create",
 ]
 

@@ -140,8 +140,9 @@ class Region:
         *,
         huge_pages: bool = False,
         device: DeviceMemory | None = None,
+        lend: Callable[[], bytes] | None = None,
     ) -> None:
-        """``device``: what the address is of, where that is not the host's memory."""
+        """``device``: what the address is of, where that is not the host's memory.  ``lend``: see there."""
         self.address = address
         self.nbytes = nbytes
         self.descriptor = descriptor
@@ -150,6 +151,7 @@ class Region:
         self.released = False  # guarded by the transport
         self._release = release
         self._device = device
+        self._lend = lend
         self._view: memoryview | None = None
         self._anchor: weakref.ref[ctypes.Array[ctypes.c_ubyte]] | None = None
         if device is None:
@@ -178,6 +180,13 @@ class Region:
         if self._view is None:
             raise TransportClosed("the region was released")
         return self._view
+
+    def lend(self) -> bytes:
+        """What another process of this host and user needs to load and store in it (``transport.borrow``), for as long as
+        the region is not released.  Raises TransportError where that cannot be."""
+        if self._lend is None:
+            raise TransportError("a region of this transport cannot be lent to other processes")
+        return self._lend()
 
     def try_drop_view(self) -> bool:
         """For the transport: False while an array, a tensor or another view looks at the memory.  Of a GPU's, nobody knows:

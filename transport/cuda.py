@@ -21,6 +21,7 @@ LIBRARY = "libcuda.so.1"
 
 _OUT_OF_MEMORY = 2
 _NON_BLOCKING = 1
+_LAZY_PEER = 1  # enables access between GPUs where it is needed
 
 
 class DeviceSegment:
@@ -69,6 +70,13 @@ class DeviceSegment:
             self._check("reading", self._driver.cuStreamSynchronize(self._stream))
         return memoryview(copy).cast("B")
 
+    def export(self) -> bytes:
+        """What ``open_exported`` takes, in another process of this host."""
+        handle = _IpcHandle()
+        with self._current():
+            self._check("exporting", self._driver.cuIpcGetMemHandle(byref(handle), self.address))
+        return bytes(handle)
+
     def give_up(self) -> None:
         """Peers that ask for its mark are told.  Idempotent."""
         if self.mapped_nbytes:
@@ -109,6 +117,33 @@ class DeviceSegment:
             raise TransportError(f"GPU {self.device}: {what}: {_text(self._driver, status)}")
 
 
+class _IpcHandle(ctypes.Structure):
+    _fields_ = (("reserved", c_ubyte * 64),)
+
+
+def open_exported(device: int, handle: bytes) -> int:
+    """The address, in this process, of another's memory on that GPU; it stays until the process ends.  Raises
+    TransportError."""
+    lib, number, context, address = driver(), c_int(), c_void_p(), c_uint64()
+
+    def check(what: str, status: int) -> None:
+        if status:
+            raise TransportError(f"GPU {device}: memory of another process: {what}: {_text(lib, status)}")
+
+    check("no such GPU", lib.cuDeviceGet(byref(number), device))
+    check("its context", lib.cuDevicePrimaryCtxRetain(byref(context), number))
+    check("its context", lib.cuCtxPushCurrent_v2(context))
+    try:
+        exported = _IpcHandle.from_buffer_copy(handle)
+        check("opening", lib.cuIpcOpenMemHandle_v2(byref(address), exported, _LAZY_PEER))
+    except BaseException:
+        lib.cuDevicePrimaryCtxRelease_v2(number)
+        raise
+    finally:
+        lib.cuCtxPopCurrent_v2(byref(c_void_p()))
+    return address.value
+
+
 def device_count() -> int:
     """GPUs that this process may use; 0 where there is no driver."""
     count = c_int()
@@ -144,6 +179,8 @@ def driver() -> ctypes.CDLL:
         ("cuStreamCreate", [context, c_uint]),
         ("cuStreamSynchronize", [c_void_p]),
         ("cuStreamDestroy_v2", [c_void_p]),
+        ("cuIpcGetMemHandle", [POINTER(_IpcHandle), c_uint64]),
+        ("cuIpcOpenMemHandle_v2", [pointer, _IpcHandle, c_uint]),
         ("cuGetErrorString", [c_int, POINTER(c_char_p)]),
     ):
         function = getattr(lib, name)

@@ -27,6 +27,7 @@ from transport.errors import (
     TransportClosed,
     TransportError,
 )
+from transport.lending import lender
 from transport.pieces import Offsets, Pieces
 from transport.segments import CannotMap, Segment, make_segment, mark_offset, open_segment
 
@@ -155,6 +156,7 @@ class UcpTransport:
             region = Region(
                 segment.address, segment.nbytes, descriptor.pack(), self._release,
                 huge_pages=segment.huge, device=segment if isinstance(segment, DeviceSegment) else None,
+                lend=lender(segment, self.incarnation),
             )  # fmt: skip
             self._regions[region] = (handle, segment)
             return region

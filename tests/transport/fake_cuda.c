@@ -60,4 +60,17 @@ int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *stream)
 int cuStreamCreate(void **stream, unsigned flags) { *stream = &current; return current && flags == 1 ? 0 : 201; }
 int cuStreamSynchronize(void *stream) { return current && stream ? 0 : 201; }
 int cuStreamDestroy_v2(void *stream) { return current && stream ? 0 : 201; }
+/* Within one process, where the real ones go from one to another. */
+typedef struct { char reserved[64]; } handle_t;
+int cuIpcGetMemHandle(handle_t *handle, uint64_t address)
+{
+    memset(handle, 0, sizeof *handle);
+    memcpy(handle->reserved, &address, sizeof address);
+    return current ? 0 : 201;
+}
+int cuIpcOpenMemHandle_v2(uint64_t *address, handle_t handle, unsigned flags)
+{
+    memcpy(address, handle.reserved, sizeof *address);
+    return !current || flags != 1 ? 201 : *address ? 0 : 1;
+}
 int cuGetErrorString(int status, const char **text) { *text = status == 101 ? "invalid device ordinal" : "error"; return 0; }

@@ -86,6 +86,24 @@ def test_blocks_go_from_gpu_to_gpu_and_between_gpu_and_host(gpus: ctypes.CDLL, o
                     assert bytes(local.fetch([0], 4096)) == b"\x05" * 4096
 
 
+def test_memory_of_a_gpu_is_lent(gpus: ctypes.CDLL, ours: Transport) -> None:
+    with ours.allocate(MIB, device=1) as region:
+        borrowed = transport.borrow(region.lend())
+        assert (borrowed.device, borrowed.nbytes) == (1, MIB)
+        fill(borrowed.address, b"abcd")
+        assert bytes(region.fetch([0], 4)) == b"abcd"
+        with pytest.raises(TransportError, match="GPU"):
+            _ = borrowed.view
+        gpus.cuDevicePrimaryCtxRelease_v2(1)  # as the process's end does
+
+
+def test_memory_of_a_gpu_that_is_not_there_is_not_borrowed(gpus: ctypes.CDLL, ours: Transport) -> None:
+    with pytest.raises(TransportError, match="GPU 2: memory of another process: no such GPU"):
+        cuda.open_exported(2, bytes(64))
+    with pytest.raises(TransportError, match="GPU 0: memory of another process: opening"):
+        cuda.open_exported(0, bytes(64))  # a handle of nothing
+
+
 def test_an_owner_that_has_given_its_region_up_is_found_out(gpus: ctypes.CDLL, ours: Transport) -> None:
     region = ours.allocate(MIB, device=0)
     mark = region.address + MIB
