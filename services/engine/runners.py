@@ -17,14 +17,17 @@ from services.engine.kernels.packed import FORMATS, PackedWeights
 from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig, ModelError
+from services.engine.parallel.shard import Shard
 from services.engine.steps import Runner
 
 # torch takes seconds to import, and a worker whose packed weights are in the cache does without: what needs it is imported
 # where it is used.
 if TYPE_CHECKING:
+    from services.engine.batch import Batch
     from services.engine.copies import Copier
+    from services.engine.parallel.group import Group
     from services.engine.weights import LayerWeights, Weights
-    from transport import Region
+    from transport import BorrowedMemory, Region
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +41,14 @@ AUTO = "auto"
 class WarmRunner(Runner, Protocol):
     def warm_up(self) -> None:
         """Pays for what the first step would otherwise pay for.  Leaves the pool alone."""
+
+
+class ShardRunner(WarmRunner, Protocol):
+    """Of one rank: all of a group warm up together, then compute the same steps in the same order, one by ``start`` and the
+    others by ``follow``."""
+
+    def follow(self, batch: Batch) -> None:
+        """Computes this rank's share; nothing is drawn.  Blocks."""
 
 
 def kv_dtype(dtype: str) -> str:
@@ -64,28 +75,39 @@ def choose_cuda_dtype(config: ModelConfig, dtype: str) -> str:
 
 
 def load_for_runner(
-    config: ModelConfig, path: Path, dtype: str, *, compiled: bool, cache_folder: Path | None = None
-) -> Weights | PackedWeights:
+    config: ModelConfig, path: Path, dtype: str, *, compiled: bool, cache_folder: Path | None = None,
+    shard: Shard | None = None,
+) -> Weights | PackedWeights:  # fmt: skip
     """Weights in the form that the runner wants, by the compiled kernels or by torch; blocks.  Raises ModelError.  Where
     the kernels cannot be had, or have not this type, torch computes and one line of log says why; int8, which only they
-    compute, is refused.  ``cache_folder``: where packed weights are kept for the next start and for other workers."""
-    if dtype not in TORCH_DTYPES and dtype not in FORMATS:
-        known = dict.fromkeys((*TORCH_DTYPES, *FORMATS))
-        raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(known)}")
-    reason = _kernels_missing(config, dtype) if compiled else "--kernels torch"
-    if reason is not None and dtype == "int8":
-        raise ModelError(f"int8 needs the compiled kernels ({reason}); or use --dtype bfloat16")
+    compute, is refused.  ``cache_folder``: where packed weights are kept for the next start and for other workers.
+    ``shard``: one rank's, of several; torch computes those."""
+    reason = why_torch(config, dtype, compiled=compiled, num_ranks=1 if shard is None else shard.size)
     if reason is not None:
         if compiled:
             log.warning("plain_torch", reason=reason)
         from services.engine.weights import load_weights
 
-        return load_weights(config, path, dtype)
+        return load_weights(config, path, dtype, shard=shard)
     if cache_folder is None:
         return _pack(config, path, dtype)
     files = [path] if path.is_file() else weight_files(path)
     name = cache.key(config.revision, dtype, files)
     return cache.load_or_pack(cache_folder, name, lambda: _pack(config, path, dtype))
+
+
+def why_torch(config: ModelConfig, dtype: str, *, compiled: bool, num_ranks: int) -> str | None:
+    """Why plain torch computes; None where the compiled kernels do.  Raises ModelError for a type that neither has."""
+    if dtype not in TORCH_DTYPES and dtype not in FORMATS:
+        known = dict.fromkeys((*TORCH_DTYPES, *FORMATS))
+        raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(known)}")
+    if num_ranks > 1:
+        reason: str | None = f"--tp {num_ranks}"
+    else:
+        reason = _kernels_missing(config, dtype) if compiled else "--kernels torch"
+    if reason is not None and dtype == "int8":
+        raise ModelError(f"int8 needs the compiled kernels ({reason}); or use --dtype bfloat16")
+    return reason
 
 
 def _pack(config: ModelConfig, path: Path, dtype: str) -> PackedWeights:
@@ -121,8 +143,33 @@ def create_runner(config: ModelConfig, weights: Weights | PackedWeights, layout:
     return runner
 
 
-def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, pool: Region, num_blocks: int,
-                       *, max_running: int, returns_early: bool) -> WarmRunner:  # fmt: skip
+def create_shard_runner(model: ModelConfig, weights: Weights, layout: KvLayout, pool: Region | BorrowedMemory,
+                        num_blocks: int, shard: Shard, store: str, *, num_threads: int, max_running: int,
+                        returns_early: bool) -> ShardRunner:  # fmt: skip
+    """Of one rank, over its region of a pool of ``layout``; blocks until all ranks are here.  ``store``: see
+    ``TorchGroup``, and for its failures too."""
+    import torch
+
+    from services.engine.parallel.group import TorchGroup
+    from services.engine.runner import TorchRunner
+
+    config, own_layout = shard.config(model), layout.of_rank(shard.rank)
+    place = torch.device("cpu") if pool.device is None else torch.device("cuda", pool.device)
+    if pool.device is not None:
+        torch.cuda.set_device(place)
+    group = TorchGroup(shard.rank, shard.size, Path(store), place)
+    log.info("rank_joined", rank=shard.rank, size=shard.size, kv_heads=len(shard.kv_heads))
+    if pool.device is None:
+        return TorchRunner(config, weights, own_layout, pool.view, num_blocks, num_threads, group)
+    return create_cuda_runner(
+        config, weights, own_layout, pool, num_blocks,
+        max_running=max_running, returns_early=returns_early, group=group,
+    )  # fmt: skip
+
+
+def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, pool: Region | BorrowedMemory,
+                       num_blocks: int, *, max_running: int, returns_early: bool,
+                       group: Group | None = None) -> ShardRunner:  # fmt: skip
     """On the GPU whose memory ``pool`` is; the weights, on the host so far, go there.  ``returns_early``: see
     ``FlashInferRunner``.  Raises ModelError."""
     import torch
@@ -130,6 +177,7 @@ def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, 
     from services.engine import flashinfer_kernels
     from services.engine.device import CudaDevice
     from services.engine.flashinfer_runner import FlashInferRunner, cuda_arena
+    from services.engine.parallel.group import ALONE
     from services.engine.weights import weights_on
 
     assert pool.device is not None
@@ -139,7 +187,7 @@ def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, 
     arena = cuda_arena(pool.address, num_blocks, layout, place, pool)
     runner = FlashInferRunner(
         config, weights_on(weights, place), layout, arena, kernels, CudaDevice(place),
-        max_running=max_running, returns_early=returns_early,
+        max_running=max_running, returns_early=returns_early, group=group or ALONE,
     )  # fmt: skip
     log.info("flashinfer_kernels", device=torch.cuda.get_device_name(place))
     return runner

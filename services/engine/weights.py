@@ -75,13 +75,17 @@ def load_weights(
 def weights_on(weights: Weights, place: torch.device) -> Weights:
     """Copies there, of tied weights one."""
     embedding = weights.embedding.to(place)
-    own_head = weights.head.untyped_storage().data_ptr() != weights.embedding.untyped_storage().data_ptr()
-    first = 0 if own_head else weights.head.storage_offset() // weights.head.shape[1]
     layers = []
     for layer in weights.layers:
         parts = {field.name: getattr(layer, field.name) for field in fields(layer)}
         layers.append(replace(layer, **{name: part.to(place) for name, part in parts.items() if part is not None}))
-    head = weights.head.to(place) if own_head else embedding[first : first + len(weights.head)]
+    if weights.head is weights.embedding:
+        head = embedding
+    elif weights.head.untyped_storage().data_ptr() == weights.embedding.untyped_storage().data_ptr():  # rows of it
+        first = weights.head.storage_offset() // weights.head.shape[1]
+        head = embedding[first : first + len(weights.head)]
+    else:
+        head = weights.head.to(place)
     return Weights(embedding, tuple(layers), weights.norm.to(place), head)
 
 

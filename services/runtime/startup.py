@@ -1,4 +1,4 @@
-"""Why a service could not start."""
+"""Why a service could not start, or had to end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import socket
 
 
 class StartupError(Exception):
-    """A service cannot start, for a reason that its operator can remove.  The message is one sentence that says what
+    """A service cannot start, for a reason that its operator can remove, or cannot go on, for a process of its own has
+    ended.  The message is one sentence that says what
     failed, on what, and what to do; it is shown without a traceback."""
 
 

@@ -57,14 +57,20 @@ class WorkerConfig:
         "the compiled kernels, whose answers it does not change; with torch, sums and so now and then a token depend on "
         "how many are computed at once",
     )
-    threads: int = option(1, help="CPU threads for the model", minimum=1)
+    tp: int = option(
+        1,
+        help="ranks that share this worker's model and pool (tensor parallelism): GPUs, from the one that --device names "
+        "on, or on CPU processes, which compute with plain torch",
+        minimum=1,
+    )
+    threads: int = option(1, help="CPU threads for the model, on each rank", minimum=1)
     cpus: str = option(
         "", help="processors for those threads alone, such as 0-3,6; the rest of the process keeps to the others"
     )
     weights_cache: str = option(
         "auto", help="folder that keeps packed weights for the next start: auto is ~/.cache/kvferry/weights; or none"
     )
-    kv_memory: str = option("512MiB", help="memory of the KV pool, such as 512MiB or 4GiB")
+    kv_memory: str = option("512MiB", help="memory of the KV pool, on all ranks together, such as 512MiB or 4GiB")
     host_kv_memory: str = option(
         "0", help="memory of the host for blocks that the KV pool evicts, which come back by a copy; 0 is off"
     )
@@ -104,9 +110,10 @@ class WorkerConfig:
             require_allowed(cpus)
         except ValueError as e:
             raise ValueError(f"--cpus: {e}") from e
-        if 0 < len(cpus) < self.threads:
+        num_threads = self.threads * self.tp
+        if 0 < len(cpus) < num_threads:
             raise ValueError(
-                f"--cpus {self.cpus} names {len(cpus)} processors for {self.threads} threads; name more, or lower --threads"
+                f"--cpus {self.cpus} names {len(cpus)} processors for {num_threads} threads; name more, or lower --threads"
             )
 
     @property

@@ -9,11 +9,26 @@ from kvferry.errors import InvalidRequestError
 from transport.cuda import device_count
 
 
-def choose_device(text: str) -> int | None:
-    """The GPU that --device names, None for the CPU; looks for GPUs unless that is named.  Raises InvalidRequestError."""
+def choose_devices(text: str, num_ranks: int) -> tuple[int | None, ...]:
+    """For each rank a GPU, from the one that --device names on, or None for the CPU; looks for GPUs unless that is named.
+    Raises InvalidRequestError."""
     if text == "cpu":
-        return None
-    return pick_device(text, device_count(), has_kernels=importlib.util.find_spec("flashinfer") is not None)
+        return (None,) * num_ranks
+    num_gpus = device_count()
+    first = pick_device(text, num_gpus, has_kernels=importlib.util.find_spec("flashinfer") is not None)
+    return spread(first, num_ranks, num_gpus)
+
+
+def spread(first: int | None, num_ranks: int, num_gpus: int) -> tuple[int | None, ...]:
+    """Pure.  A GPU of its own for each rank."""
+    if first is None:
+        return (None,) * num_ranks
+    if first + num_ranks > num_gpus:
+        raise InvalidRequestError(
+            f"--tp {num_ranks} from cuda:{first} on needs {first + num_ranks} GPUs, and this process sees {num_gpus}; "
+            "lower --tp, or name an earlier GPU"
+        )
+    return tuple(range(first, first + num_ranks))
 
 
 def pick_device(text: str, num_gpus: int, *, has_kernels: bool) -> int | None:

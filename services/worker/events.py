@@ -10,6 +10,7 @@ from typing import Protocol, TypeVar
 
 import structlog
 
+from kvferry.errors import Error
 from services.engine.blocks import CacheChange
 from services.engine.engine import StepTime
 from services.engine.sequence import Event, SequenceId, StepFailed
@@ -63,7 +64,11 @@ class EventRouter:
 
     def on_death(self, error: BaseException) -> None:
         def end() -> None:
-            if not self.died.done():
+            if self.died.done():
+                return
+            if isinstance(error, Error):  # says all that there is to say
+                self.died.set_exception(error)
+            else:
                 died = RuntimeError(f"the engine died: {error!r}")  # a future takes no StopIteration
                 died.__cause__ = error
                 self.died.set_exception(died)

@@ -8,7 +8,6 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -22,43 +21,39 @@ from services.engine.blocks import BlockPool, CacheChange
 from services.engine.copies import Copier, CopyThread
 from services.engine.engine import Engine
 from services.engine.host_tier import HostTier
-from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
-from services.engine.model_config import ModelConfig
 from services.engine.model_files import open_model
+from services.engine.parallel.shard import Shard
 from services.engine.runners import (
-    WarmRunner,
     choose_cuda_dtype,
     choose_dtype,
-    create_cuda_runner,
     create_host_copier,
-    create_runner,
     kv_dtype,
-    load_for_runner,
 )
 from services.engine.scheduler import Limits, Scheduler
 from services.runtime.channels import Channels
-from services.runtime.cpus import Cpus, format_cpus, pinned
 from services.runtime.membership import Membership
 from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_server, running, split_address
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
-from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes, weights_cache_folder
-from services.worker.device import choose_device
+from services.worker.compute import Compute
+from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes
+from services.worker.device import choose_devices
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.metrics import publish_metrics
 from services.worker.pins import PinBook
 from services.worker.puller import Puller
+from services.worker.ranks import RankLostError
 from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
 from transport import Region, TransportError
 from transport import create as create_transport
 
 if TYPE_CHECKING:
-    from services.engine.weights import Weights
+    pass
 
 log = structlog.get_logger(__name__)
 
@@ -107,6 +102,8 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         log.info("ready", address=worker.identity.control_address, worker_id=worker.identity.worker_id)
         try:
             await asyncio.shield(worker.router.died)  # or the cancellation would end it, and draining with it
+        except RankLostError as e:
+            raise StartupError(str(e)) from e
         except asyncio.CancelledError:
             await _drain(worker, config.drain_timeout_s)
             raise
@@ -119,20 +116,18 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     """Model, pool, transport and engine.  The engine is not started yet."""
     try:
         files = await asyncio.to_thread(open_model, config.model)
-        device = choose_device(config.device)
-        compiled = device is None and config.kernels is Kernels.COMPILED
-        if device is None:
-            dtype = await asyncio.to_thread(choose_dtype, files.config, config.dtype, compiled=compiled)
+        model = files.config
+        Shard.of(model, 0, config.tp)  # or it cannot be cut so
+        devices = choose_devices(config.device, config.tp)
+        on_gpu = devices[0] is not None
+        if on_gpu:
+            dtype = choose_cuda_dtype(model, config.dtype)
         else:
-            dtype = choose_cuda_dtype(files.config, config.dtype)
-        weights = await asyncio.to_thread(
-            load_for_runner, files.config, files.path, dtype,
-            compiled=compiled, cache_folder=weights_cache_folder(config.weights_cache),
-        )  # fmt: skip
+            compiled = config.kernels is Kernels.COMPILED and config.tp == 1
+            dtype = await asyncio.to_thread(choose_dtype, model, config.dtype, compiled=compiled)
         transport = create_transport("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e
-    model = files.config
     layout = KvLayout(
         model_revision=model.revision,
         dtype=kv_dtype(dtype),
@@ -140,22 +135,28 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
+        tp=config.tp,
     )
+    role_name = common_pb2.WorkerRole.Name(role.kind).removeprefix("WORKER_ROLE_").lower()
+    loop = asyncio.get_running_loop()
+    router = EventRouter(loop)
     async with AsyncExitStack() as stack:
         stack.callback(transport.close)
         num_blocks = _num_blocks(config, layout)
         try:
             # Never released: the arena's tensors live as long as the process, and the kernel takes it back with that.
-            region = transport.allocate(num_blocks * layout.block_nbytes, device)
-        except TransportError as e:
+            region, *further_regions = [
+                transport.allocate(num_blocks * layout.of_rank(rank).block_nbytes, device)
+                for rank, device in enumerate(devices)
+            ]
+            compute = Compute(
+                files, dtype, layout, (region, *further_regions), num_blocks, config,
+                log_name=config.worker_id or role_name,
+                returns_early=role.kind == common_pb2.WORKER_ROLE_PREFILL,  # whose blocks no peer writes
+            )  # fmt: skip
+            runner, exact = await compute.start(stack, router.on_death)
+        except (Error, TransportError) as e:
             raise StartupError(str(e)) from e
-        cpus = config.compute_cpus
-        create = partial(_create_runner, model, weights, layout, region, num_blocks, config, role)
-        try:
-            runner = await asyncio.to_thread(_warm_runner, create, config.threads, cpus)
-        except Error as e:
-            raise StartupError(str(e)) from e
-        loop = asyncio.get_running_loop()
         transport.attach(loop)
         stack.callback(transport.detach)
         pool = BlockPool(num_blocks)
@@ -166,15 +167,14 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_pinned=num_blocks // PINNED_SHARE,
-            look_ahead=device is not None,
+            look_ahead=on_gpu,
         )
-        router = EventRouter(loop)
         copies = None
         if num_slots := _num_host_slots(config, layout):
             copier = await _host_copier(region, layout, num_blocks, num_slots)
             copies = stack.enter_context(CopyThread(copier, layout.block_nbytes))
-        engine = Engine(Scheduler(pool, limits, HostTier(pool, num_slots)), runner, router, cpus, copies)
-        role_name = common_pb2.WorkerRole.Name(role.kind).removeprefix("WORKER_ROLE_").lower()
+        scheduler = Scheduler(pool, limits, HostTier(pool, num_slots))
+        engine = Engine(scheduler, runner, router, config.compute_cpus, copies)
         identity = Identity(
             worker_id=config.worker_id or f"{role_name}-{address}",
             # Time orders incarnations for a reader of logs; the random part tells apart two of one instant.
@@ -192,28 +192,11 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             num_host_blocks=num_slots,
         )
         pins = PinBook(pool, max_blocks=limits.max_pinned, max_pins=MAX_PINS)
-        exact = isinstance(weights, PackedWeights)
         speculates = config.speculate is Speculate.ON or (config.speculate is Speculate.AUTO and exact)
-        yield Worker(identity, model, layout, transport, region, engine, router, pins, speculates=speculates)
-
-
-def _create_runner(model: ModelConfig, weights: Weights | PackedWeights, layout: KvLayout, region: Region,
-                   num_blocks: int, config: WorkerConfig, role: Role) -> WarmRunner:  # fmt: skip
-    if region.device is None or isinstance(weights, PackedWeights):
-        return create_runner(model, weights, layout, region.view, num_blocks, config.threads)
-    return create_cuda_runner(
-        model, weights, layout, region, num_blocks, max_running=config.max_running,
-        returns_early=role.kind == common_pb2.WORKER_ROLE_PREFILL,  # whose blocks no peer writes
-    )  # fmt: skip
-
-
-def _warm_runner(create: Callable[[], WarmRunner], threads: int, cpus: Cpus) -> WarmRunner:
-    """Blocks.  The threads that it starts are on ``cpus``; the caller's stays where it was."""
-    with pinned(cpus):
-        runner = create()
-        runner.warm_up()
-    log.info("compute", threads=threads, cpus=format_cpus(cpus) or "any")
-    return runner
+        yield Worker(
+            identity, model, layout, transport, region, engine, router, pins,
+            further_regions=tuple(further_regions), speculates=speculates,
+        )  # fmt: skip
 
 
 async def _drain(worker: Worker, timeout_s: float) -> None:
@@ -247,6 +230,8 @@ def _num_host_slots(config: WorkerConfig, layout: KvLayout) -> int:
         raise StartupError(
             f"--host-kv-memory {config.host_kv_memory} holds no KV block of {layout.block_nbytes} bytes; give more, or 0"
         )
+    if nbytes and layout.tp > 1:
+        raise StartupError(f"--host-kv-memory is for a pool of one rank; leave it out with --tp {layout.tp}")
     return nbytes // layout.block_nbytes
 
 

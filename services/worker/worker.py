@@ -69,7 +69,8 @@ class Traffic:
 class Worker:
     """Owned by the event loop.  ``pins`` and ``pulls`` belong to the engine's exclusive section, as the scheduler does.
     ``check_role`` verifies what the role adds to their accounts; ``end_streams`` ends, with their last requests, the
-    streams that callers of the role keep open between requests."""
+    streams that callers of the role keep open between requests.  ``region`` is the pool's, or the first rank's part of it;
+    ``further_regions`` are the others', in order."""
 
     identity: Identity
     model: ModelConfig
@@ -79,6 +80,7 @@ class Worker:
     engine: Engine
     router: EventRouter
     pins: PinBook
+    further_regions: tuple[Region, ...] = ()
     speculates: bool = False  # where a request does not say
     check_role: Callable[[], None] = lambda: None
     end_streams: Callable[[], None] = lambda: None
@@ -92,6 +94,11 @@ class Worker:
     def __post_init__(self) -> None:
         with self.engine.exclusive(wake=False) as scheduler:
             self.pulls = PullBook(scheduler.pool, max_pulls=MAX_PULLS)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """One for each rank."""
+        return (self.region, *self.further_regions)
 
     def make_sequence(
         self,

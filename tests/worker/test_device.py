@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from kvferry.errors import InvalidRequestError
 from services.engine.model_config import ModelError
 from services.engine.runners import choose_cuda_dtype
 from services.engine.weights import weights_on
-from services.worker.device import choose_device, pick_device
+from services.worker.device import choose_devices, pick_device, spread
 from tests.engine.test_kernels import make_config, make_weights
 
 
@@ -37,7 +39,14 @@ def test_a_device_that_cannot_be_is_refused_with_what_to_do(
 
 
 def test_on_a_machine_without_a_driver_the_cpu_is_left() -> None:
-    assert choose_device("cpu") is None
+    assert choose_devices("cpu", 3) == (None,) * 3
+
+
+def test_each_rank_has_a_gpu_of_its_own() -> None:
+    assert spread(1, 3, 4) == (1, 2, 3)
+    assert spread(None, 2, 0) == (None, None)
+    with pytest.raises(InvalidRequestError, match="--tp 3 from cuda:1 on needs 4 GPUs, and this process sees 3"):
+        spread(1, 3, 3)
 
 
 def test_types_and_heads_that_the_kernels_lack_are_refused() -> None:
@@ -60,3 +69,10 @@ def test_weights_go_where_they_are_computed_with(tied: bool) -> None:
         assert ours.qkv.is_meta
         assert ours.qkv.shape == theirs.qkv.shape
         assert (ours.qkv_bias is None) == (theirs.qkv_bias is None)
+
+
+def test_a_ranks_head_stays_a_part_of_the_embedding() -> None:
+    weights = make_weights(make_config(tied=True))
+    moved = weights_on(replace(weights, head=weights.embedding[10:30]), torch.device("cpu", 0))
+    assert torch.equal(moved.head, weights.embedding[10:30])
+    assert moved.head.data_ptr() == moved.embedding[10:].data_ptr()

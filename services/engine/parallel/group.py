@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -43,6 +44,9 @@ class TorchGroup:
         """Meets the other ranks by ``store``, a file of this group's own that no other user may write.  Blocks until all
         are there.  Raises what torch.distributed raises, after COLLECTIVE_TIMEOUT_S at the latest."""
         self._rank, self._size = rank, size
+        # The ranks are of one host, and nobody from another may connect.
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
         on_gpu = device.type == "cuda"
         distributed.init_process_group(
             "nccl" if on_gpu else "gloo",

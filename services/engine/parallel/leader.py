@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from services.engine.batch import Batch
 from services.engine.parallel.frames import pack_step
-from services.engine.runners import WarmRunner
+from services.engine.runners import ShardRunner
 from services.engine.steps import Outcome, Step
 
 
@@ -18,7 +18,7 @@ class LeadingRunner:
     runs_ahead = False
 
     def __init__(
-        self, own: WarmRunner, tell: Callable[[bytes], None], broken: Callable[[Exception], Exception]
+        self, own: ShardRunner, tell: Callable[[bytes], None], broken: Callable[[Exception], Exception]
     ) -> None:
         """``tell`` sends a step to every other rank.  After any failure of a step the ranks may not agree where they are:
         ``broken`` is told of it and says what to raise."""
@@ -29,7 +29,7 @@ class LeadingRunner:
         return _LedStep(batch, self._own.start(batch), self._tell, self._broken)
 
     def warm_up(self) -> None:
-        """While the other ranks do the same."""
+        """While the other ranks do the same, before the first step."""
         self._own.warm_up()
 
 
