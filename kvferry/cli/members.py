@@ -48,8 +48,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What to start.  Ports 0 are picked free; ``threads`` per worker, None shares the machine's cores out; ``pin`` gives
-    each worker's threads cores of their own, None only where one is left over; a role's dtype is ``dtype`` where it is
+    """What to start.  Ports 0 are picked free; ``prefill_tp``: ranks of each worker of that role; ``threads`` of each
+    worker's rank, None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left over; a role's dtype is ``dtype`` where it is
     None; what else is None is left to the services' own defaults.  Only the gateway listens on ``host``, all else on the
     loopback."""
 
@@ -59,6 +59,8 @@ class ClusterConfig:
     decode_dtype: str | None = None
     prefill_block_size: int | None = None
     decode_block_size: int | None = None
+    prefill_tp: int = 1
+    decode_tp: int = 1
     num_prefill: int = 1
     num_decode: int = 1
     host: str = ports.LOOPBACK
@@ -122,13 +124,15 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         member(Role.DIRECTORY, "directory", "services.directory", directory, directory_flags, metrics(metrics_port))
     ]
     cores = sorted(os.sched_getaffinity(0))
-    threads = config.threads or max(1, len(cores) // num_workers)
-    own_cores = iter(_share_out(cores, threads, num_workers, config.pin))
+    ranks = [config.prefill_tp] * config.num_prefill + [config.decode_tp] * config.num_decode
+    threads = config.threads or max(1, len(cores) // sum(ranks))
+    own_cores = iter(_share_out(cores, [threads * tp for tp in ranks], config.pin))
     roles = (
-        (Role.PREFILL, config.num_prefill, config.prefill_dtype or config.dtype, config.prefill_block_size),
-        (Role.DECODE, config.num_decode, config.decode_dtype or config.dtype, config.decode_block_size),
-    )
-    for role, count, dtype, block_size in roles:
+        (Role.PREFILL, config.num_prefill, config.prefill_dtype or config.dtype, config.prefill_block_size,
+         config.prefill_tp),
+        (Role.DECODE, config.num_decode, config.decode_dtype or config.dtype, config.decode_block_size, config.decode_tp),
+    )  # fmt: skip
+    for role, count, dtype, block_size, tp in roles:
         for index in range(count):
             address, metrics_port, name = ports.join(ports.LOOPBACK, next(free)), next(free), f"{role.value}-{index}"
             flags = {
@@ -146,6 +150,8 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
                 flags["--dtype"] = dtype
             if block_size is not None:
                 flags["--block-size"] = str(block_size)
+            if tp > 1:
+                flags["--tp"] = str(tp)
             if config.kv_memory is not None:
                 flags["--kv-memory"] = config.kv_memory
             if config.host_kv_memory is not None:
@@ -166,15 +172,16 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
     return Plan(tuple(members), grpc_address, http_url)
 
 
-def _share_out(cores: list[int], threads: int, num_workers: int, pin: bool | None) -> list[str]:
-    """Each worker's --cpus.  Where none would be left for what else there is to do, nothing is pinned unasked
-    (ADR 10).  Raises ClusterError."""
-    wanted = threads * num_workers
+def _share_out(cores: list[int], threads: list[int], pin: bool | None) -> list[str]:
+    """Each worker's --cpus, for as many threads as ``threads`` says.  Where none would be left for what else there is to
+    do, nothing is pinned unasked (ADR 10).  Raises ClusterError."""
+    wanted = sum(threads)
     if pin and wanted > len(cores):
         raise ClusterError(
-            f"--pin needs {wanted} cores for {num_workers} workers of {threads} threads, and there are {len(cores)}; "
+            f"--pin needs {wanted} cores for the threads of {len(threads)} workers, and there are {len(cores)}; "
             "lower --threads, or leave --pin out"
         )
     if pin is False or (pin is None and wanted >= len(cores)):
-        return [""] * num_workers
-    return [",".join(map(str, cores[i * threads : (i + 1) * threads])) for i in range(num_workers)]
+        return [""] * len(threads)
+    free = iter(cores)
+    return [",".join(str(next(free)) for _ in range(count)) for count in threads]

@@ -107,6 +107,10 @@ RoleBlockSize = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens in a KV block, for this role alone.", show_default=False, rich_help_panel=_RUN),
 ]
+RoleTp = Annotated[
+    int,
+    typer.Option(min=1, help="Ranks (tensor parallelism) of each worker of this role.", rich_help_panel=_RUN),
+]
 NumPrefill = Annotated[int, typer.Option("--prefill", min=0, help="Prefill workers.", rich_help_panel=_RUN)]
 NumDecode = Annotated[int, typer.Option("--decode", min=1, help="Decode workers.", rich_help_panel=_RUN)]
 Threads = Annotated[

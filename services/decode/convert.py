@@ -39,6 +39,7 @@ def to_ticket_proto(ticket: Ticket, stream: DecodeStream, worker: Worker) -> wor
         num_prompt_tokens=stream.sequence.num_prompt,
         expires_in_ms=max(1, int((ticket.expires_s - time.monotonic()) * 1000)),
         verify=ticket.verify,
+        further_regions=[region.descriptor for region in worker.further_regions],
     )
 
 

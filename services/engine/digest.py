@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import xxhash
 
 from services.engine.layout import KvLayout
@@ -25,6 +26,21 @@ def digest_blocks(
         assert num_tokens > 0, f"block {index} is behind the end of a prompt of {num_prompt_tokens} tokens"
         digests.append(_digest(pool[block * nbytes : (block + 1) * nbytes], layout, index, num_tokens))
     return digests
+
+
+def digest_on_ranks(
+    regions: Sequence[memoryview], layout: KvLayout, blocks: Sequence[int], first_index: int, num_prompt_tokens: int
+) -> list[int]:
+    """As ``digest_blocks``, of blocks that lie in the regions of ``layout.tp`` ranks, each its heads: a digest of what each
+    region's would be alone.  Of one rank, that one itself."""
+    of_ranks = [
+        digest_blocks(region, layout.of_rank(rank), blocks, first_index, num_prompt_tokens)
+        for rank, region in enumerate(regions)
+    ]
+    assert len(of_ranks) == layout.tp
+    if layout.tp == 1:
+        return of_ranks[0]
+    return [xxhash.xxh3_64_intdigest(np.array(parts, np.uint64).tobytes()) for parts in zip(*of_ranks, strict=True)]
 
 
 def _digest(block: memoryview, layout: KvLayout, index: int, num_tokens: int) -> int:

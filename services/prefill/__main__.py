@@ -32,7 +32,7 @@ async def _serve(
     server: grpc.aio.Server, worker: Worker, channels: Channels, puller: Puller, config: WorkerConfig
 ) -> AsyncIterator[StopTransfer]:
     scratch = _scratch_region(worker, config.convert_memory)
-    with closing(Converter(worker.region, scratch)) as converter, Digester(worker) as digester:
+    with closing(Converter(worker.regions, scratch)) as converter, Digester(worker) as digester:
         async with Ferries(worker, channels, puller, converter, digester) as ferries:
             worker_pb2_grpc.add_PrefillServiceServicer_to_server(PrefillServicer(ferries), server)
             yield ferries.stop_transfer

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 class Converter:
     """The memory that converted blocks are sent from, and the thread that fills it.  Owned by the event loop."""
 
-    def __init__(self, pool: Region, region: Region) -> None:
-        """Reads from ``pool``; all of ``region`` is scratch memory."""
+    def __init__(self, pool: Sequence[Region], region: Region) -> None:
+        """Reads from ``pool``, a region for each rank; all of ``region`` is scratch memory."""
         self.region = region
         self._pool = pool
         self._scratch = Scratch(region.nbytes)
@@ -43,10 +44,10 @@ class Converter:
     async def converted(
         self, source: Placement, target: KvLayout, begin: int, end: int, holder: object
     ) -> AsyncIterator[Placement]:
-        """Where in ``region`` tokens [begin, end), one of ``goes``, lie in the target's type, for as long as the context
-        lasts.  Waits for its turn; raises TransferCancelled after ``withdraw(holder)``.  Outside the context nothing reads
-        the source."""
-        layout, _ = plan_goes(target, self.region.nbytes)
+        """Where in ``region`` tokens [begin, end), one of ``goes``, lie in the target's type, all heads together, for as
+        long as the context lasts.  Waits for its turn; raises TransferCancelled after ``withdraw(holder)``.  Outside the
+        context nothing reads the source."""
+        layout = replace(plan_goes(target, self.region.nbytes)[0], tp=1)
         num_blocks = -(-(end - begin) // layout.block_size)
         claim = self._scratch.claim(num_blocks * layout.block_nbytes)
         try:
@@ -81,34 +82,68 @@ class Converter:
         self._scratch.check_integrity()
 
 
-def convert(pool: Region, region: Region, source: Placement, target: Placement, begin: int, end: int) -> None:
+def convert(pool: Sequence[Region], region: Region, source: Placement, target: Placement, begin: int, end: int) -> None:
     """Tokens [begin, end) from ``source``, in ``pool``, to ``target``, in ``region``, rounded to the nearest, ties to even.
     Blocks; runs on any thread."""
-    _convert(pool.view, region.view, source, target, begin, end)
+    _convert([r.view for r in pool], [region.view], source, target, begin, end)
 
 
-def laid_out(pool: Region, source: Placement, target: Placement, end: int) -> memoryview:
-    """As ``convert``, of all of the target's tokens before ``end``, into memory of its own."""
-    memory = memoryview(bytearray(len(target.blocks) * target.layout.block_nbytes))
-    _convert(pool.view, memory, source, target, target.first_token, end)
+def laid_out(pool: Sequence[Region], source: Placement, target: Placement, end: int) -> list[memoryview]:
+    """As ``convert``, of all of the target's tokens before ``end``, into memory of its own, for each rank of the target."""
+    sizes = [target.layout.of_rank(rank).block_nbytes for rank in range(target.layout.tp)]
+    memory = [memoryview(bytearray(len(target.blocks) * nbytes)) for nbytes in sizes]
+    pools, source = _on_host(pool, source, target.first_token, end)
+    _convert(pools, memory, source, target, target.first_token, end)
     return memory
 
 
-def _convert(pool: memoryview, memory: memoryview, source: Placement, target: Placement, begin: int, end: int) -> None:
-    ours, theirs = _blocks(pool, source), _blocks(memory, target)
+def _on_host(pool: Sequence[Region], source: Placement, begin: int, end: int) -> tuple[list[memoryview], Placement]:
+    """The regions themselves, or of GPUs' copies of the blocks that hold tokens [begin, end), and where those lie there."""
+    if pool[0].device is None:
+        return [region.view for region in pool], source
+    size = source.layout.block_size
+    first = (begin - source.first_token) // size
+    blocks = source.blocks[first : -(-(end - source.first_token) // size)]
+    copies = []
+    for rank, region in enumerate(pool):
+        nbytes = source.layout.of_rank(rank).block_nbytes
+        copies.append(region.fetch([source.base + block * nbytes for block in blocks], nbytes))
+    return copies, Placement(source.layout, range(len(blocks)), source.first_token + first * size)
+
+
+def _convert(pool: Sequence[memoryview], memory: Sequence[memoryview], source: Placement, target: Placement, begin: int,
+             end: int) -> None:  # fmt: skip
+    ours, theirs = _ranks(pool, source), _ranks(memory, target)
     firsts, counts = stretches(source, target, begin, end)
-    places = np.stack([*source.locate(firsts), *target.locate(firsts), counts], axis=1)
-    for from_block, from_token, to_block, to_token, count in places.tolist():
-        theirs[to_block, :, :, to_token : to_token + count] = ours[from_block, :, :, from_token : from_token + count]
+    places = np.stack([*source.locate(firsts), *target.locate(firsts), counts], axis=1).tolist()
+    for our_heads, from_blocks in ours:
+        for their_heads, to_blocks in theirs:
+            heads = range(max(our_heads.start, their_heads.start), min(our_heads.stop, their_heads.stop))
+            if not heads:
+                continue
+            taken = from_blocks[:, :, :, :, heads.start - our_heads.start : heads.stop - our_heads.start]
+            filled = to_blocks[:, :, :, :, heads.start - their_heads.start : heads.stop - their_heads.start]
+            for from_block, from_token, to_block, to_token, count in places:
+                filled[to_block, :, :, to_token : to_token + count] = taken[
+                    from_block, :, :, from_token : from_token + count
+                ]
 
 
-def _blocks(region: memoryview, placement: Placement) -> torch.Tensor:
+def _ranks(regions: Sequence[memoryview], placement: Placement) -> list[tuple[range, torch.Tensor]]:
+    """Each rank's heads, and its blocks."""
+    layout = placement.layout
+    return [
+        (heads, _blocks(region, layout.of_rank(rank), placement.base))
+        for rank, (heads, region) in enumerate(zip(layout.head_shares, regions, strict=True))
+    ]
+
+
+def _blocks(region: memoryview, layout: KvLayout, base: int) -> torch.Tensor:
     import torch  # takes seconds to import, and only pools of unequal types or blocks need it
 
     from services.engine.weights import DTYPES
 
-    layout = placement.layout
-    dtype, num_blocks = DTYPES[layout.dtype], (region.nbytes - placement.base) // layout.block_nbytes
+    dtype, num_blocks = DTYPES[layout.dtype], (region.nbytes - base) // layout.block_nbytes
     count = num_blocks * layout.block_nbytes // dtype.itemsize
-    flat = torch.frombuffer(region, dtype=dtype, count=count, offset=placement.base)
+    flat = torch.frombuffer(region, dtype=dtype, count=count, offset=base)
     return flat.view(num_blocks, *layout.block_shape)

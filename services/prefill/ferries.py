@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -28,6 +29,7 @@ from services.worker.pull_terms import Source
 from services.worker.puller import Puller
 from services.worker.remotes import Owner
 from services.worker.worker import Worker
+from transport import RemoteRegion
 
 log = structlog.get_logger(__name__)
 
@@ -160,7 +162,7 @@ class Ferries:
                 reason="TICKET_REFUSED",
             )
         layout = to_peer_layout(ticket.layout, worker.layout)
-        if worker.region.device is not None and layout != worker.layout:
+        if worker.region.device is not None and replace(layout, tp=worker.layout.tp) != worker.layout:
             raise ConflictError(
                 f"ticket {ticket.transfer_id} is for blocks of another size or type, and from a GPU nothing is "
                 "converted; start both workers with the same --block-size and --dtype",
@@ -178,29 +180,48 @@ class Ferries:
         except ValueError as e:
             raise ConflictError(str(e), reason="TICKET_REFUSED") from e
         target = Placement(layout, tuple(ticket.blocks), ticket.first_block_index * layout.block_size)
-        owner = Owner(ticket.owner_id, ticket.owner_incarnation)
+        owners = [Owner(ticket.owner_id, ticket.owner_incarnation, rank) for rank in range(layout.tp)]
+        descriptors = (ticket.region, *ticket.further_regions)
+        if len(descriptors) != layout.tp:
+            what = f"ticket {ticket.transfer_id} names {len(descriptors)} regions for {layout.tp} ranks"
+            raise ConflictError(what, reason="TICKET_REFUSED")
         # Connects while the prompt is computed: the commit must not wait for it.
         self.channels.get(ticket.owner_control_address).get_state(try_to_connect=True)
         worker.num_opening += 1
         try:
             pulled = await self.puller.pull(sequence, source) if source else None
-            remote = await self.remotes.acquire(owner, ticket.region)
+            remotes = await self._acquire(owners, descriptors)
         finally:
             worker.num_opening -= 1
             worker.router.changed.set()
         try:
             self._require_unused(ticket.transfer_id)  # another call may have come meanwhile
             self._require_unexpired(ticket, expires_s)
-            _require_inside(ticket, remote.nbytes // layout.block_nbytes)
-            passage = Passage(self, ticket, sequence, ferry, target, remote, owner, received_s, pulled)
+            _require_inside(ticket, min(
+                remote.nbytes // layout.of_rank(rank).block_nbytes for rank, remote in enumerate(remotes)
+            ))  # fmt: skip
+            passage = Passage(self, ticket, sequence, ferry, target, remotes, owners, received_s, pulled)
             worker.router.subscribe(sequence.id, passage)
             worker.add(sequence)
         except Error:
             worker.router.unsubscribe(sequence.id)
-            self.remotes.release(owner)
+            for owner in owners:
+                self.remotes.release(owner)
             raise
         self._passages[ticket.transfer_id] = passage
         return passage
+
+    async def _acquire(self, owners: Sequence[Owner], descriptors: Sequence[bytes]) -> list[RemoteRegion]:
+        """All of them, or none."""
+        remotes: list[RemoteRegion] = []
+        try:
+            for owner, descriptor in zip(owners, descriptors, strict=True):
+                remotes.append(await self.remotes.acquire(owner, descriptor))
+        except BaseException:
+            for owner in owners[: len(remotes)]:
+                self.remotes.release(owner)
+            raise
+        return remotes
 
 
 def _require_inside(ticket: worker_pb2.Ticket, num_blocks: int) -> None:

@@ -63,8 +63,9 @@ class Passage:
     sequence: Sequence
     ferry: Ferry
     target: Placement
-    remote: RemoteRegion
-    owner: Owner
+    # One for each of the owner's ranks.
+    remotes: list[RemoteRegion]
+    owners: list[Owner]
     received_s: float
     pulled: PullReport | None = None
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
@@ -146,14 +147,14 @@ class Passage:
             if ready is not None:
                 await reached(ready)
             if source.layout.dtype == target.layout.dtype:
-                batch = pieces(source, target, write.first_token, write.end_token)
-                await self._transfer(worker.region, batch, write.num_blocks)
+                batches = pieces(source, target, write.first_token, write.end_token)
+                await self._transfer(worker.regions, batches, write.num_blocks)
             else:
                 for begin, end in converter.goes(target.layout, write.first_token, write.end_token):
                     self._require_going()
                     async with converter.converted(source, target.layout, begin, end, self) as scratch:
                         num_blocks = -(-(end - begin) // target.layout.block_size)
-                        await self._transfer(converter.region, pieces(scratch, target, begin, end), num_blocks)
+                        await self._transfer((converter.region,), pieces(scratch, target, begin, end), num_blocks)
         except Exception as e:
             self._write_failed(e)
             return
@@ -173,22 +174,36 @@ class Passage:
         if source.layout == layout:
             return digester.digest(tuple(source.blocks[first : first + write.num_blocks]), first, num_prompt)
         target = Placement(layout, range(write.num_blocks), write.first_token)
-        make = partial(laid_out, self.ferries.worker.region, source, target, write.end_token)
+        make = partial(laid_out, self.ferries.worker.regions, source, target, write.end_token)
         return digester.digest_made(make, layout, write.num_blocks, first, num_prompt)
 
-    async def _transfer(self, local: Region, batch: Pieces, num_blocks: int) -> None:
-        """Returns or raises when the transport has let go of both sides."""
+    async def _transfer(self, local: tuple[Region, ...], batches: list[Pieces], num_blocks: int) -> None:
+        """Returns or raises when the transport has let go of all sides."""
+        ways = [
+            # Blocks of several ranks are counted once.
+            self._send(local[batch.source_rank], batch, 0 if number else num_blocks)
+            for number, batch in enumerate(batches)
+        ]
+        if len(ways) == 1:
+            await ways[0]
+            return
+        failures = [failure for failure in await asyncio.gather(*ways, return_exceptions=True) if failure is not None]
+        if failures:
+            # One that was cancelled says less than what it was cancelled for.
+            raise min(failures, key=lambda failure: isinstance(failure, TransferCancelled))
+
+    async def _send(self, local: Region, batch: Pieces, num_blocks: int) -> None:
         self._require_going()
-        transport = self.ferries.worker.transport
-        offsets = (batch.source_offsets, batch.target_offsets, batch.sizes)
+        remote = self.remotes[batch.target_rank]
         posting = self.logbook.posting(num_blocks, time.monotonic())
-        transfer = transport.post(Op.WRITE, local, self.remote, *offsets)
+        offsets = (batch.source_offsets, batch.target_offsets, batch.sizes)
+        transfer = self.ferries.worker.transport.post(Op.WRITE, local, remote, *offsets)
         self.transfers.add(transfer)
         try:
             result = await transfer
         except TransportError as e:
             # Of a connection that broke, only the writer's end can prove that nothing comes any more.
-            if self.remote.path is Path.RMA and not isinstance(e, TransferCancelled):
+            if remote.path is Path.RMA and not isinstance(e, TransferCancelled):
                 self.may_still_arrive = True
             raise
         finally:
@@ -207,7 +222,8 @@ class Passage:
     def _write_failed(self, failure: Exception) -> None:
         if isinstance(failure, PeerLost | TransportClosed):
             self.owner_lost = True
-            self.ferries.remotes.forget(self.owner)
+            for owner in self.owners:
+                self.ferries.remotes.forget(owner)
         elif not isinstance(failure, TransferCancelled):
             self.log.error("write_failed", exc_info=failure)
         if self.ferry.state is FerryState.WRITING:
@@ -304,7 +320,8 @@ class Passage:
             digest.cancel()
         with worker.engine.exclusive() as scheduler:
             scheduler.abort(self.sequence.id)
-        self.ferries.remotes.release(self.owner)
+        for owner in self.owners:
+            self.ferries.remotes.release(owner)
         self.ended.set()
         self.ferries.forget(self)
 

@@ -104,15 +104,16 @@ def to_layout_proto(layout: KvLayout) -> common_pb2.Layout:
         block_nbytes=layout.block_nbytes,
         dtype=layout.dtype,
         content_fingerprint=layout.content_fingerprint,
+        num_ranks=layout.tp,
     )
 
 
 def to_peer_layout(message: common_pb2.Layout, ours: KvLayout) -> KvLayout:
-    """The layout of a pool that holds what ours holds, maybe in blocks of another size or type.  Raises ConflictError,
-    which names both, when it holds anything else."""
+    """The layout of a pool that holds what ours holds, maybe in blocks of another size or type or cut in another way.
+    Raises ConflictError, which names both, when it holds anything else."""
     try:
-        theirs = replace(ours, dtype=message.dtype, block_size=message.block_size_tokens)
-    except ValueError:  # a type that we do not know
+        theirs = replace(ours, dtype=message.dtype, block_size=message.block_size_tokens, tp=max(1, message.num_ranks))
+    except ValueError:  # a type that we do not know, or more ranks than heads
         theirs = None
     if theirs is None or theirs.fingerprint != message.fingerprint:
         raise ConflictError(

@@ -6,11 +6,10 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from types import TracebackType
 from typing import Self
 
-from services.engine.digest import digest_blocks
+from services.engine.digest import digest_on_ranks
 from services.engine.layout import KvLayout
 from services.worker.worker import Worker
 
@@ -31,29 +30,33 @@ class Digester:
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def digest(self, blocks: tuple[int, ...], first_index: int, num_prompt_tokens: int) -> asyncio.Future[list[int]]:
-        """As ``digest_blocks``.  Cancelling it drops it if it has not begun; otherwise it still reads the blocks."""
+        """As ``digest_on_ranks``.  Cancelling it drops it if it has not begun; otherwise it still reads the blocks."""
         worker = self._worker
-        region, nbytes = worker.region, worker.layout.block_nbytes
-        if region.device is None:
-            return self._start(lambda: region.view, worker.layout, blocks, first_index, num_prompt_tokens)
-        make = partial(region.fetch, [block * nbytes for block in blocks], nbytes)
-        return self._start(make, worker.layout, range(len(blocks)), first_index, num_prompt_tokens)
+        regions, layout = worker.regions, worker.layout
+        if worker.region.device is None:
+            return self._start(lambda: [r.view for r in regions], layout, blocks, first_index, num_prompt_tokens)
+
+        def fetch() -> list[memoryview]:
+            sizes = [layout.of_rank(rank).block_nbytes for rank in range(layout.tp)]
+            return [r.fetch([block * n for block in blocks], n) for r, n in zip(regions, sizes, strict=True)]
+
+        return self._start(fetch, layout, range(len(blocks)), first_index, num_prompt_tokens)
 
     def digest_made(
         self,
-        make: Callable[[], memoryview],
+        make: Callable[[], Sequence[memoryview]],
         layout: KvLayout,
         num_blocks: int,
         first_index: int,
         num_prompt_tokens: int,
     ) -> asyncio.Future[list[int]]:
         """As ``digest``, of blocks of another layout, which ``make`` makes on the digester's thread, one behind the
-        other."""
+        other, for each of its ranks."""
         return self._start(make, layout, range(num_blocks), first_index, num_prompt_tokens)
 
     def _start(
         self,
-        memory: Callable[[], memoryview],
+        memory: Callable[[], Sequence[memoryview]],
         layout: KvLayout,
         blocks: Sequence[int],
         first_index: int,
@@ -61,7 +64,7 @@ class Digester:
     ) -> asyncio.Future[list[int]]:
         def run() -> list[int]:
             started_s = time.monotonic()
-            digests = digest_blocks(memory(), layout, blocks, first_index, num_prompt_tokens)
+            digests = digest_on_ranks(memory(), layout, blocks, first_index, num_prompt_tokens)
             traffic = self._worker.traffic
             traffic.digest_s += time.monotonic() - started_s
             traffic.bytes_digested += len(blocks) * layout.block_nbytes

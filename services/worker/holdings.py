@@ -41,6 +41,10 @@ class Holdings:
         worker = self._worker
         if worker.draining:
             raise UnavailableError(f"worker {worker.identity.worker_id} is draining", reason="DRAINING")
+        if worker.layout.tp > 1:
+            name, ranks = worker.identity.worker_id, worker.layout.tp
+            what = f"the blocks of worker {name} lie on {ranks} ranks, and nobody else reads those"
+            raise ConflictError(what, reason="SEVERAL_RANKS")
         lifetime_s = min(lifetime_s or self._max_lifetime_s, self._max_lifetime_s)
         try:
             with worker.engine.exclusive():  # wakes it: an older pin may end by this

@@ -23,8 +23,11 @@ MAX_OPENING = 64  # peers that do not answer, at once
 
 @dataclass(frozen=True, slots=True)
 class Owner:
+    """Of a region; of a worker of several ranks, each has one."""
+
     worker_id: str
     incarnation: int
+    rank: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +50,7 @@ class Remotes:
 
     async def acquire(self, owner: Owner, descriptor: bytes) -> RemoteRegion:
         """The owner's pool; give it back with ``release``.  Raises UnavailableError."""
-        for other in [o for o in self._opened if o.worker_id == owner.worker_id and o != owner]:
+        for other in [o for o in self._opened if o.worker_id == owner.worker_id and o.incarnation != owner.incarnation]:
             self.forget(other)  # an earlier process of that name
         entry = self._opened.get(owner) or self._open(owner, descriptor)
         entry.num_users += 1

@@ -80,7 +80,7 @@ async def digester() -> HeldDigester:
 async def ferries(worker: Worker, digester: HeldDigester) -> AsyncIterator[Ferries]:
     scratch = worker.transport.allocate(LAYOUT.block_nbytes)
     async with Channels() as channels, Puller(worker, channels) as puller:
-        with closing(Converter(worker.region, scratch)) as converter:
+        with closing(Converter(worker.regions, scratch)) as converter:
             async with Ferries(worker, channels, puller, converter, digester) as ferries:  # type: ignore[arg-type]
                 yield ferries
 

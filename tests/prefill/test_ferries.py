@@ -14,6 +14,7 @@ import torch
 
 from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import AbortedError, ConflictError
+from services.engine.layout import KvLayout
 from services.engine.weights import DTYPES
 from services.prefill import conversion
 from tests.prefill.two_workers import SALT, TwoWorkers, layout, sampling, stop_request, token_kv, two_workers
@@ -29,13 +30,14 @@ def expected_kv(prompt: list[int], dtypes: tuple[str, str]) -> torch.Tensor:
 async def assert_arrives(two: TwoWorkers, prompt: list[int]) -> int:
     """Returns how many tokens the owner had before."""
     owner, ours, theirs = two.owner, two.writer.worker.layout, two.owner.worker.layout
-    before = owner.pool.clone()
+    before = [pool.clone() for pool in owner.pools]
     ticket, committed = await two.ferry(prompt)
     num_had = ticket.first_block_index * theirs.block_size
     expected = expected_kv(prompt, (ours.dtype, theirs.dtype))
     assert torch.equal(owner.kv(ticket.blocks, len(prompt) - num_had), expected[num_had:])
-    others = [block for block in range(len(before)) if block not in ticket.blocks]
-    assert torch.equal(owner.pool[others].view(torch.uint8), before[others].view(torch.uint8))
+    for pool, was in zip(owner.pools, before, strict=True):
+        others = [block for block in range(len(was)) if block not in ticket.blocks]
+        assert torch.equal(pool[others].view(torch.uint8), was[others].view(torch.uint8))
     assert committed.transfer.num_blocks == len(ticket.blocks)
     assert committed.prefill.num_prompt_tokens == len(prompt)
     two.assert_quiet()
@@ -57,8 +59,28 @@ async def test_the_owners_blocks_hold_what_torch_makes_of_the_writers(
     dtypes: tuple[str, str], sizes: tuple[int, int]
 ) -> None:
     """Prefix hits on either side end wherever they do: inside blocks of the other, before or behind its own."""
-    chance = random.Random(f"{dtypes} {sizes}")
-    ours, theirs = (layout(dtype, size) for dtype, size in zip(dtypes, sizes, strict=True))
+    await assert_prompts_arrive(*(layout(dtype, size) for dtype, size in zip(dtypes, sizes, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "dtypes", "sizes"),
+    [
+        *(((ranks, ("float32", "float32"), (4, 4))) for ranks in [(2, 1), (1, 2), (3, 1), (1, 3), (2, 3), (2, 2)]),
+        ((3, 2), ("float32", "float32"), (4, 6)),
+        ((3, 3), ("float32", "float32"), (6, 4)),
+        *((ranks, ("float32", "bfloat16"), (4, 4)) for ranks in [(2, 1), (1, 3), (2, 3), (3, 3)]),
+        ((3, 2), ("bfloat16", "float16"), (6, 4)),
+    ],
+)
+async def test_the_owners_ranks_have_the_heads_of_the_writers(
+    ranks: tuple[int, int], dtypes: tuple[str, str], sizes: tuple[int, int]
+) -> None:
+    """And its digests are of what they hold: every transfer here is verified."""
+    await assert_prompts_arrive(*(layout(*of_side) for of_side in zip(dtypes, sizes, ranks, strict=True)))
+
+
+async def assert_prompts_arrive(ours: KvLayout, theirs: KvLayout) -> None:
+    chance = random.Random(f"{ours} {theirs}")
     # The third size of scratch memory holds three tokens, and so no whole block.
     convert_nbytes = chance.choice([1 << 20, 2 * theirs.block_nbytes, 3 * theirs.token_nbytes])
     num_had = []
@@ -66,8 +88,8 @@ async def test_the_owners_blocks_hold_what_torch_makes_of_the_writers(
         for round_ in range(4):
             prompt = [chance.randrange(100) for _ in range(chance.randint(17, 60))]
             if round_:
-                await two.writer.cache(prompt[: chance.randint(1, len(prompt))])
-                await two.owner.cache(prompt[: chance.randint(1, len(prompt))])
+                await two.writer.cache(prompt[: chance.randint(8, len(prompt))])
+                await two.owner.cache(prompt[: chance.randint(8, len(prompt))])
             num_had.append(await assert_arrives(two, prompt))
     assert num_had[0] == 0
     assert any(num_had), "no round began with a prefix hit"

@@ -17,7 +17,7 @@ from tests.prefill.two_workers import layout, side
 
 @pytest.mark.parametrize(
     ("size", "says"),
-    [("much", "is not a size"), ("127", "not one token; give at least 128 bytes"), ("9999999T", "--convert-memory: ")],
+    [("much", "is not a size"), ("191", "not one token; give at least 192 bytes"), ("9999999T", "--convert-memory: ")],
 )
 async def test_memory_to_convert_in_that_cannot_be(size: str, says: str) -> None:
     config = WorkerConfig(convert_memory=size)
@@ -31,7 +31,7 @@ async def test_memory_to_convert_in_that_cannot_be(size: str, says: str) -> None
 
 
 async def test_the_least_memory_to_convert_in_will_do() -> None:
-    config = WorkerConfig(convert_memory="128")
+    config = WorkerConfig(convert_memory="192")
     async with Channels() as channels, side(common_pb2.WORKER_ROLE_PREFILL, "", layout("bfloat16", 4), 8) as prefill:
         async with ROLE.serve(
             grpc.aio.server(), prefill.worker, channels, Puller(prefill.worker, channels), config

@@ -53,7 +53,7 @@ async def until(condition: Any) -> None:
 
 
 def make_early(workers: TwoWorkers) -> EarlyRunner:
-    runner = EarlyRunner(workers.writer.pool)
+    runner = EarlyRunner(workers.writer.pools)
     workers.writer.worker.engine._runner = runner
     return runner
 

@@ -41,7 +41,7 @@ from tests.decode_calls import DecodeCall
 from transport import create
 
 MODEL = ModelConfig(
-    name="made-up", revision="r", architecture="llama", hidden_size=8, num_layers=2, num_heads=2, num_kv_heads=2,
+    name="made-up", revision="r", architecture="llama", hidden_size=8, num_layers=2, num_heads=3, num_kv_heads=3,
     head_dim=4, intermediate_size=8, vocab_size=100, context_length=200, norm_eps=1e-5, rope_theta=1e4,
     rope_scaling=None, sliding_window=None, qkv_bias=False, tied_embeddings=True, bos_token_id=None, eos_token_ids=(),
 )  # fmt: skip
@@ -49,8 +49,8 @@ NUM_BLOCKS = 60
 SALT = b"salt"
 
 
-def layout(dtype: str, block_size: int) -> KvLayout:
-    return KvLayout(MODEL.revision, dtype, block_size, MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim)
+def layout(dtype: str, block_size: int, tp: int = 1) -> KvLayout:
+    return KvLayout(MODEL.revision, dtype, block_size, MODEL.num_layers, MODEL.num_kv_heads, MODEL.head_dim, tp)
 
 
 def token_kv(token: int, position: int) -> torch.Tensor:
@@ -64,8 +64,9 @@ class MadeUpRunner:
     runs_ahead = False
     ready: Ready | None = None
 
-    def __init__(self, pool: torch.Tensor) -> None:
-        self._pool = pool
+    def __init__(self, pools: Sequence[torch.Tensor]) -> None:
+        """One for each rank, with its heads."""
+        self._pools = pools
         self.may_run = threading.Event()
         self.may_run.set()
 
@@ -74,21 +75,30 @@ class MadeUpRunner:
 
     def run(self, batch: Batch) -> Draws:
         assert self.may_run.wait(30)
-        size = self._pool.shape[3]
+        size = self._pools[0].shape[3]
         for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):
-            self._pool[int(slot) // size, :, :, int(slot) % size] = token_kv(int(token), int(position))
+            kv = token_kv(int(token), int(position))
+            heads = kv.split_with_sizes([pool.shape[4] for pool in self._pools], dim=2)
+            for pool, part in zip(self._pools, heads, strict=True):
+                pool[int(slot) // size, :, :, int(slot) % size] = part
         return [Drawn(7) for _ in batch.samples]
 
 
 @dataclass(slots=True, eq=False)
 class Side:
     worker: Worker
-    pool: torch.Tensor
+    pools: list[torch.Tensor]  # one for each rank
     runner: MadeUpRunner
+
+    @property
+    def pool(self) -> torch.Tensor:
+        (pool,) = self.pools
+        return pool
 
     def kv(self, blocks: Sequence[int], num_tokens: int) -> torch.Tensor:
         """[token, layer, key or value, head, dim] of what is in these blocks."""
-        return self.pool[list(blocks)].movedim(3, 1).flatten(0, 1)[:num_tokens].clone()
+        whole = torch.cat([pool[list(blocks)] for pool in self.pools], dim=4)
+        return whole.movedim(3, 1).flatten(0, 1)[:num_tokens]
 
     async def cache(self, prompt: Sequence[int]) -> None:
         """Leaves the prompt's full blocks in the prefix cache."""
@@ -110,13 +120,18 @@ class Side:
 async def side(role: common_pb2.WorkerRole.ValueType, address: str, own: KvLayout, chunk: int) -> AsyncIterator[Side]:
     async with AsyncExitStack() as stack:
         transport = stack.enter_context(create("loopback"))
-        region = transport.allocate(NUM_BLOCKS * own.block_nbytes)
-        pool = torch.frombuffer(region.view, dtype=DTYPES[own.dtype]).view(NUM_BLOCKS, *own.block_shape)
-        pool.fill_(float("nan"))
+        layouts = [own.of_rank(rank) for rank in range(own.tp)]
+        regions = [transport.allocate(NUM_BLOCKS * of_rank.block_nbytes) for of_rank in layouts]
+        pools = [
+            torch.frombuffer(region.view, dtype=DTYPES[own.dtype]).view(NUM_BLOCKS, *of_rank.block_shape)
+            for region, of_rank in zip(regions, layouts, strict=True)
+        ]
+        for pool in pools:
+            pool.fill_(float("nan"))
         loop = asyncio.get_running_loop()
         transport.attach(loop)
         stack.callback(transport.detach)
-        runner = MadeUpRunner(pool)
+        runner = MadeUpRunner(pools)
         router = EventRouter(loop)
         limits = Limits(own.block_size, MODEL.context_length, max_step_tokens=chunk)
         blocks = BlockPool(NUM_BLOCKS)
@@ -125,7 +140,10 @@ async def side(role: common_pb2.WorkerRole.ValueType, address: str, own: KvLayou
         identity = Identity(common_pb2.WorkerRole.Name(role), 1, role, address, this_process())
         engine.start()
         stack.callback(engine.close)
-        yield Side(Worker(identity, MODEL, own, transport, region, engine, router, pins), pool, runner)
+        worker = Worker(
+            identity, MODEL, own, transport, regions[0], engine, router, pins, further_regions=tuple(regions[1:])
+        )
+        yield Side(worker, pools, runner)
 
 
 def stop_request(ticket: worker_pb2.Ticket) -> worker_pb2.StopTransferRequest:
@@ -196,7 +214,7 @@ async def two_workers(
         await server.start()
         stack.push_async_callback(server.stop, 0)
         region = writer.worker.transport.allocate(convert_nbytes)
-        converter = stack.enter_context(closing(Converter(writer.worker.region, region)))
+        converter = stack.enter_context(closing(Converter(writer.worker.regions, region)))
         digester = stack.enter_context(Digester(writer.worker))
         puller = await enter(Puller(writer.worker, channels))
         ferries = await enter(Ferries(writer.worker, channels, puller, converter, digester))

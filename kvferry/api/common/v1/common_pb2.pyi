@@ -233,7 +233,9 @@ Global___ModelInfo: typing_extensions.TypeAlias = ModelInfo
 @typing.final
 class Layout(google.protobuf.message.Message):
     """How a pool's blocks lie in memory. A writer fills the blocks of another pool only if the content fingerprints are equal;
-    unless the fingerprints are equal too, it converts.
+    unless the fingerprints are equal too, it converts. A worker of several ranks (tensor parallelism) has a region for each,
+    with that rank's KV heads of every block; the KV heads are shared out in order, the first ranks having one more where they
+    do not come out even.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -243,13 +245,17 @@ class Layout(google.protobuf.message.Message):
     BLOCK_NBYTES_FIELD_NUMBER: builtins.int
     DTYPE_FIELD_NUMBER: builtins.int
     CONTENT_FINGERPRINT_FIELD_NUMBER: builtins.int
+    NUM_RANKS_FIELD_NUMBER: builtins.int
     fingerprint: builtins.str
     block_size_tokens: builtins.int
     block_nbytes: builtins.int
+    """On all ranks together."""
     dtype: builtins.str
     """"float32", "bfloat16" or "float16"."""
     content_fingerprint: builtins.str
-    """Of everything but block size and dtype: model revision, layers, heads, their size, and their order in memory."""
+    """Of everything but block size, dtype and ranks: model revision, layers, heads, their size, and their order in memory."""
+    num_ranks: builtins.int
+    """0 stands for 1."""
     def __init__(
         self,
         *,
@@ -258,8 +264,9 @@ class Layout(google.protobuf.message.Message):
         block_nbytes: builtins.int = ...,
         dtype: builtins.str = ...,
         content_fingerprint: builtins.str = ...,
+        num_ranks: builtins.int = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_nbytes", b"block_nbytes", "block_size_tokens", b"block_size_tokens", "content_fingerprint", b"content_fingerprint", "dtype", b"dtype", "fingerprint", b"fingerprint"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["block_nbytes", b"block_nbytes", "block_size_tokens", b"block_size_tokens", "content_fingerprint", b"content_fingerprint", "dtype", b"dtype", "fingerprint", b"fingerprint", "num_ranks", b"num_ranks"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Layout: typing_extensions.TypeAlias = Layout

@@ -46,6 +46,7 @@ class Ticket(google.protobuf.message.Message):
     NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     EXPIRES_IN_MS_FIELD_NUMBER: builtins.int
     VERIFY_FIELD_NUMBER: builtins.int
+    FURTHER_REGIONS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     request_id: builtins.str
     epoch: builtins.int
@@ -57,7 +58,7 @@ class Ticket(google.protobuf.message.Message):
     """The only process that may use this ticket."""
     writer_incarnation: builtins.int
     region: builtins.bytes
-    """Opaque to everybody but the transport."""
+    """Opaque to everybody but the transport. Of an owner of several ranks, the first one's."""
     first_block_index: builtins.int
     """Where in the request's block table blocks[0] belongs, counted in the owner's block size: it holds the blocks before it
     already.
@@ -71,6 +72,10 @@ class Ticket(google.protobuf.message.Message):
     def layout(self) -> kvferry.api.common.v1.common_pb2.Layout: ...
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def further_regions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """The other ranks' regions, in order: as many as the layout says. Blocks have the same numbers in all of them."""
+
     def __init__(
         self,
         *,
@@ -89,10 +94,11 @@ class Ticket(google.protobuf.message.Message):
         num_prompt_tokens: builtins.int = ...,
         expires_in_ms: builtins.int = ...,
         verify: builtins.bool = ...,
+        further_regions: collections.abc.Iterable[builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["layout", b"layout"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "epoch", b"epoch", "expires_in_ms", b"expires_in_ms", "first_block_index", b"first_block_index", "layout", b"layout", "num_prompt_tokens", b"num_prompt_tokens", "owner_control_address", b"owner_control_address", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "region", b"region", "request_id", b"request_id", "transfer_id", b"transfer_id", "verify", b"verify", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "epoch", b"epoch", "expires_in_ms", b"expires_in_ms", "first_block_index", b"first_block_index", "further_regions", b"further_regions", "layout", b"layout", "num_prompt_tokens", b"num_prompt_tokens", "owner_control_address", b"owner_control_address", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "region", b"region", "request_id", b"request_id", "transfer_id", b"transfer_id", "verify", b"verify", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Ticket: typing_extensions.TypeAlias = Ticket

@@ -340,7 +340,8 @@ class WorkerServiceServicer(object):
         an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
         all of it.
         RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
-        FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+        FAILED_PRECONDITION  for another incarnation of the owner, from a reader that a newer process has replaced, or the
+        owner's blocks lie in the regions of several ranks, which are not read yet
         UNAVAILABLE          the owner is draining
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -187,7 +187,8 @@ class WorkerServiceStub:
     an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
     all of it.
       RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
-      FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+      FAILED_PRECONDITION  for another incarnation of the owner, from a reader that a newer process has replaced, or the
+                           owner's blocks lie in the regions of several ranks, which are not read yet
       UNAVAILABLE          the owner is draining
     """
     ReleasePin: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.ReleasePinRequest, kvferry.api.worker.v1.worker_pb2.ReleasePinResponse]
@@ -220,7 +221,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
     all of it.
       RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
-      FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+      FAILED_PRECONDITION  for another incarnation of the owner, from a reader that a newer process has replaced, or the
+                           owner's blocks lie in the regions of several ranks, which are not read yet
       UNAVAILABLE          the owner is draining
     """
     ReleasePin: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.ReleasePinRequest, kvferry.api.worker.v1.worker_pb2.ReleasePinResponse]  # type: ignore[assignment]
@@ -262,7 +264,8 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         an answer, the read had ended before the lease, counted on its own clock from before it asked. Otherwise it discards
         all of it.
           RESOURCE_EXHAUSTED   too many pins or pinned blocks: nothing was pinned
-          FAILED_PRECONDITION  for another incarnation of the owner, or from a reader that a newer process has replaced
+          FAILED_PRECONDITION  for another incarnation of the owner, from a reader that a newer process has replaced, or the
+                               owner's blocks lie in the regions of several ranks, which are not read yet
           UNAVAILABLE          the owner is draining
         """
 
