@@ -48,10 +48,10 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What to start.  Ports 0 are picked free; ``prefill_tp``: ranks of each worker of that role; ``threads`` of each
-    worker's rank, None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left over; a role's dtype is ``dtype`` where it is
-    None; what else is None is left to the services' own defaults.  Only the gateway listens on ``host``, all else on the
-    loopback."""
+    """What to start.  Ports 0 are picked free; ``prefill_tp`` is the ranks of each prefill worker; ``threads`` per rank,
+    None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left
+    over; a role's dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only the
+    gateway listens on ``host``, all else on the loopback."""
 
     model: str = DEFAULT_MODEL
     dtype: str | None = None

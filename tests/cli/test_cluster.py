@@ -346,13 +346,17 @@ def test_workers_get_cores_of_their_own_where_one_is_left_over(monkeypatch: pyte
     assert pins(5) == ["4,5", "6,7"]
     assert pins(3, pin=False) == [None, None]
     assert pins(2, pin=True) == ["4", "5"]
-    with pytest.raises(ClusterError, match="--pin needs 6 cores for 2 workers of 3 threads, and there are 4; lower"):
+    with pytest.raises(ClusterError, match="--pin needs 6 cores for the threads of 2 workers, and there are 4; lower"):
         pins(4, threads=3, pin=True)
+    assert pins(7, prefill_tp=2) == ["4,5,6,7", "8,9"], "each rank has its threads"
+    assert pins(6, decode_tp=2, threads=1) == ["4", "5,6"]
 
 
 def test_every_planned_flag_is_one_that_the_service_knows() -> None:
     """The services' own --help is the other side of this contract."""
-    config = ClusterConfig(grpc_port=0, http_port=0, dtype="float32", decode_block_size=32, kv_memory="64MiB")
+    config = ClusterConfig(
+        grpc_port=0, http_port=0, dtype="float32", decode_block_size=32, decode_tp=2, kv_memory="64MiB"
+    )
     planned = plan(config, ROOT)
     for each in planned.members:
         if each.role is Role.PREFILL:

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import AbortedError, ConflictError
 from services.engine.layout import KvLayout
 from services.engine.weights import DTYPES
 from services.prefill import conversion
-from tests.prefill.two_workers import SALT, TwoWorkers, layout, sampling, stop_request, token_kv, two_workers
+from services.worker.holdings import Holdings
+from services.worker.pins import ReaderId
+from tests.prefill.two_workers import SALT, TwoWorkers, layout, sampling, side, stop_request, token_kv, two_workers
 from transport.loopback import LoopbackTransport
 
 
@@ -276,3 +279,17 @@ async def test_only_its_owner_stops_a_transfer(change: dict[str, Any]) -> None:
         with pytest.raises(ConflictError, match=f"is of {ticket.owner_id}/{ticket.owner_incarnation}, epoch"):
             await two.ferries.stop_transfer(request)
         assert isinstance(await anext(steps), worker_pb2.Committed)
+
+
+async def test_a_ticket_with_too_few_regions_is_refused() -> None:
+    prompt = list(range(20))
+    async with two_workers(layout("float32", 4), layout("float32", 4, 2)) as two, two.ticket(prompt) as (ticket, _):
+        del ticket.further_regions[:]
+        with pytest.raises(ConflictError, match="names 1 regions for 2 ranks"):
+            await anext(two.ferries.run(prompt, sampling(), ticket, SALT))
+
+
+async def test_blocks_of_several_ranks_are_pinned_for_nobody() -> None:
+    async with side(common_pb2.WORKER_ROLE_DECODE, "", layout("float32", 4, 2), 8) as decode:
+        with Holdings(decode.worker, 30.0) as holdings, pytest.raises(ConflictError, match="lie on 2 ranks"):
+            holdings.pin([bytes(16)], ReaderId("prefill-0", 1), 1.0)
