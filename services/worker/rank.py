@@ -3,12 +3,9 @@ first rank tells it of.  Only the first rank starts it, with the number of an op
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import socket
 import sys
-import threading
 import time
 
 import structlog
@@ -22,6 +19,7 @@ from services.engine.runners import ShardRunner, create_shard_runner
 from services.engine.weights import Weights, load_weights
 from services.runtime import logs
 from services.runtime.cpus import pinned
+from services.worker.leash import end_with
 from transport import TransportError, borrow
 
 log = structlog.get_logger(__name__)
@@ -34,7 +32,7 @@ def main() -> int:
     # The first rank decides when to end; a terminal's Ctrl-C goes to all.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(connection,), name="leash", daemon=True).start()
+    end_with(connection)
     pipe = Pipe(connection)
     try:
         setup = Setup.unpack(_next(pipe, Kind.SETUP))
@@ -85,7 +83,7 @@ def _begin(pipe: Pipe, setup: Setup) -> ShardRunner:
 
 
 def _follow(pipe: Pipe, runner: ShardRunner) -> None:
-    """Until there are no more steps.  They may be far apart; ``_end_with`` sees when none will come."""
+    """Until there are no more steps.  They may be far apart; ``end_with`` sees when none will come."""
     while True:
         kind, payload = pipe.receive()
         if kind is Kind.STOP:
@@ -102,14 +100,6 @@ def _next(pipe: Pipe, kind: Kind) -> bytes:
     if found is not kind:
         raise FrameError(f"{found.name} instead of {kind.name}")
     return payload
-
-
-def _end_with(connection: socket.socket) -> None:
-    """Ends this process when the first rank's has ended, whatever is being computed."""
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    poll.poll()
-    os._exit(1)
 
 
 if __name__ == "__main__":

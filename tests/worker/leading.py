@@ -1,5 +1,5 @@
 """``python -m tests.worker.leading MODEL``: rank 0 of two, in a process of its own, since torch.distributed has one group
-in each.  Draws tokens and says so; then ``kill`` on its input has it end the other rank, and with anything else it waits."""
+in each.  Draws tokens and says so; then ``kill`` on its input has it end the other rank; with anything else it waits."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ ALONE: Group = _Alone()
 
 
 class TorchGroup:
-    """Over torch.distributed: gloo on CPU, NCCL on GPUs.  NCCL has never run here."""
+    """Over torch.distributed, once in a process, until that ends: gloo on CPU, NCCL on GPUs.  NCCL has never run here."""
 
     def __init__(self, rank: int, size: int, store: Path, device: torch.device) -> None:
         """Meets the other ranks by ``store``, a file of this group's own that no other user may write.  Blocks until all
@@ -67,10 +67,7 @@ class TorchGroup:
             return columns.new_empty(0, num_columns)
         padded = functional.pad(columns, (0, each - columns.shape[1])).contiguous()
         gathered = columns.new_empty(self._size, rows, each)
-        distributed.all_gather_into_tensor(gathered.view(self._size * rows, each), padded)
+        distributed.all_gather(list(gathered), padded)
         if self._rank:
             return padded
         return gathered.transpose(0, 1).reshape(rows, self._size * each)[:, :num_columns]
-
-    def close(self) -> None:
-        distributed.destroy_process_group()
