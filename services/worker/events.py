@@ -36,6 +36,8 @@ class EventRouter:
         # Set whenever a sequence may have ended; who waits for that clears it.
         self.changed = asyncio.Event()
         self.died: asyncio.Future[None] = loop.create_future()
+        # Looked at, for a worker that ends while it starts does not get as far as to await it.
+        self.died.add_done_callback(lambda died: died.cancelled() or died.exception())
         self.tell_directory: Callable[[list[CacheChange]], None] = lambda changes: None
         self._loop = loop
         self._subscribers: dict[SequenceId, Subscriber] = {}

@@ -68,8 +68,11 @@ class Ranks:
         try:
             for setup in setups:
                 self._ranks.append(_start(replace(setup, store=str(self.store))))
-        finally:
-            self._watcher.start()  # ends at once where ``close`` comes first
+        except BaseException:
+            woken.close()
+            self.close()
+            raise
+        self._watcher.start()
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +118,8 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 rank.process.kill()
                 rank.process.wait()
-        self._watcher.join(END_TIMEOUT_S)
+        if self._watcher.ident is not None:
+            self._watcher.join(END_TIMEOUT_S)
         for rank in self._ranks:
             rank.pipe.close()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,5 +1,6 @@
-"""``python -m tests.worker.leading MODEL``: rank 0 of two, in a process of its own, since torch.distributed has one group
-in each.  Draws tokens and says so; then ``kill`` on its input has it end the other rank; with anything else it waits."""
+"""``python -m tests.worker.leading MODEL DTYPE [gpu]``: rank 0 of two, on the CPU or on GPUs 0 and 1, in a process of its
+own, since torch.distributed has one group in each.  Draws tokens and says so; then ``kill`` on its input has it end the
+other rank; with anything else it waits."""
 
 from __future__ import annotations
 
@@ -30,15 +31,15 @@ PROMPTS = ("The capital of France is Paris. The capital of Italy is", "Once upon
 NUM_TOKENS = 16
 
 
-def layout(files: ModelFiles, tp: int) -> KvLayout:
+def layout(files: ModelFiles, dtype: str, tp: int) -> KvLayout:
     model = files.config
-    return KvLayout(model.revision, "float32", BLOCK_SIZE, model.num_layers, model.num_kv_heads, model.head_dim, tp)
+    return KvLayout(model.revision, dtype, BLOCK_SIZE, model.num_layers, model.num_kv_heads, model.head_dim, tp)
 
 
-def setup(files: ModelFiles, region: Region) -> Setup:
+def setup(files: ModelFiles, dtype: str, region: Region) -> Setup:
     return Setup(
-        rank=1, size=SIZE, model=str(files.path), revision=files.config.revision, dtype="float32",
-        block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, max_running=8, threads=1, cpus=(), device=None,
+        rank=1, size=SIZE, model=str(files.path), revision=files.config.revision, dtype=dtype,
+        block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, max_running=8, threads=1, cpus=(), device=region.device,
         pool=region.lend().hex(), store="", log_name="test/1", log_level="warning", returns_early=False,
     )  # fmt: skip
 
@@ -60,14 +61,17 @@ def tokens(files: ModelFiles, run: Callable[[Any], list[Any]], sampling: Samplin
 
 
 @contextmanager
-def leading(files: ModelFiles, on_lost: Callable[[RankLostError], None]) -> Iterator[tuple[Ranks, LeadingRunner]]:
-    whole = layout(files, SIZE)
+def leading(files: ModelFiles, dtype: str, *, gpu: bool, on_lost: Callable[[RankLostError], None]
+            ) -> Iterator[tuple[Ranks, LeadingRunner]]:  # fmt: skip
+    whole = layout(files, dtype, SIZE)
     with ExitStack() as stack:
         owner = stack.enter_context(transport.create("ucx"))
-        regions = [owner.allocate(NUM_BLOCKS * whole.of_rank(rank).block_nbytes) for rank in range(SIZE)]
-        ranks = stack.enter_context(Ranks([setup(files, regions[1])], on_lost))
+        regions = [
+            owner.allocate(NUM_BLOCKS * whole.of_rank(rank).block_nbytes, rank if gpu else None) for rank in range(SIZE)
+        ]
+        ranks = stack.enter_context(Ranks([setup(files, dtype, regions[1])], on_lost))
         shard = Shard.of(files.config, 0, SIZE)
-        weights = load_weights(files.config, files.path, "float32", shard=shard)
+        weights = load_weights(files.config, files.path, dtype, shard=shard)
         ranks.join()
         own = create_shard_runner(
             files.config, weights, whole, regions[0], NUM_BLOCKS, shard, str(ranks.store),
@@ -82,7 +86,7 @@ def leading(files: ModelFiles, on_lost: Callable[[RankLostError], None]) -> Iter
 def main() -> None:
     files = open_model(sys.argv[1])
     lost: queue.Queue[RankLostError] = queue.Queue()
-    with leading(files, lost.put) as (ranks, runner):
+    with leading(files, sys.argv[2], gpu="gpu" in sys.argv[3:], on_lost=lost.put) as (ranks, runner):
         say("pid", ranks.pids[0])
         for sampling in SAMPLINGS:
             say("tokens", tokens(files, lambda batch: runner.start(batch).result().draws, sampling))

@@ -49,8 +49,8 @@ class Leader:
 
 
 @contextmanager
-def leader(files: ModelFiles) -> Iterator[Leader]:
-    command = [sys.executable, "-m", "tests.worker.leading", str(files.path)]
+def leader(files: ModelFiles, dtype: str = "float32", *options: str) -> Iterator[Leader]:
+    command = [sys.executable, "-m", "tests.worker.leading", str(files.path), dtype, *options]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield Leader(process)
@@ -67,7 +67,7 @@ def identity(pid: int) -> ProcessIdentity:
 
 def test_two_processes_draw_the_tokens_of_one_until_one_is_killed(tiny: ModelFiles) -> None:
     """Greedy and seeded."""
-    own = layout(tiny, 1)
+    own = layout(tiny, "float32", 1)
     arena = memoryview(bytearray(NUM_BLOCKS * own.block_nbytes))
     alone = TorchRunner(tiny.config, load_weights(tiny.config, tiny.path, "float32"), own, arena, NUM_BLOCKS, 1)
     expected = [tokens(tiny, alone.run, sampling) for sampling in SAMPLINGS]
@@ -97,7 +97,7 @@ def test_a_rank_ends_with_the_first_one(tiny: ModelFiles) -> None:
 def test_a_rank_that_cannot_begin_says_why(tiny: ModelFiles) -> None:
     lost: queue.Queue[RankLostError] = queue.Queue()
     with transport.create("ucx") as owner:
-        changed = replace(setup(tiny, owner.allocate(4096)), revision="another")
+        changed = replace(setup(tiny, "float32", owner.allocate(4096)), revision="another")
         with Ranks([changed], lost.put) as ranks:
             with pytest.raises(RankLostError, match=r"rank 1 of 2 failed: the files at .* have changed since"):
                 ranks.join()
