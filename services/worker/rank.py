@@ -3,10 +3,12 @@ first rank tells it of.  Only the first rank starts it, with the number of an op
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import structlog
 
@@ -28,18 +30,22 @@ TELL_EVERY_S = 1.0
 
 
 def main() -> int:
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    # The first rank decides when to end; a terminal's Ctrl-C goes to all.
+    # The first rank decides when to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    end_with(connection)
+    connection = socket.socket(fileno=int(sys.argv[1]))
     pipe = Pipe(connection)
     try:
         setup = Setup.unpack(_next(pipe, Kind.SETUP))
-        logs.configure(setup.log_name, level=setup.log_level)
+    except EOFError:
+        return 1
+    end_with(connection, lambda: _forget(setup))
+    logs.configure(setup.log_name, level=setup.log_level)
+    try:
         with pinned(frozenset(setup.cpus)):
             _follow(pipe, _begin(pipe, setup))
     except EOFError:
+        _forget(setup)
         return 1
     except (Error, TransportError) as e:
         pipe.send(Kind.FAILED, str(e).encode())
@@ -49,6 +55,11 @@ def main() -> int:
         pipe.send(Kind.FAILED, f"{e!r}; the worker's log has the details".encode())
         return 1
     return 0
+
+
+def _forget(setup: Setup) -> None:
+    """What a first rank that was killed left of the group."""
+    shutil.rmtree(Path(setup.store).parent, ignore_errors=True)
 
 
 def _begin(pipe: Pipe, setup: Setup) -> ShardRunner:

@@ -212,6 +212,7 @@ def _start(setup: Setup) -> _Rank:
             [sys.executable, "-m", "services.worker.rank", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            process_group=0,  # a terminal's Ctrl-C is for the first rank, which drains
         )
     pipe = Pipe(ours)
     pipe.send(Kind.SETUP, setup.pack())

@@ -88,6 +88,7 @@ def main() -> None:
     lost: queue.Queue[RankLostError] = queue.Queue()
     with leading(files, sys.argv[2], gpu="gpu" in sys.argv[3:], on_lost=lost.put) as (ranks, runner):
         say("pid", ranks.pids[0])
+        say("folder", ranks.store.parent)
         for sampling in SAMPLINGS:
             say("tokens", tokens(files, lambda batch: runner.start(batch).result().draws, sampling))
         if sys.stdin.readline() == "kill\n":
@@ -102,7 +103,7 @@ def main() -> None:
 
 
 def say(what: str, value: object) -> None:
-    sys.stdout.write(f"{what}: {value}\n")
+    sys.stdout.write(f"\n{what}: {value}\n")  # another thread's log may be within a line
     sys.stdout.flush()
 
 

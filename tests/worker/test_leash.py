@@ -9,7 +9,7 @@ import sys
 BUSY = """
 import socket, sys
 from services.worker.leash import end_with
-end_with(socket.socket(fileno=int(sys.argv[1])))
+end_with(socket.socket(fileno=int(sys.argv[1])), lambda: print("cleaned up", flush=True))
 print("on the leash", flush=True)
 while True:
     sum(range(10_000))
@@ -28,6 +28,7 @@ def test_it_ends_when_the_other_end_is_closed() -> None:
         assert process.poll() is None
         ours.close()
         try:
+            assert process.stdout.readline() == b"cleaned up\n"
             assert process.wait(30) == 1
         finally:
             process.kill()

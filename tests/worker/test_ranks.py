@@ -86,12 +86,15 @@ def test_two_processes_draw_the_tokens_of_one_until_one_is_killed(tiny: ModelFil
 def test_a_rank_ends_with_the_first_one(tiny: ModelFiles) -> None:
     with leader(tiny) as two:
         rank = identity(int(two.hear("pid")))
+        folder = Path(two.hear("folder"))
         assert has_ended(rank) is False
+        assert folder.exists()
         two.process.kill()
     began_s = time.monotonic()
     while not has_ended(rank):
         assert time.monotonic() - began_s < 30, "the rank is still there"
         time.sleep(0.02)
+    assert not folder.exists()
 
 
 def test_a_rank_that_cannot_begin_says_why(tiny: ModelFiles) -> None:
