@@ -146,7 +146,7 @@ class Worker:
             queued = scheduler.num_queued_prefill_tokens
             host = scheduler.host.counts()
             num_pins, num_pinned_blocks = self.pins.num_pins, self.pins.num_blocks
-            num_pinnable_blocks = self.pins.num_pinnable
+            num_pinnable_blocks = self.pins.num_pinnable if self.layout.tp == 1 else 0  # see Holdings
             step_base_s, step_per_sequence_s = self.engine.step_times.line()
         work = self.engine.work
         return directory_pb2.WorkerLoad(

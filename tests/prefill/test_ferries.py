@@ -293,3 +293,4 @@ async def test_blocks_of_several_ranks_are_pinned_for_nobody() -> None:
     async with side(common_pb2.WORKER_ROLE_DECODE, "", layout("float32", 4, 2), 8) as decode:
         with Holdings(decode.worker, 30.0) as holdings, pytest.raises(ConflictError, match="lie on 2 ranks"):
             holdings.pin([bytes(16)], ReaderId("prefill-0", 1), 1.0)
+        assert decode.worker.load().num_pinnable_blocks == 0, "a gateway sends nobody to read here"
