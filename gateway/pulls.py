@@ -99,5 +99,5 @@ def _why_not(worker: Candidate, holder: Candidate) -> str:
     if not worker.host or holder.host != worker.host:
         return "it is on another host, and reads over a network are not safe for it yet"
     if not holder.num_pinnable_blocks:
-        return "as much of its cache is pinned as may be"
+        return "as much of its cache is pinned as may be, or it has several ranks"
     return ""
