@@ -11,9 +11,9 @@ import structlog
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory.config import DirectoryConfig
 from services.directory.library import IndexUnavailable
+from services.directory.memory_store import MemoryStore
 from services.directory.metrics import DirectoryCollector
 from services.directory.servicer import DirectoryServicer
-from services.directory.store import MemoryStore
 from services.runtime import config, logs, tracing
 from services.runtime.metrics import serve_metrics
 from services.runtime.server import (

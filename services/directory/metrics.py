@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from services.directory.core import Role
+from services.directory.events import Role
 from services.directory.index import BlockIndex
-from services.directory.store import MemoryStore
+from services.directory.store import Store
 
 
 def index_metrics(prefix: str, index: BlockIndex) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
@@ -25,19 +25,25 @@ def index_metrics(prefix: str, index: BlockIndex) -> Iterator[GaugeMetricFamily 
 class DirectoryCollector(Collector):
     """Reads the store when scraped, in the scraping thread."""
 
-    def __init__(self, store: MemoryStore) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._first_revision = store.directory.revision
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
-        directory = self._store.directory
-        by_role = Counter(worker.role for worker in directory.workers())
+        state = self._store.state
+        yield GaugeMetricFamily(
+            "kvferry_directory_available",
+            "1 while calls are answered, 0 while the store is away.",
+            value=state is not None,
+        )
+        yield GaugeMetricFamily("kvferry_directory_watchers", "Open watch streams.", value=len(self._store.watchers))
+        if state is None:
+            return
+        by_role = Counter(worker.role for worker in list(state.workers.values()))
         workers = GaugeMetricFamily("kvferry_directory_workers", "Workers that hold a lease.", labels=["role"])
         for role in Role:
             workers.add_metric([role.value], by_role[role])
         yield workers
-        yield from index_metrics("kvferry_directory", directory.index)
-        yield GaugeMetricFamily("kvferry_directory_watchers", "Open watch streams.", value=self._store.num_watchers)
+        yield from index_metrics("kvferry_directory", state.index)
         yield CounterMetricFamily(
-            "kvferry_directory_events", "Changes since start.", value=directory.revision - self._first_revision
+            "kvferry_directory_events", "Changes since the state was last read anew.", value=state.num_events
         )

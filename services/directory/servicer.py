@@ -9,23 +9,25 @@ from typing import Any
 from kvferry import errors
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
-from services.directory import core
-from services.directory.store import Changes, Store
-from services.runtime.tier import Tier
+from services.directory import core, events
+from services.directory.store import Store, StoreAwayError
+from services.directory.watching import Changes
+from services.directory.wire import to_block_event, to_change
 
 MIN_LEASE_TTL_MS = 1_000
 MAX_LEASE_TTL_MS = 300_000
 # Watchers may rely on 2 s; the difference is for the way.
 _HEARTBEAT_S = 1.5
+_AWAY_RETRY_S = 0.5
 
 _ROLES = {
-    common_pb2.WORKER_ROLE_PREFILL: core.Role.PREFILL,
-    common_pb2.WORKER_ROLE_DECODE: core.Role.DECODE,
+    common_pb2.WORKER_ROLE_PREFILL: events.Role.PREFILL,
+    common_pb2.WORKER_ROLE_DECODE: events.Role.DECODE,
 }
 _REASONS = {
-    core.LeaveReason.DEREGISTERED: directory_pb2.LEAVE_REASON_DEREGISTERED,
-    core.LeaveReason.EXPIRED: directory_pb2.LEAVE_REASON_EXPIRED,
-    core.LeaveReason.REPLACED: directory_pb2.LEAVE_REASON_REPLACED,
+    events.LeaveReason.DEREGISTERED: directory_pb2.LEAVE_REASON_DEREGISTERED,
+    events.LeaveReason.EXPIRED: directory_pb2.LEAVE_REASON_EXPIRED,
+    events.LeaveReason.REPLACED: directory_pb2.LEAVE_REASON_REPLACED,
 }
 
 
@@ -47,22 +49,24 @@ class DirectoryServicer(directory_pb2_grpc.DirectoryServiceServicer):
     async def Deregister(
         self, request: directory_pb2.DeregisterRequest, context: Any
     ) -> directory_pb2.DeregisterResponse:
-        await self._store.deregister(request.lease_id)
+        with _translated():
+            await self._store.deregister(request.lease_id)
         return directory_pb2.DeregisterResponse()
 
     async def Watch(
         self, request: directory_pb2.WatchRequest, context: Any
     ) -> AsyncIterator[directory_pb2.WatchResponse]:
-        async with aclosing(self._store.watch(request.from_revision, _HEARTBEAT_S)) as watch:
-            async for changes in watch:
-                yield _response(changes)
+        with _translated():
+            async with aclosing(self._store.watch(request.from_revision, _HEARTBEAT_S)) as watch:
+                async for changes in watch:
+                    yield _response(changes)
 
     async def PublishBlocks(
         self, request: directory_pb2.PublishBlocksRequest, context: Any
     ) -> directory_pb2.PublishBlocksResponse:
         if request.first_sequence == 0:
             raise errors.InvalidRequestError("first_sequence must be 1 or more")
-        changes = [_change(event) for event in request.events]
+        changes = [to_change(event) for event in request.events]
         with _translated():
             following = await self._store.publish_blocks(request.lease_id, request.first_sequence, changes)
         return directory_pb2.PublishBlocksResponse(next_sequence=following)
@@ -95,11 +99,15 @@ def _translated() -> Iterator[None]:
         raise errors.ConflictError(str(error), reason="INCARNATION_REUSED") from error
     except core.SequenceGapError as error:
         raise errors.ConflictError(str(error), reason="SEQUENCE_GAP") from error
+    except core.SnapshotWantedError as error:
+        raise errors.ConflictError(str(error), reason="SNAPSHOT_WANTED") from error
+    except StoreAwayError as error:
+        raise errors.UnavailableError(str(error), reason="STORE_AWAY", retry_after_s=_AWAY_RETRY_S) from error
     except ValueError as error:
         raise errors.InvalidRequestError(str(error)) from error
 
 
-def _worker(request: directory_pb2.RegisterRequest) -> core.Worker:
+def _worker(request: directory_pb2.RegisterRequest) -> events.Worker:
     info = request.info
     for name in ("worker_id", "incarnation", "control_address"):
         if not getattr(info, name):
@@ -111,31 +119,12 @@ def _worker(request: directory_pb2.RegisterRequest) -> core.Worker:
         raise errors.InvalidRequestError(
             f"lease_ttl_ms must be from {MIN_LEASE_TTL_MS} to {MAX_LEASE_TTL_MS}, not {request.lease_ttl_ms}"
         )
-    return core.Worker(info.worker_id, info.incarnation, role, _encode(info), _encode(request.load))
+    return events.Worker(info.worker_id, info.incarnation, role, _encode(info), _encode(request.load))
 
 
 def _encode(message: directory_pb2.WorkerInfo | directory_pb2.WorkerLoad) -> bytes:
     # Equal descriptions must give equal bytes.
     return message.SerializeToString(deterministic=True)
-
-
-def _change(event: directory_pb2.BlockEvent) -> core.BlockChange:
-    match event.WhichOneof("event"):
-        case "stored":
-            return core.Stored(event.stored, _tier(event))
-        case "removed":
-            return core.Removed(event.removed, _tier(event))
-        case "cleared":
-            return core.Cleared()
-        case _:
-            raise errors.InvalidRequestError("a block event must say stored, removed or cleared")
-
-
-def _tier(event: directory_pb2.BlockEvent) -> Tier:
-    tier = Tier.of(event.tier)
-    if tier is None:
-        raise errors.InvalidRequestError(f"this directory knows no tier {event.tier}")
-    return tier
 
 
 def _response(changes: Changes) -> directory_pb2.WatchResponse:
@@ -144,39 +133,29 @@ def _response(changes: Changes) -> directory_pb2.WatchResponse:
     )
 
 
-def _events(events: Sequence[core.Event]) -> Iterator[directory_pb2.Event]:
-    for event in events:
+def _events(happened: Sequence[events.Event]) -> Iterator[directory_pb2.Event]:
+    for event in happened:
         match event:
-            case core.Joined(worker):
+            case events.Joined(worker):
                 yield directory_pb2.Event(
                     joined=directory_pb2.WorkerState(
                         info=directory_pb2.WorkerInfo.FromString(worker.info),
                         load=directory_pb2.WorkerLoad.FromString(worker.load),
                     )
                 )
-            case core.Left(worker_id, incarnation, reason):
+            case events.Left(worker_id, incarnation, reason):
                 yield directory_pb2.Event(
                     left=directory_pb2.WorkerLeft(worker_id=worker_id, incarnation=incarnation, reason=_REASONS[reason])
                 )
-            case core.LoadChanged(worker_id, incarnation, load):
+            case events.LoadChanged(worker_id, incarnation, load):
                 yield directory_pb2.Event(
                     load=directory_pb2.WorkerLoadChanged(
                         worker_id=worker_id, incarnation=incarnation, load=directory_pb2.WorkerLoad.FromString(load)
                     )
                 )
-            case core.BlocksChanged(worker_id, incarnation, block_changes):
+            case events.BlocksChanged(worker_id, incarnation, block_changes):
                 yield directory_pb2.Event(
                     blocks=directory_pb2.BlocksChanged(
-                        worker_id=worker_id, incarnation=incarnation, events=map(_block_event, block_changes)
+                        worker_id=worker_id, incarnation=incarnation, events=map(to_block_event, block_changes)
                     )
                 )
-
-
-def _block_event(change: core.BlockChange) -> directory_pb2.BlockEvent:
-    match change:
-        case core.Stored(hashes, tier):
-            return directory_pb2.BlockEvent(stored=hashes, tier=directory_pb2.Tier.ValueType(tier.value))
-        case core.Removed(hashes, tier):
-            return directory_pb2.BlockEvent(removed=hashes, tier=directory_pb2.Tier.ValueType(tier.value))
-        case core.Cleared():
-            return directory_pb2.BlockEvent(cleared=directory_pb2.Cleared())

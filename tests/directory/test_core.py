@@ -9,25 +9,28 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from services.directory.core import (
+    Directory,
+    IncarnationReusedError,
+    ReplacedError,
+    SequenceGapError,
+    UnknownLeaseError,
+)
+from services.directory.events import (
     BlocksChanged,
     Cleared,
-    Directory,
     Event,
-    IncarnationReusedError,
     Joined,
     LeaveReason,
     Left,
     LoadChanged,
     Removed,
-    ReplacedError,
     Role,
-    SequenceGapError,
     Stored,
-    UnknownLeaseError,
     Worker,
     event_nbytes,
 )
 from services.directory.index import Prefix
+from services.directory.state import ClusterState
 from services.runtime.tier import Tier
 
 START = 1_000
@@ -46,7 +49,7 @@ def worker(worker_id: str = "w", incarnation: int = 1, load: bytes = b"load") ->
 
 
 def make(**limits: int) -> Directory:
-    return Directory(first_revision=START, lease_ids=itertools.count(7), **limits)
+    return Directory(ClusterState(START, **limits), itertools.count(7))
 
 
 def test_a_lease_ends_exactly_when_it_says() -> None:
@@ -58,7 +61,7 @@ def test_a_lease_ends_exactly_when_it_says() -> None:
     assert directory.next_expiry_s() == 19.5
     assert directory.expire(19.5) == 1
     assert directory.next_expiry_s() is None
-    assert directory.events_since(START) == [Joined(worker()), Left("w", 1, LeaveReason.EXPIRED)]
+    assert directory.state.events_since(START) == [Joined(worker()), Left("w", 1, LeaveReason.EXPIRED)]
     with pytest.raises(UnknownLeaseError):
         directory.keep_alive(lease, b"load", 20)
 
@@ -70,7 +73,7 @@ def test_a_late_keep_alive_does_not_revive_even_before_the_timer() -> None:
         directory.keep_alive(lease, b"load", 5)
     with pytest.raises(UnknownLeaseError):
         directory.publish_blocks(lease, 1, [Cleared()], 5)
-    assert directory.workers() == []
+    assert dict(directory.state.workers) == {}
     directory.check_integrity()
 
 
@@ -80,7 +83,7 @@ def test_an_expired_incarnation_may_come_back() -> None:
     directory.expire(6)
     second = directory.register(worker(), 5, 7)
     assert second != first
-    assert [type(e) for e in directory.events_since(START) or ()] == [Joined, Left, Joined]
+    assert [type(e) for e in directory.state.events_since(START) or ()] == [Joined, Left, Joined]
 
 
 def test_a_new_incarnation_replaces_and_the_old_one_cannot_return() -> None:
@@ -88,8 +91,11 @@ def test_a_new_incarnation_replaces_and_the_old_one_cannot_return() -> None:
     old = directory.register(worker(incarnation=1), 5, 0)
     directory.publish_blocks(old, 1, [Stored(blocks(1, 2))], 0)
     directory.register(worker(incarnation=2), 5, 1)
-    assert directory.events_since(START + 2) == [Left("w", 1, LeaveReason.REPLACED), Joined(worker(incarnation=2))]
-    assert directory.longest_prefix(block(1)) == []
+    assert directory.state.events_since(START + 2) == [
+        Left("w", 1, LeaveReason.REPLACED),
+        Joined(worker(incarnation=2)),
+    ]
+    assert directory.state.longest_prefix(block(1)) == []
     with pytest.raises(UnknownLeaseError):
         directory.keep_alive(old, b"load", 1)
     with pytest.raises(ReplacedError, match="incarnation 2"):
@@ -103,14 +109,17 @@ def test_a_new_incarnation_replaces_and_the_old_one_cannot_return() -> None:
 
 def test_the_same_incarnation_renews() -> None:
     directory = make()
-    lease = directory.register(worker(), 5, 0)
-    directory.publish_blocks(lease, 1, [Stored(blocks(1))], 0)
-    assert directory.register(worker(load=b"more"), 8, 4) == lease
+    old = directory.register(worker(), 5, 0)
+    directory.publish_blocks(old, 1, [Stored(blocks(1))], 0)
+    lease = directory.register(worker(load=b"more"), 8, 4)
+    # Whatever was sent under the old one is of before.
+    with pytest.raises(UnknownLeaseError):
+        directory.publish_blocks(old, 2, [Stored(blocks(3))], 4)
     assert directory.next_expiry_s() == 12
-    assert directory.events_since(START + 2) == [LoadChanged("w", 1, b"more")]
+    assert directory.state.events_since(START + 2) == [LoadChanged("w", 1, b"more")]
     # A process that registers again has forgotten its numbers.
     assert directory.publish_blocks(lease, 1, [Cleared(), Stored(blocks(2))], 4) == 3
-    assert directory.longest_prefix(block(1)) == []
+    assert directory.state.longest_prefix(block(1)) == []
     with pytest.raises(IncarnationReusedError):
         directory.register(replace(worker(), info=b"another host"), 5, 4)
 
@@ -118,11 +127,11 @@ def test_the_same_incarnation_renews() -> None:
 def test_an_unchanged_load_is_no_event() -> None:
     directory = make()
     lease = directory.register(worker(), 5, 0)
-    revision = directory.revision
+    revision = directory.state.revision
     directory.keep_alive(lease, b"load", 1)
-    assert directory.revision == revision
+    assert directory.state.revision == revision
     directory.keep_alive(lease, b"new", 1)
-    assert directory.events_since(revision) == [LoadChanged("w", 1, b"new")]
+    assert directory.state.events_since(revision) == [LoadChanged("w", 1, b"new")]
 
 
 def test_deregister_is_idempotent() -> None:
@@ -130,26 +139,26 @@ def test_deregister_is_idempotent() -> None:
     lease = directory.register(worker(), 5, 0)
     directory.deregister(lease)
     directory.deregister(lease)
-    assert directory.events_since(START + 1) == [Left("w", 1, LeaveReason.DEREGISTERED)]
+    assert directory.state.events_since(START + 1) == [Left("w", 1, LeaveReason.DEREGISTERED)]
 
 
 def test_block_events_are_applied_once_and_gaps_are_noticed() -> None:
     directory = make()
     lease = directory.register(worker(), 5, 0)
     assert directory.publish_blocks(lease, 1, [Stored(blocks(1, 2)), Removed(blocks(2))], 0) == 3
-    revision = directory.revision
+    revision = directory.state.revision
     # The answer was lost; the same again, and again with something new.
     assert directory.publish_blocks(lease, 1, [Stored(blocks(1, 2)), Removed(blocks(2))], 0) == 3
-    assert directory.revision == revision
+    assert directory.state.revision == revision
     assert directory.publish_blocks(lease, 2, [Removed(blocks(2)), Stored(blocks(3))], 0) == 4
-    assert directory.events_since(revision) == [BlocksChanged("w", 1, (Stored(blocks(3)),))]
+    assert directory.state.events_since(revision) == [BlocksChanged("w", 1, (Stored(blocks(3)),))]
     with pytest.raises(SequenceGapError) as caught:
         directory.publish_blocks(lease, 5, [Stored(blocks(4))], 0)
     assert (caught.value.expected, caught.value.got) == (4, 5)
-    assert directory.longest_prefix(block(4)) == []
+    assert directory.state.longest_prefix(block(4)) == []
     assert directory.publish_blocks(lease, 5, [Cleared(), Stored(blocks(4))], 0) == 7
-    assert directory.longest_prefix(block(4)) == [(worker(), Prefix(1, 1))]
-    assert directory.longest_prefix(block(1)) == []
+    assert directory.state.longest_prefix(block(4)) == [(worker(), Prefix(1, 1))]
+    assert directory.state.longest_prefix(block(1)) == []
 
 
 def test_broken_hashes_change_nothing() -> None:
@@ -157,7 +166,7 @@ def test_broken_hashes_change_nothing() -> None:
     lease = directory.register(worker(), 5, 0)
     with pytest.raises(ValueError, match="16 bytes"):
         directory.publish_blocks(lease, 1, [Stored(blocks(1)), Stored(b"short")], 0)
-    assert directory.index.num_entries == 0
+    assert directory.state.index.num_entries == 0
     assert directory.publish_blocks(lease, 1, [Stored(blocks(1))], 0) == 2
 
 
@@ -166,12 +175,16 @@ def test_history_is_bounded_and_says_when_it_is_too_short() -> None:
     lease = directory.register(worker(), 5, 0)
     for n in range(5):
         directory.keep_alive(lease, str(n).encode(), 0)
-    assert directory.revision == START + 6
-    assert directory.events_since(START + 2) is None
-    assert [e.load for e in directory.events_since(START + 3) or () if isinstance(e, LoadChanged)] == [b"2", b"3", b"4"]
-    assert directory.events_since(directory.revision) == []
-    assert directory.events_since(directory.revision + 1) is None
-    assert directory.events_since(START - 500) is None
+    assert directory.state.revision == START + 6
+    assert directory.state.events_since(START + 2) is None
+    assert [e.load for e in directory.state.events_since(START + 3) or () if isinstance(e, LoadChanged)] == [
+        b"2",
+        b"3",
+        b"4",
+    ]
+    assert directory.state.events_since(directory.state.revision) == []
+    assert directory.state.events_since(directory.state.revision + 1) is None
+    assert directory.state.events_since(START - 500) is None
     directory.check_integrity()
 
 
@@ -180,7 +193,7 @@ def test_history_is_bounded_in_bytes() -> None:
     lease = directory.register(worker(), 5, 0)
     for n in range(50):
         directory.publish_blocks(lease, n + 1, [Stored(blocks(*range(100)))], 0)
-    kept = next(n for n in range(50) if directory.events_since(directory.revision - n - 1) is None)
+    kept = next(n for n in range(50) if directory.state.events_since(directory.state.revision - n - 1) is None)
     assert 0 < kept * event_nbytes(BlocksChanged("w", 1, (Stored(blocks(*range(100))),))) <= 10_000
     directory.check_integrity()
 
@@ -190,7 +203,7 @@ def test_a_snapshot_begins_with_all_who_joined_and_splits_many_blocks() -> None:
     for name in ("a", "b"):
         lease = directory.register(worker(name), 5, 0)
         directory.publish_blocks(lease, 1, [Stored(blocks(*range(40_000)))], 0)
-    snapshot = directory.snapshot()
+    snapshot = directory.state.snapshot()
     assert [type(event) for event in snapshot] == [Joined] * 2 + [BlocksChanged] * 4
     assert all(event_nbytes(event) < 1 << 20 for event in snapshot)
 
@@ -330,27 +343,27 @@ class DirectoryMachine(RuleBasedStateMachine):
 
     @rule()
     def watch(self) -> None:
-        events = self.directory.events_since(self.seen)
+        events = self.directory.state.events_since(self.seen)
         if events is None:
-            assert self.directory.revision - self.seen > 12, "the history is shorter than promised"
+            assert self.directory.state.revision - self.seen > 12, "the history is shorter than promised"
             self.watcher = Watcher()
-            events = self.directory.snapshot()
+            events = self.directory.state.snapshot()
         self.watcher.apply(events)
-        self.seen = self.directory.revision
-        assert self.watcher.workers == {w.worker_id: w for w in self.directory.workers()}
+        self.seen = self.directory.state.revision
+        assert self.watcher.workers == dict(self.directory.state.workers)
         assert self.watcher.blocks == {name: entry[5] for name, entry in self.model.items()}
 
     @invariant()
     def agrees(self) -> None:
         self.directory.check_integrity()
-        assert {w.worker_id: w for w in self.directory.workers()} == {name: e[0] for name, e in self.model.items()}
+        assert dict(self.directory.state.workers) == {name: e[0] for name, e in self.model.items()}
         for n in range(6):
             expected = {
                 name: Prefix(1, int((Tier.DEVICE, block(n)) in entry[5]))
                 for name, entry in self.model.items()
                 if any((tier, block(n)) in entry[5] for tier in Tier)
             }
-            assert {w.worker_id: prefix for w, prefix in self.directory.longest_prefix(block(n))} == expected
+            assert {w.worker_id: prefix for w, prefix in self.directory.state.longest_prefix(block(n))} == expected
 
 
 TestDirectoryMachine = DirectoryMachine.TestCase

@@ -13,9 +13,9 @@ from prometheus_client import CollectorRegistry
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory import servicer as servicer_module
+from services.directory.memory_store import MemoryStore
 from services.directory.metrics import DirectoryCollector
 from services.directory.servicer import DirectoryServicer
-from services.directory.store import MemoryStore
 from services.runtime.channel import open_channel
 from services.runtime.server import bind, create_server, running
 
@@ -162,7 +162,7 @@ async def test_a_watch_resumes_without_gap_or_repetition() -> None:
 async def test_a_revision_of_another_life_gives_a_snapshot() -> None:
     async with serving() as (stub, store, _):
         await register(stub)
-        for revision in (1, store.directory.revision + 1_000):
+        for revision in (1, store.state.revision + 1_000):
             watch = stub.Watch(directory_pb2.WatchRequest(from_revision=revision), timeout=20)
             assert (await read(watch)).snapshot
             watch.cancel()
@@ -187,7 +187,7 @@ async def test_a_slow_watcher_gets_a_snapshot_instead_of_a_queue() -> None:
             for event in response.events:
                 for change in event.blocks.events:
                     held |= {change.stored[i : i + 16] for i in range(0, len(change.stored), 16)}
-            if response.revision == store.directory.revision:
+            if response.revision == store.state.revision:
                 break
         assert saw_snapshot
         assert len(held) == 20_040
@@ -206,7 +206,7 @@ async def test_a_large_snapshot_comes_in_parts_that_cannot_be_resumed_from() -> 
             parts.append(await read(watch))
         assert len(parts) > 1
         assert [part.snapshot for part in parts] == [True] + [False] * (len(parts) - 1)
-        assert [part.revision for part in parts] == [0] * (len(parts) - 1) + [store.directory.revision]
+        assert [part.revision for part in parts] == [0] * (len(parts) - 1) + [store.state.revision]
         assert [event.WhichOneof("event") for event in parts[0].events][:3] == ["joined", "joined", "blocks"]
         watch.cancel()
 
@@ -270,7 +270,7 @@ async def test_bad_requests_name_the_field(method: str, request_: Any, field: st
             await getattr(stub, method)(request_, timeout=5)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert field in (caught.value.details() or "")
-        assert store.directory.workers() == []
+        assert not store.state.workers
 
 
 async def test_malformed_bytes() -> None:
@@ -307,6 +307,6 @@ async def test_closing_ends_watches_at_once() -> None:
     async with serving() as (stub, store, _):
         watch = stub.Watch(directory_pb2.WatchRequest(), timeout=20)
         await read(watch)
-        store.close_watches()
+        store.watchers.close()
         assert await asyncio.wait_for(watch.read(), 1) is grpc.aio.EOF
-        assert store.num_watchers == 0
+        assert len(store.watchers) == 0

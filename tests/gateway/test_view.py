@@ -16,10 +16,12 @@ from gateway.metrics import ViewCollector
 from gateway.view import ClusterView, WorkerGone, WorkerJoined, watch
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
-from services.directory.core import Cleared, Directory, Removed, Role, Stored, Worker
+from services.directory.core import Directory
+from services.directory.events import Cleared, Removed, Role, Stored, Worker
 from services.directory.index import Prefix
 from services.directory.servicer import _response
-from services.directory.store import Changes, _split
+from services.directory.state import ClusterState
+from services.directory.watching import Changes, split
 from services.runtime.server import bind, create_server, running
 
 
@@ -176,16 +178,16 @@ def test_the_view_becomes_what_the_directory_knows(steps: list[tuple[str, str, l
     alive: set[tuple[str, int]] = set()
 
     def new_life() -> Directory:
-        return Directory(first_revision=1_000 * next(lives), lease_ids=itertools.count(1), max_events=6)
+        return Directory(ClusterState(1_000 * next(lives), max_events=6), itertools.count(1))
 
     def watched(parts_received: int | None) -> None:
-        events = directory.events_since(view.revision) if view.revision else None
+        events = directory.state.events_since(view.revision) if view.revision else None
         snapshot = events is None
-        parts = _split(events if events is not None else directory.snapshot(), directory.revision, snapshot)
+        parts = split(events if events is not None else directory.state.snapshot(), directory.state.revision, snapshot)
         # As if each part could hold one event only.
         fine = [Changes(0, [event], snapshot and part is parts[0] and i == 0) for part in parts
                 for i, event in enumerate(part.events)]  # fmt: skip
-        fine.append(Changes(directory.revision, [], snapshot and not fine))
+        fine.append(Changes(directory.state.revision, [], snapshot and not fine))
         for changes in fine[:parts_received]:
             for change in view.apply(_response(changes)):
                 if isinstance(change, WorkerJoined):
@@ -226,13 +228,13 @@ def test_the_view_becomes_what_the_directory_knows(steps: list[tuple[str, str, l
     clock.now_s += 10
     watched(None)
     assert {name: s.info.SerializeToString() for name, s in view.workers.items()} == {
-        worker.worker_id: worker.info for worker in directory.workers()
+        worker.worker_id: worker.info for worker in directory.state.workers.values()
     }
     assert {name: s.load.SerializeToString() for name, s in view.workers.items()} == {
-        worker.worker_id: worker.load for worker in directory.workers()
+        worker.worker_id: worker.load for worker in directory.state.workers.values()
     }
     for n in range(6):
-        expected = {worker.worker_id for worker, _ in directory.longest_prefix(block(n))}
+        expected = {worker.worker_id for worker, _ in directory.state.longest_prefix(block(n))}
         assert set(view.longest_prefix([block(n)])) == expected
 
 

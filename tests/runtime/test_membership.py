@@ -15,8 +15,8 @@ from kvferry import errors
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory.index import Prefix
+from services.directory.memory_store import MemoryStore
 from services.directory.servicer import DirectoryServicer
-from services.directory.store import MemoryStore
 from services.runtime.membership import Membership
 from services.runtime.server import bind, create_server, running
 from services.runtime.tier import Tier
@@ -67,7 +67,7 @@ class Running:
         self.store, self.servicer, self.address = store, servicer, f"127.0.0.1:{port}"
 
     def held(self, worker_id: str = "d1", tier: Tier = Tier.DEVICE) -> set[bytes]:
-        return set(split_hashes(b"".join(self.store.directory.index.held_by(worker_id, tier, 1000))))
+        return set(split_hashes(b"".join(self.store.state.index.held_by(worker_id, tier, 1000))))
 
     async def until(self, condition: Callable[[], bool], *, beat_s: float = 0.1) -> None:
         """Waits for a change of the directory that makes ``condition`` true; looks every ``beat_s`` as well."""
@@ -113,7 +113,7 @@ class Worker:
 
 
 def num_workers(place: Running) -> int:
-    return len(place.store.directory.workers())
+    return len(place.store.state.workers.values())
 
 
 async def test_joins_reports_and_leaves() -> None:
@@ -129,7 +129,7 @@ async def test_joins_reports_and_leaves() -> None:
             worker.load.num_running = 5
             # Longer than the lease, with no more than a third of it between two reports.
             await place.until(lambda: directory_pb2.WorkerLoad.FromString(
-                place.store.directory.workers()[0].load).num_running == 5)  # fmt: skip
+                place.store.state.workers["d1"].load).num_running == 5)  # fmt: skip
             worker.cache.clear()
             worker.membership.cleared()
             await place.until(lambda: not place.held())
@@ -202,12 +202,12 @@ async def test_survives_a_restart_of_the_directory_and_sends_its_blocks_again() 
             await place.until(lambda: place.held() == {block(1), block(2)})
             (joined,) = await asyncio.wait_for(changes.get(), 5)
             assert isinstance(joined, WorkerJoined)
-            old_revision = place.store.directory.revision
+            old_revision = place.store.state.revision
         worker.remove(1)
         worker.store(3)
         async with directory(port) as place:
             await place.until(lambda: place.held() == {block(2), block(3)})
-            assert place.store.directory.revision > old_revision
+            assert place.store.state.revision > old_revision
             await place.until(lambda: view.revision > old_revision and view.num_blocks("d1") == 2, beat_s=0.02)
             assert view.longest_prefix([block(3)]) == {"d1": Prefix(1, 1)}
             assert view.longest_prefix([block(1)]) == {}
@@ -241,7 +241,7 @@ async def test_a_new_incarnation_takes_over_and_the_old_one_gives_up() -> None:
                     assert joined.state.info.incarnation == 2
                     await asyncio.wait_for(asyncio.shield(old.membership._task), 5)
                     assert not old.membership.registered
-                    assert [w.incarnation for w in place.store.directory.workers()] == [2]
+                    assert [w.incarnation for w in place.store.state.workers.values()] == [2]
         assert [line["event"] for line in lines if line["log_level"] == "error"] == ["out of the cluster"]
 
 
