@@ -7,13 +7,16 @@ import sys
 
 import prometheus_client
 import structlog
+from grpc_health.v1 import health as health_service
+from grpc_health.v1 import health_pb2
 
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
-from services.directory.config import DirectoryConfig
-from services.directory.library import IndexUnavailable
+from services.directory.config import MEMORY, DirectoryConfig
+from services.directory.library import IndexUnavailable, load
 from services.directory.memory_store import MemoryStore
 from services.directory.metrics import DirectoryCollector
 from services.directory.servicer import DirectoryServicer
+from services.directory.store import Store, StoreAwayError
 from services.runtime import config, logs, tracing
 from services.runtime.metrics import serve_metrics
 from services.runtime.server import (
@@ -36,20 +39,58 @@ _log = structlog.stdlib.get_logger("services.directory")
 async def serve(settings: DirectoryConfig) -> None:
     """Serves until cancelled.  Raises StartupError."""
     try:
-        store = MemoryStore(max_events=settings.history_events, max_index_entries=settings.max_index_entries)
+        load()
     except IndexUnavailable as error:
         raise StartupError(str(error)) from error
+    store = open_store(settings)
     server = create_server()
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(store), server)
-    await add_standard_services(server, [_SERVICE_NAME])
+    health = await add_standard_services(server, [_SERVICE_NAME])
+    await _set_health(health, False)
     port = bind(server, settings.listen)
     host = split_address(settings.listen)[0]
     prometheus_client.REGISTRY.register(DirectoryCollector(store))
     # The store is left before the server, so its watches have ended when the server waits for its calls.
     with serve_metrics(settings.metrics_port, host=host):
-        async with running(server, grace_s=_STOP_GRACE_S), store:
-            _log.info("listening", address=f"{host}:{port}", metrics_port=settings.metrics_port)
-            await asyncio.Event().wait()
+        try:
+            async with running(server, grace_s=_STOP_GRACE_S), store:
+                _log.info("listening", address=f"{host}:{port}", metrics_port=settings.metrics_port)
+                async for is_available in store.availability():
+                    await _set_health(health, is_available)
+                await asyncio.Event().wait()
+        except StoreAwayError as error:
+            raise StartupError(str(error)) from error
+
+
+def open_store(settings: DirectoryConfig) -> Store:
+    """Raises StartupError."""
+    bounds = {"max_events": settings.history_events, "max_index_entries": settings.max_index_entries}
+    if settings.store == MEMORY:
+        return MemoryStore(**bounds)
+    try:
+        from services.directory.redis_link import RedisLink
+        from services.directory.redis_store import RedisStore
+    except ImportError as error:
+        raise StartupError(f"--store with a URL needs redis ({error}); pip install 'kvferry[redis]'") from error
+    try:
+        password = None
+        if settings.store_password_file is not None:
+            password = settings.store_password_file.read_text(encoding="utf-8").partition("\n")[0]
+        link = RedisLink(settings.store, password=password, max_events=settings.history_events)
+    except OSError as error:
+        raise StartupError(
+            f"cannot read the --store-password-file {settings.store_password_file}: {error.strerror}"
+        ) from error
+    except ValueError as error:
+        # Without its text, which may repeat a password.
+        raise StartupError("--store is not a URL that can be understood; write redis://host:port/db") from error
+    return RedisStore(link, **bounds)
+
+
+async def _set_health(servicer: health_service.aio.HealthServicer, is_available: bool) -> None:
+    statuses = health_pb2.HealthCheckResponse
+    for name in ("", _SERVICE_NAME):
+        await servicer.set(name, statuses.SERVING if is_available else statuses.NOT_SERVING)
 
 
 def main() -> int:

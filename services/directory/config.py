@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
+
+MEMORY = "memory"
+_SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +21,12 @@ class DirectoryConfig:
     metrics_port: int = option(
         0, help="port of the Prometheus metrics on the same host; 0 is off", minimum=0, maximum=65535
     )
+    store: str = option(
+        MEMORY,
+        help="memory, or the URL of a Valkey or Redis that several directories share: redis://[user@]host:port[/db], "
+        "rediss:// with TLS, unix://path; ps shows a password written here, so give it by the environment or a file",
+    )
+    store_password_file: Path | None = option(None, help="file whose first line is the store's password")
     history_events: int = option(
         100_000, help="how many changes are remembered for watchers that resume; others get a snapshot", minimum=1
     )
@@ -26,3 +36,10 @@ class DirectoryConfig:
         minimum=1,
     )
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")
+
+    def __post_init__(self) -> None:
+        # What was given is not repeated: it may hold a password.
+        if self.store != MEMORY and not self.store.startswith(_SCHEMES):
+            raise ValueError(f"--store must be {MEMORY} or begin with one of {', '.join(_SCHEMES)}")
+        if self.store == MEMORY and self.store_password_file is not None:
+            raise ValueError("--store-password-file is for a --store that is a URL")
