@@ -17,7 +17,9 @@ class GatewayConfig:
 
     listen: str = option("127.0.0.1:8470", help="host:port of the gRPC server")
     http_listen: str = option("127.0.0.1:8471", help="host:port of the HTTP server (OpenAI API, /health, /metrics)")
-    directory: str = option("127.0.0.1:8472", help="host:port of the cache directory")
+    directory: tuple[str, ...] = option(
+        ("127.0.0.1:8472",), help="host:port of the cache directory, or of several that share a store"
+    )
     model: str = option(
         "smollm2-135m-instruct", help="the workers' model: a .gguf file, a Hugging Face directory or id, or a name"
     )
@@ -45,3 +47,7 @@ class GatewayConfig:
     )
     drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")
+
+    def __post_init__(self) -> None:
+        if not self.directory:
+            raise ValueError("--directory must name at least one address")

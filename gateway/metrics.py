@@ -18,4 +18,9 @@ class ViewCollector(Collector):
         self._view = view
 
     def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+        yield GaugeMetricFamily(
+            "kvferry_gateway_view_age_seconds",
+            "Time since a directory was last heard from; infinite before the first time.",
+            value=self._view.age_s,
+        )
         yield from index_metrics("kvferry_gateway", self._view.index)

@@ -73,6 +73,7 @@ class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
         self._doorkeeper = doorkeeper
         self._view = view
         self._decisions = decisions
+        self._began_s = time.monotonic()
 
     async def DescribeCluster(
         self, request: inference_pb2.DescribeClusterRequest, context: Context
@@ -81,7 +82,7 @@ class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
         return inference_pb2.DescribeClusterResponse(
             model=self._frontend.model,
             workers=self._view.workers.values(),
-            view_age_ms=int(self._view.age_s * 1000),
+            view_age_ms=int(min(self._view.age_s, time.monotonic() - self._began_s) * 1000),
             num_requests_in_flight=self._frontend.num_in_flight,
             num_requests_total=self._frontend.num_requests_total,
             version=__version__,

@@ -12,16 +12,17 @@ from types import MappingProxyType
 import grpc
 import structlog
 
-from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from kvferry.api.directory.v1 import directory_pb2
 from services.directory.index import DEFAULT_MAX_ENTRIES, HASH_NBYTES, BlockIndex, Prefix
 from services.runtime.backoff import Backoff
-from services.runtime.channel import open_channel
+from services.runtime.directories import Directories
 from services.runtime.tier import Tier
 
 _log = structlog.stdlib.get_logger(__name__)
 
 # The directory gives a sign of life every 2 s.
 _SILENCE_S = 6.0
+_SAID_AGAIN_S = 30.0
 # Of one step of a response, which the event loop waits for; a call for few costs as much as one for some more.
 _STEP_HASHES = 2048
 _CALL_HASHES = 16
@@ -186,25 +187,27 @@ class ClusterView:
 
 
 async def watch(
-    view: ClusterView, directory_address: str, *, on_change: Callable[[list[Change]], None] | None = None
+    view: ClusterView, directory_addresses: tuple[str, ...], *, on_change: Callable[[list[Change]], None] | None = None
 ) -> None:
-    """Keeps ``view`` fresh until cancelled: follows the directory, resumes where it was after a loss, tries again for
-    ever with a capped backoff.  ``on_change`` hears who came and went and must not raise or block."""
+    """Keeps ``view`` fresh until cancelled: follows one of the directories, resumes where it was after a loss, at another
+    if there are several, and tries again for ever with a capped backoff; meanwhile the log says now and then how old the
+    view is.  ``on_change`` hears who came and went and must not raise or block."""
     backoff = Backoff()
-    async with open_channel(directory_address) as channel:
-        stub = directory_pb2_grpc.DirectoryServiceStub(channel)
-        lost = False
+    async with Directories(directory_addresses) as directories:
+        said_s: float | None = None  # when the log last said that the directory is lost
         while True:
-            call = stub.Watch(directory_pb2.WatchRequest(from_revision=view.revision))
+            directory = directories.current
+            call = directory.stub.Watch(directory_pb2.WatchRequest(from_revision=view.revision))
             try:
                 while True:
                     async with asyncio.timeout(_SILENCE_S):
                         response = await call.read()
                     if not isinstance(response, directory_pb2.WatchResponse):
                         raise ConnectionError("the directory ended the watch")
-                    if lost:
-                        lost = False
-                        _log.info("watching the directory again", directory=directory_address)
+                    if said_s is not None:
+                        said_s = None
+                        age_s = _told(view.age_s)
+                        _log.info("watching the directory again", directory=directory.address, view_age_s=age_s)
                     backoff.reset()
                     for changes in view.apply_in_steps(response):
                         for change in changes:
@@ -213,13 +216,23 @@ async def watch(
                             on_change(changes)
                         await asyncio.sleep(0)  # the requests' turn
             except (grpc.aio.AioRpcError, TimeoutError, ConnectionError) as error:
-                if not lost:
-                    lost = True
+                directories.move_on(directory)
+                now_s = time.monotonic()
+                if said_s is None or now_s - said_s >= _SAID_AGAIN_S:
+                    said_s = now_s
                     reason = error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error) or "silence"
-                    _log.warning("lost the directory; the view grows old", directory=directory_address, reason=reason)
+                    _log.warning(
+                        "lost the directory; the view grows old",
+                        directory=directory.address, reason=reason, view_age_s=_told(view.age_s),
+                    )  # fmt: skip
             finally:
                 call.cancel()
             await asyncio.sleep(backoff.next_s())
+
+
+def _told(age_s: float) -> float | None:
+    """None before the directory was first heard."""
+    return None if age_s == float("inf") else round(age_s, 1)
 
 
 def _log_change(change: Change) -> None:

@@ -30,6 +30,8 @@ HEADINGS = (
     "quar.",
     "all",
 )
+# A directory that is there is heard from every 2 s.
+LOST_S = 6.0
 _NUMERIC = frozenset(range(2, len(HEADINGS)))
 
 
@@ -85,9 +87,10 @@ def _rendered(cluster: Cluster) -> Group:
 
 def summary(cluster: Cluster) -> str:
     workers = "1 worker" if len(cluster.workers) == 1 else f"{len(cluster.workers)} workers"
+    lost = " (no directory answers)" if cluster.view_age_s >= LOST_S else ""
     return (
         f"{cluster.model.name}, {workers}, {cluster.num_requests_in_flight} requests in flight, "
-        f"{cluster.num_requests_total} in total, view {cluster.view_age_s:.1f} s old, kvferry {cluster.version}"
+        f"{cluster.num_requests_total} in total, view {cluster.view_age_s:.1f} s old{lost}, kvferry {cluster.version}"
     )
 
 

@@ -10,9 +10,9 @@ from typing import Self
 import grpc
 import structlog
 
-from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from kvferry.api.directory.v1 import directory_pb2
 from services.runtime.backoff import Backoff
-from services.runtime.channel import open_channel
+from services.runtime.directories import Directories, Directory
 from services.runtime.journal import BlockJournal, snapshot_events
 from services.runtime.tier import Tier
 
@@ -36,10 +36,10 @@ class Membership:
     """Keeps a worker in the cluster while entered, for as long as the process lives.
 
     Registers, keeps the lease alive every third of ``lease_ttl_s`` with the current ``load()``, and publishes block
-    events in order.  While the directory is away it tries again for ever with a capped, jittered backoff, and the worker
-    does not notice; when the lease has ended meanwhile it registers again and sends ``snapshot()``, by tier the hashes of
-    all blocks now in the prefix cache.  Leaving deregisters (at most 1 s).  Only when another process has registered
-    under the same worker_id does it give up, with an error in the log.
+    events in order.  While the directory is away it tries again for ever with a capped, jittered backoff, one after the
+    other where there are several, and the worker does not notice; when the lease has ended meanwhile it registers again
+    and sends ``snapshot()``, by tier the hashes of all blocks now in the prefix cache.  Leaving deregisters (at most 1 s).
+    Only when another process has registered under the same worker_id does it give up, with an error in the log.
 
     ``load`` and ``snapshot`` are called on the event loop's thread and must not block.
     ``stored``, ``removed`` and ``cleared`` may be called from any thread, at any time, and never block.  Call them after
@@ -49,7 +49,7 @@ class Membership:
 
     def __init__(
         self,
-        directory_address: str,
+        directory_addresses: tuple[str, ...],
         info: directory_pb2.WorkerInfo,
         load: Callable[[], directory_pb2.WorkerLoad],
         snapshot: Callable[[], Mapping[Tier, Sequence[bytes]]],
@@ -57,7 +57,7 @@ class Membership:
         lease_ttl_s: float = 6.0,
         max_pending_hashes: int = 1 << 18,
     ) -> None:
-        self._address = directory_address
+        self._directories = Directories(directory_addresses)
         self._info = info
         self._load = load
         self._snapshot = snapshot
@@ -88,8 +88,7 @@ class Membership:
         self._wake()
 
     async def __aenter__(self) -> Self:
-        self._channel = open_channel(self._address)
-        self._stub = directory_pb2_grpc.DirectoryServiceStub(self._channel)
+        await self._directories.__aenter__()
         self._pending = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._stay(), name="membership")
@@ -102,11 +101,11 @@ class Membership:
         if self._lease_id is not None:
             request = directory_pb2.DeregisterRequest(lease_id=self._lease_id)
             try:
-                await self._stub.Deregister(request, timeout=_DEREGISTER_TIMEOUT_S)
+                await self._directories.current.stub.Deregister(request, timeout=_DEREGISTER_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 _log.info("left without saying goodbye; the lease will run out", code=error.code().name)
             self._lease_id = None
-        await self._channel.close()
+        await self._directories.__aexit__(None, None, None)
 
     def _wake(self) -> None:
         loop = self._loop
@@ -141,18 +140,19 @@ class Membership:
             request = directory_pb2.RegisterRequest(
                 info=self._info, load=self._load(), lease_ttl_ms=round(self._lease_ttl_s * 1000)
             )
+            directory = self._directories.current
             try:
-                response = await self._stub.Register(request, timeout=_CALL_TIMEOUT_S)
+                response = await directory.stub.Register(request, timeout=_CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     raise _ReplacedError(error.details()) from error
-                await self._pause(backoff, "register", error)
+                await self._pause(backoff, directory, "register", error)
                 continue
             self._lease_id = response.lease_id
             self._journal.break_()
             self._pending.set()
             self._away = False
-            _log.info("registered", worker_id=self._info.worker_id, directory=self._address)
+            _log.info("registered", worker_id=self._info.worker_id, directory=directory.address)
             return
 
     async def _hold_lease(self) -> None:
@@ -176,15 +176,16 @@ class Membership:
             await asyncio.sleep(ttl_s / 3)
             request = directory_pb2.KeepAliveRequest(lease_id=self._lease_id, load=self._load())
             while True:
+                directory = self._directories.current
                 try:
-                    response = await self._stub.KeepAlive(request, timeout=min(_CALL_TIMEOUT_S, ttl_s / 3))
+                    response = await directory.stub.KeepAlive(request, timeout=min(_CALL_TIMEOUT_S, ttl_s / 3))
                 except grpc.aio.AioRpcError as error:
                     if error.code() is grpc.StatusCode.NOT_FOUND:
                         raise _LeaseLostError from error
-                    await self._pause(backoff, "keep-alive", error)
+                    await self._pause(backoff, directory, "keep-alive", error)
                 else:
                     ttl_s = response.lease_ttl_ms / 1000
-                    self._away = False
+                    self._answered(directory)
                     backoff.reset()
                     break
 
@@ -212,28 +213,39 @@ class Membership:
             request = directory_pb2.PublishBlocksRequest(
                 lease_id=self._lease_id, first_sequence=next_sequence, events=batches[0]
             )
+            directory = self._directories.current
             try:
-                # Sent again after a lost answer, the directory knows the events by their numbers.
-                response = await self._stub.PublishBlocks(request, timeout=_CALL_TIMEOUT_S)
+                # Sent again after a lost answer, to whichever directory, the events are known by their numbers.
+                response = await directory.stub.PublishBlocks(request, timeout=_CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     raise _LeaseLostError from error
                 if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                     self._journal.break_()
                 else:
-                    await self._pause(backoff, "publish", error)
+                    await self._pause(backoff, directory, "publish", error)
                 continue
             next_sequence = response.next_sequence
-            self._away = False
+            self._answered(directory)
             backoff.reset()
             batches.popleft()
         return next_sequence
 
-    async def _pause(self, backoff: Backoff, what: str, error: grpc.aio.AioRpcError) -> None:
-        """Waits before the next attempt, or raises ``error`` when the directory has understood and refused."""
+    def _answered(self, directory: Directory) -> None:
+        if self._away:
+            self._away = False
+            _log.info("a directory answers again", directory=directory.address)
+
+    async def _pause(self, backoff: Backoff, directory: Directory, what: str, error: grpc.aio.AioRpcError) -> None:
+        """Waits before the next attempt, at another directory if there is one; or raises ``error`` when the directory has
+        understood and refused."""
         if error.code() in _REFUSALS:
             raise error
+        self._directories.move_on(directory)
         if not self._away:
             self._away = True
-            _log.warning("the directory does not answer; trying until it does", call=what, code=error.code().name)
+            _log.warning(
+                "the directory does not answer; trying until one does",
+                call=what, code=error.code().name, directory=directory.address,
+            )  # fmt: skip
         await asyncio.sleep(backoff.next_s())

@@ -33,7 +33,9 @@ class WorkerConfig:
     """A worker: the model, a KV pool that other workers can reach, and a gRPC server that says who may write into it."""
 
     listen: str = option("127.0.0.1:0", help="host:port of the gRPC server; port 0 picks a free one")
-    directory: str = option("127.0.0.1:8472", help="host:port of the cache directory")
+    directory: tuple[str, ...] = option(
+        ("127.0.0.1:8472",), help="host:port of the cache directory, or of several that share a store"
+    )
     worker_id: str = option("", help="name that stays the same across restarts (default: role and address)")
     model: str = option(
         "smollm2-135m-instruct",
@@ -101,6 +103,8 @@ class WorkerConfig:
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")
 
     def __post_init__(self) -> None:
+        if not self.directory:
+            raise ValueError("--directory must name at least one address")
         try:
             Share.parse(self.verify_transfers)
         except ValueError as e:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from typer.testing import CliRunner
 
 import kvferry
 from gateway.doorkeeper import read_keys
+from kvferry import Client
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.cli import make_app
+from kvferry.cli.status import summary
 from tests.sdk.fake_gateway import FakeGateway, answer, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,11 +120,17 @@ def test_address_flag_wins_over_the_environment(gateway: FakeGateway, monkeypatc
 
 def test_status_table(gateway: FakeGateway) -> None:
     done = CliRunner().invoke(APP, ["status"])
-    summary, heading, prefill, decode = done.stdout.splitlines()
-    assert summary == "tiny, 2 workers, 2 requests in flight, 41 in total, view 0.2 s old, kvferry 0.1.0"
+    first, heading, prefill, decode = done.stdout.splitlines()
+    assert first == "tiny, 2 workers, 2 requests in flight, 41 in total, view 0.2 s old, kvferry 0.1.0"
     assert heading.split()[:4] == ["worker", "state", "run", "wait"]
     assert " ".join(prefill.split()) == "prefill-0 ready 2 1 812 48 60 20 7 15 4 1 100"
     assert decode.split()[:2] == ["decode-0", "drain"]
+
+
+def test_status_says_when_no_directory_answers(gateway: FakeGateway) -> None:
+    with Client(gateway.address) as client:
+        cluster = client.cluster()
+    assert "view 31.2 s old (no directory answers), " in summary(replace(cluster, view_age_s=31.2))
 
 
 def test_status_json(gateway: FakeGateway) -> None:

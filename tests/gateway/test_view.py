@@ -3,7 +3,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import pytest
@@ -276,6 +276,16 @@ def test_a_full_view_says_how_much_it_left_out() -> None:
     assert registry.get_sample_value("kvferry_gateway_index_left_out_total") == 1
 
 
+def test_metrics_say_how_old_the_view_is() -> None:
+    clock = Clock()
+    view, registry = ClusterView(clock=clock), CollectorRegistry()
+    registry.register(ViewCollector(view))
+    assert registry.get_sample_value("kvferry_gateway_view_age_seconds") == float("inf")
+    view.apply(response(5, joined("a"), snapshot=True))
+    clock.now_s += 31
+    assert registry.get_sample_value("kvferry_gateway_view_age_seconds") == 31
+
+
 class ScriptedDirectory(directory_pb2_grpc.DirectoryServiceServicer):
     """Answers each watch from a script; an item that is no response is awaited or raised."""
 
@@ -301,7 +311,7 @@ async def watching(directory: ScriptedDirectory, view: ClusterView) -> AsyncIter
     address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
     changes: asyncio.Queue[Any] = asyncio.Queue()
     async with running(server, grace_s=0):
-        task = asyncio.create_task(watch(view, address, on_change=changes.put_nowait))
+        task = asyncio.create_task(watch(view, (address,), on_change=changes.put_nowait))
         try:
             yield changes
         finally:
@@ -337,19 +347,44 @@ async def test_a_silent_watch_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
         assert names(view) == {"a"}
 
 
-async def test_the_view_outlives_its_directory() -> None:
+async def test_the_view_outlives_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     view = ClusterView()
     server = create_server()
     directory = ScriptedDirectory([response(5, joined("a"), snapshot=True), asyncio.Event()])
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, server)
     address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
     changes: asyncio.Queue[Any] = asyncio.Queue()
-    task = asyncio.create_task(watch(view, address, on_change=changes.put_nowait))
+    task = asyncio.create_task(watch(view, (address,), on_change=changes.put_nowait))
+    monkeypatch.setattr(view_module, "_SAID_AGAIN_S", 0.2)
+    warned = asyncio.Queue[dict[str, Any]]()
+    monkeypatch.setattr(view_module._log, "warning", lambda event, **what: warned.put_nowait(what), raising=False)
     async with running(server, grace_s=0):
         await asyncio.wait_for(changes.get(), 10)
-    done, _ = await asyncio.wait([task], timeout=0.5)
-    assert not done
+    ages = [(await asyncio.wait_for(warned.get(), 10))["view_age_s"] for _ in range(2)]
+    assert ages[1] > ages[0]
+    assert not task.done()
     assert names(view) == {"a"}
-    assert 0 < view.age_s < 10
+    assert 0 < view.age_s < 20
     task.cancel()
     await asyncio.wait([task])
+
+
+async def test_a_watch_goes_on_at_another_directory() -> None:
+    directories = [ScriptedDirectory([response(5, joined("a"), snapshot=True), asyncio.Event()]) for _ in range(2)]
+    view, changes = ClusterView(), asyncio.Queue[Any]()
+    async with AsyncExitStack() as stack:
+        addresses, stops = [], []
+        for directory in directories:
+            server = create_server()
+            directory_pb2_grpc.add_DirectoryServiceServicer_to_server(directory, server)
+            addresses.append(f"127.0.0.1:{bind(server, '127.0.0.1:0')}")
+            stops.append(await stack.enter_async_context(AsyncExitStack()))
+            await stops[-1].enter_async_context(running(server, grace_s=0))
+        task = asyncio.create_task(watch(view, tuple(addresses), on_change=changes.put_nowait))
+        await asyncio.wait_for(changes.get(), 10)
+        used = next(i for i, directory in enumerate(directories) if directory.from_revisions.qsize())
+        await stops[used].aclose()
+        async with asyncio.timeout(10):
+            assert await directories[1 - used].from_revisions.get() == 5
+        task.cancel()
+        await asyncio.wait([task])

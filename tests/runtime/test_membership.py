@@ -80,24 +80,30 @@ class Running:
 
 @asynccontextmanager
 async def directory(port: int = 0) -> AsyncIterator[Running]:
-    server, store = create_server(), MemoryStore()
-    servicer = Servicer(store)
+    async with MemoryStore() as store, AsyncExitStack() as stack:
+        yield await serve(store, stack, port)
+        store.directory.check_integrity()
+        store.watchers.close()
+
+
+async def serve(store: MemoryStore, stack: AsyncExitStack, port: int = 0) -> Running:
+    """One of the directories of ``store``, until ``stack`` is left."""
+    server, servicer = create_server(), Servicer(store)
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(servicer, server)
     port = bind(server, f"127.0.0.1:{port}")
-    async with running(server, grace_s=1), store:
-        yield Running(store, servicer, port)
-        store.directory.check_integrity()
+    await stack.enter_async_context(running(server, grace_s=0.1))
+    return Running(store, servicer, port)
 
 
 class Worker:
     """A worker's cache and its membership."""
 
-    def __init__(self, address: str, worker: directory_pb2.WorkerInfo | None = None, **options: Any) -> None:
+    def __init__(self, *addresses: str, worker: directory_pb2.WorkerInfo | None = None, **options: Any) -> None:
         self.cache: set[bytes] = set()
         self.caches = {Tier.DEVICE: self.cache, Tier.HOST: set[bytes]()}
         self.load = directory_pb2.WorkerLoad()
         self.num_snapshots = 0
-        self.membership = Membership(address, worker or info(), lambda: self.load, self.snapshot, **options)
+        self.membership = Membership(addresses, worker or info(), lambda: self.load, self.snapshot, **options)
 
     def snapshot(self) -> dict[Tier, list[bytes]]:
         self.num_snapshots += 1
@@ -179,9 +185,9 @@ async def test_starts_without_a_directory_and_leaves_without_one() -> None:
 
 
 @asynccontextmanager
-async def viewing(address: str) -> AsyncIterator[tuple[ClusterView, asyncio.Queue[list[Change]]]]:
+async def viewing(*addresses: str) -> AsyncIterator[tuple[ClusterView, asyncio.Queue[list[Change]]]]:
     view, changes = ClusterView(), asyncio.Queue[list[Change]]()
-    task = asyncio.create_task(watch(view, address, on_change=changes.put_nowait))
+    task = asyncio.create_task(watch(view, addresses, on_change=changes.put_nowait))
     try:
         yield view, changes
     finally:
@@ -230,7 +236,10 @@ async def test_a_worker_that_falls_silent_expires_in_the_view() -> None:
 
 async def test_a_new_incarnation_takes_over_and_the_old_one_gives_up() -> None:
     async with directory() as place, viewing(place.address) as (_, changes):
-        old, new = Worker(place.address, lease_ttl_s=1), Worker(place.address, info(incarnation=2), lease_ttl_s=1)
+        old, new = (
+            Worker(place.address, lease_ttl_s=1),
+            Worker(place.address, worker=info(incarnation=2), lease_ttl_s=1),
+        )
         with structlog.testing.capture_logs() as lines:
             async with old.membership:
                 await asyncio.wait_for(changes.get(), 5)
@@ -335,3 +344,33 @@ async def test_a_bug_in_a_callback_does_not_end_membership(monkeypatch: pytest.M
             async with worker.membership:
                 await place.until(lambda: place.held() == {block(9)})
         assert "membership failed; registering again" in [line["event"] for line in lines]
+
+
+async def test_another_directory_of_the_same_store_takes_over() -> None:
+    async with MemoryStore() as store, AsyncExitStack() as stack:
+        # Two services of one store: what a directory is to its worker where several share a Redis.
+        stacks = [await stack.enter_async_context(AsyncExitStack()) for _ in range(2)]
+        places = {place.address: (place, own) for own in stacks for place in [await serve(store, own)]}
+        worker = Worker(*places, lease_ttl_s=1.5)
+        view, changes = await stack.enter_async_context(viewing(*places))
+        await stack.enter_async_context(worker.membership)
+        place = next(iter(places.values()))[0]
+        worker.store(1)
+        await place.until(lambda: place.held() == {block(1)})
+        lease_ids = set(store.directory._by_lease)
+        assert isinstance((await asyncio.wait_for(changes.get(), 5))[0], WorkerJoined)
+        await place.until(lambda: view.num_blocks("d1") == 1, beat_s=0.02)
+        lost = worker.membership._directories.current.address
+        await places[lost][1].aclose()
+        worker.store(2)
+        await place.until(lambda: place.held() == {block(1), block(2)})
+        await place.until(lambda: view.num_blocks("d1") == 2, beat_s=0.02)
+        # Longer than the lease.
+        gone = asyncio.create_task(place.until(lambda: num_workers(place) == 0))
+        done, _ = await asyncio.wait([gone], timeout=2.0)
+        gone.cancel()
+        assert not done
+        assert set(store.directory._by_lease) == lease_ids, "it registered again"
+        assert worker.num_snapshots == 1
+        assert changes.empty()
+        assert worker.membership._directories.current.address != lost

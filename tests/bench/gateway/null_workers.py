@@ -121,7 +121,7 @@ async def serve(directory: str, model: ModelConfig, num_workers: int) -> None:
             worker_pb2_grpc.add_DecodeServiceServicer_to_server(NullDecode(pace, number / num_workers), server)
             await stack.enter_async_context(running(server, grace_s=0))
             info = worker_info(f"null-{number}", address, model)
-            await stack.enter_async_context(Membership(directory, info, load, dict))
+            await stack.enter_async_context(Membership((directory,), info, load, dict))
         print("ready", flush=True)
         await asyncio.Event().wait()
 

@@ -71,7 +71,7 @@ class DirectoryServiceServicer(object):
 
     def Register(self, request, context):
         """Joins the cluster under a lease. A worker_id that is registered already is replaced when the incarnation differs
-        (the event says both); the same incarnation again renews its lease.
+        (the event says both); the same incarnation again gets another lease, and keeps its blocks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,7 +92,7 @@ class DirectoryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Watch(self, request, context):
-        """Streams changes after from_revision in order of revision, without gaps; begins with a snapshot when from_revision
+        """Streams changes after from_revision in order, none left out and none twice; begins with a snapshot when from_revision
         is 0 or older than what the directory still remembers. Sends an empty response at least every 2 s as a sign of life.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -100,8 +100,8 @@ class DirectoryServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def PublishBlocks(self, request, context):
-        """Reports what entered and left a worker's prefix cache. FAILED_PRECONDITION when first_sequence leaves a gap: send a
-        snapshot (cleared, then everything stored), which is accepted at any later sequence.
+        """Reports what entered and left a worker's prefix cache. FAILED_PRECONDITION when first_sequence leaves a gap, or the
+        store wants to begin anew: send a snapshot (cleared, then everything stored), which is accepted at any later sequence.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

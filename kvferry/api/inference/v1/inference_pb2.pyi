@@ -459,7 +459,9 @@ class DescribeClusterResponse(google.protobuf.message.Message):
     NUM_REQUESTS_TOTAL_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     view_age_ms: builtins.int
-    """Milliseconds since the directory was last heard from; the view may be that old."""
+    """Milliseconds since a directory was last heard from; the view may be that old. Since the gateway's start where none
+    was heard yet.
+    """
     num_requests_in_flight: builtins.int
     num_requests_total: builtins.int
     version: builtins.str
