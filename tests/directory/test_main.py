@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -12,8 +13,10 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from tests.directory.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,10 +28,11 @@ def free_port() -> int:
         return port
 
 
-def start(*arguments: str) -> subprocess.Popen[str]:
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "services.directory", *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "services.directory", *arguments],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 def lines_until(process: subprocess.Popen[str], event: str) -> dict[str, Any]:
@@ -82,6 +86,67 @@ def test_an_unknown_option_is_refused() -> None:
     assert child.returncode == 2
     assert err.count("\n") == 1
     assert "--lisen" in err
+
+
+def test_health_follows_a_store_that_comes_and_goes(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--requirepass", "swordfish")
+    password = tmp_path / "password"
+    password.write_text("swordfish\n")
+    port, metrics_port = free_port(), free_port()
+    child = start(
+        "--listen", f"127.0.0.1:{port}", "--metrics-port", str(metrics_port), "--store-password-file", str(password),
+        KVFERRY_STORE=server.url,
+    )  # fmt: skip
+
+    def metrics() -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=5) as response:
+            return bytes(response.read())
+
+    try:
+        lines_until(child, "listening")
+        assert b"kvferry_directory_available 0.0" in metrics()
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            health = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+            stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+            assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.RpcError) as away:
+                stub.Lookup(directory_pb2.LookupRequest(), timeout=5)
+            assert away.value.code() is grpc.StatusCode.UNAVAILABLE
+            server.start(password="swordfish")
+            assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+            stub.Lookup(directory_pb2.LookupRequest(), timeout=5)
+            assert b'kvferry_directory_workers{role="decode"} 0.0' in metrics()
+            server.kill()
+            assert next(health).status == health_pb2.HealthCheckResponse.NOT_SERVING
+            health.cancel()
+        assert b"swordfish" not in Path(f"/proc/{child.pid}/cmdline").read_bytes()
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(timeout=10) == 0
+        assert child.stderr is not None
+        assert "swordfish" not in child.stderr.read()
+    finally:
+        server.kill()
+        child.kill()
+        child.communicate(timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("store", "status", "sentence"),
+    [
+        ("swordfish@nowhere", 2, "--store must be memory or begin with one of"),
+        ("redis://me:swordfish@[::1/0", 1, "--store is not a URL"),
+        ("redis://me:swordfish@127.0.0.1:PORT/0", 1, "check the user, the password"),
+    ],
+)
+def test_a_store_that_cannot_be_is_one_sentence_without_its_password(
+    redis_server: RedisServer, store: str, status: int, sentence: str
+) -> None:
+    child = start("--listen", f"127.0.0.1:{free_port()}", KVFERRY_STORE=store.replace("PORT", str(redis_server.port)))
+    _, err = child.communicate(timeout=20)
+    assert child.returncode == status
+    assert sentence in err
+    assert "Traceback" not in err
+    assert "swordfish" not in err
 
 
 def test_nothing_heavy_is_imported() -> None:
