@@ -66,6 +66,16 @@ def test_a_lease_ends_exactly_when_it_says() -> None:
         directory.keep_alive(lease, b"load", 20)
 
 
+def test_all_leases_can_be_given_their_whole_time_again() -> None:
+    directory = make()
+    directory.register(worker("a"), ttl_s=5, now_s=0)
+    directory.register(worker("b"), ttl_s=8, now_s=0)
+    directory.renew_all(30)
+    assert directory.expire(34.9) == 0
+    assert directory.expire(35) == 1
+    assert directory.next_expiry_s() == 38
+
+
 def test_a_late_keep_alive_does_not_revive_even_before_the_timer() -> None:
     directory = make()
     lease = directory.register(worker(), ttl_s=5, now_s=0)

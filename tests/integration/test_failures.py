@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 
 import pytest
@@ -71,6 +72,24 @@ def test_a_decode_worker_killed_while_its_prompt_is_computed(cluster: Running, c
     cluster.wait_until(lambda: cluster.is_quiet("prefill-0"), 5, "the writer has let go")
     cluster.local.wait_ready("decode-0", 60)
     cluster.local.wait_ready("gateway", 60)
+    assert_serves(client)
+
+
+def test_while_the_directory_hangs_requests_go_on_and_the_view_says_its_age(cluster: Running, client: Client) -> None:
+    """Longer than a lease, which is 6 s: those of workers that could not renew do not end by it."""
+    incarnations = {w.info.worker_id: w.info.incarnation for w in cluster.cluster_view().workers}
+    cluster.local.kill("directory", signal.SIGSTOP)
+    began_s = time.monotonic()
+    try:
+        while time.monotonic() - began_s < 7.5:
+            assert_serves(client)
+        assert cluster.cluster_view().view_age_ms > 5_000
+    finally:
+        cluster.local.kill("directory", signal.SIGCONT)
+    while cluster.cluster_view().view_age_ms > 2_500:
+        assert_serves(client)
+        assert time.monotonic() - began_s < 60, "the gateway does not watch again"
+    assert {w.info.worker_id: w.info.incarnation for w in cluster.cluster_view().workers} == incarnations
     assert_serves(client)
 
 
