@@ -70,13 +70,16 @@ class RedisServer:
             self._process.wait(10)
             self._process = None
 
-    def pause(self) -> None:
+    @property
+    def pid(self) -> int:
         assert self._process is not None
-        self._process.send_signal(signal.SIGSTOP)
+        return self._process.pid
+
+    def pause(self) -> None:
+        os.kill(self.pid, signal.SIGSTOP)
 
     def resume(self) -> None:
-        assert self._process is not None
-        self._process.send_signal(signal.SIGCONT)
+        os.kill(self.pid, signal.SIGCONT)
 
     def __enter__(self) -> Self:
         self.start()
