@@ -46,8 +46,8 @@ _MAX_LOG_NBYTES = 64 << 20
 # those still there.
 _MIN_REMOVED_NBYTES = 4 << 20
 MAX_CHANGES = 1000
-# At most a mebibyte each, as workers send them.
-_READ_ENTRIES = 32
+# At most a mebibyte each, as workers send them; of small ones more are read at once.
+_READ_ENTRIES, _MAX_READ_ENTRIES, _READ_NBYTES = 32, 1024, 1 << 20
 
 
 class StoreRefusedError(StoreAwayError):
@@ -96,15 +96,16 @@ class RedisLink:
 
     async def blocks(self, worker_id: str) -> AsyncIterator[list[BlockChange]]:
         """The account of the worker's blocks, part by part, not all of one moment."""
-        start = 0
+        start, count = 0, _READ_ENTRIES
         while True:
             with self._translated():
-                parts: Any = await self._client.lrange(f"{_PREFIX}blocks:{worker_id}", start, start + _READ_ENTRIES - 1)
+                parts: Any = await self._client.lrange(f"{_PREFIX}blocks:{worker_id}", start, start + count - 1)
             for part in parts:
                 yield _changes(part)
-            if len(parts) < _READ_ENTRIES:
+            if len(parts) < count:
                 return
             start += len(parts)
+            count = min(max(_READ_NBYTES * len(parts) // sum(map(len, parts)), _READ_ENTRIES), _MAX_READ_ENTRIES)
 
     async def entries_after(self, revision: int, wait_s: float) -> list[Entry]:
         """Those that the log has, oldest first, not necessarily all; waits ``wait_s`` for the first one."""

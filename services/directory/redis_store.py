@@ -40,7 +40,7 @@ _MAX_SEQUENCE = 1 << 53
 
 class RedisStore:
     """A Store.  While Redis is away, or not read yet, calls and watches end with StoreAwayError; it is tried again for
-    ever.  What a caller wrote is in ``state`` when the call returns."""
+    ever.  Who registered and what was published is in ``state`` when the call returns."""
 
     def __init__(
         self, link: RedisLink, *, max_events: int = 100_000, max_index_entries: int = DEFAULT_MAX_ENTRIES
@@ -97,8 +97,7 @@ class RedisStore:
     async def keep_alive(self, lease_id: int, load: bytes) -> float:
         self._present()
         match await self._link.keep_alive(lease_id, load):
-            case [b"ok", ttl_ms, revision]:
-                await self._echo(revision)
+            case [b"ok", ttl_ms, _]:
                 return int(ttl_ms) / 1000
             case [b"unknown"]:
                 raise UnknownLeaseError(lease_id)

@@ -225,6 +225,20 @@ async def test_an_account_that_grows_long_is_begun_anew(redis_server: RedisServe
     await link.close()
 
 
+async def test_an_account_of_many_parts_is_read_whole(redis_server: RedisServer, monkeypatch: Any) -> None:
+    monkeypatch.setattr(redis_link, "_READ_ENTRIES", 4)
+    monkeypatch.setattr(redis_link, "_MAX_READ_ENTRIES", 32)
+    link = RedisLink(redis_server.url, max_events=100)
+    await link.register(Worker("a", 1, Role.DECODE, b"", b""), 60, 7)
+    hashes = [n.to_bytes(16, "big") for n in range(200)]
+    for n, hash_ in enumerate(hashes):
+        await link.publish(7, n + 1, [Stored(hash_)])
+    replica = await read(link)
+    assert replica.state is not None
+    assert held(replica.state)["a"][Tier.DEVICE] == set(hashes)
+    await link.close()
+
+
 async def test_the_log_is_bounded(redis_server: RedisServer, monkeypatch: Any) -> None:
     monkeypatch.setattr(redis_link, "_MAX_LOG_NBYTES", 20_000)
     few, many = RedisLink(redis_server.url, max_events=5), RedisLink(redis_server.url, max_events=1_000)

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,14 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from gateway import view as view_module
+from gateway.decisions import DecisionBook
+from gateway.doorkeeper import Doorkeeper
 from gateway.metrics import ViewCollector
+from gateway.servicer import ClusterServicer
 from gateway.view import ClusterView, WorkerGone, WorkerJoined, watch
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
+from kvferry.api.inference.v1 import inference_pb2
 from services.directory.core import Directory
 from services.directory.events import Cleared, Removed, Role, Stored, Worker
 from services.directory.index import Prefix
@@ -284,6 +289,14 @@ def test_metrics_say_how_old_the_view_is() -> None:
     view.apply(response(5, joined("a"), snapshot=True))
     clock.now_s += 31
     assert registry.get_sample_value("kvferry_gateway_view_age_seconds") == 31
+
+
+async def test_a_view_that_never_heard_of_a_directory_is_as_old_as_its_gateway() -> None:
+    frontend: Any = SimpleNamespace(model=common_pb2.ModelInfo(), num_in_flight=0, num_requests_total=0)
+    servicer = ClusterServicer(frontend, Doorkeeper(), ClusterView(), DecisionBook())
+    context: Any = SimpleNamespace(invocation_metadata=lambda: ())
+    answer = await servicer.DescribeCluster(inference_pb2.DescribeClusterRequest(), context)
+    assert answer.view_age_ms < 60_000
 
 
 class ScriptedDirectory(directory_pb2_grpc.DirectoryServiceServicer):
