@@ -82,6 +82,12 @@ class RedisLink:
         """Ends the leases that ran out; returns how many.  Whoever serves calls this every half second."""
         return int((await self._call("look"))[1])
 
+    async def life(self) -> str:
+        """Of the server: it ends with its process, and where another one takes over."""
+        with self._translated():
+            server = await self._client.info("server")
+        return str(server["run_id"])
+
     async def head(self) -> int:
         """Revision of the log's last entry."""
         with self._translated():

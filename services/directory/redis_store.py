@@ -191,19 +191,21 @@ class RedisStore:
         """Before anything else the leases, that nobody may think ended who could not renew them."""
         await self._look()
         await self._link.check_policy()
-        if self._replica.revision is None:
+        if not self._replica.is_read:
             await self._read()
         head = await self._link.head()
-        self._replica.complete(head)
+        self._replica.check_head(head)
         await self._reach(head)
 
     async def _read(self) -> None:
+        life = await self._link.life()
         head, workers = await self._link.workers()
-        self._replica.begin(head, workers)
+        self._replica.begin(head, workers, life)
         for worker in workers:
             async for changes in self._link.blocks(worker.worker_id):
                 self._replica.add_blocks(worker.worker_id, changes)
                 await asyncio.sleep(0)  # the other calls' turn
+        self._replica.complete(await self._link.head(), await self._link.life())
 
     async def _step(self) -> None:
         """Whatever comes within a look's time, and a look when it is due."""
@@ -220,7 +222,6 @@ class RedisStore:
                 raise LogBrokenError(f"the entries up to {head} are gone")
 
     async def _entries(self, wait_s: float) -> list[Entry]:
-        assert self._replica.revision is not None
         return await self._link.entries_after(self._replica.revision, wait_s)
 
     async def _take(self, entries: Sequence[Entry]) -> bool:

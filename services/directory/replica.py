@@ -29,12 +29,16 @@ class LogBrokenError(Exception):
 class Replica:
     """To be read: ``begin``, ``add_blocks`` of each worker, ``complete``.  The parts need not be of one moment: ``begin``
     names the head of the log before all of them and ``complete`` the head after, and once the entries in between have been
-    taken, on top of parts that may have them already, the copy is what the log says.  Until then ``state`` is None."""
+    taken, on top of parts that may have them already, the copy is what the log says.  Until then ``state`` is None.
+
+    A part may hold what the store loses before ``complete``, of which the log then knows nothing.  So both name the store's
+    life, which ends where anything can be lost."""
 
     def __init__(self, new_state: Callable[[int], ClusterState]) -> None:
         self._new_state = new_state
         self._state: ClusterState | None = None
         self._whole_from: int | None = None
+        self._life = ""
 
     @property
     def state(self) -> ClusterState | None:
@@ -44,13 +48,20 @@ class Replica:
         return state if state is not None and whole_from is not None and state.revision >= whole_from else None
 
     @property
-    def revision(self) -> int | None:
-        """Of the last entry taken; the next must lead on from it.  None: to be read from the beginning."""
-        return None if self._state is None else self._state.revision
+    def is_read(self) -> bool:
+        """Whether the log alone leads on; otherwise it is to be read from the beginning."""
+        return self._whole_from is not None
 
-    def begin(self, head: int, workers: Sequence[Worker]) -> None:
-        """Drops what was there."""
+    @property
+    def revision(self) -> int:
+        """Of the last entry taken; the next must lead on from it."""
+        assert self._state is not None, "begin comes first"
+        return self._state.revision
+
+    def begin(self, head: int, workers: Sequence[Worker], life: str) -> None:
+        """Drops what was there.  ``life``: as of before."""
         self.drop()
+        self._life = life
         self._state = self._new_state(head)
         self._state.seed([Joined(worker) for worker in workers])
 
@@ -60,20 +71,20 @@ class Replica:
         incarnation = self._state.workers[worker_id].incarnation
         self._state.seed([BlocksChanged(worker_id, incarnation, tuple(changes))])
 
-    def complete(self, head: int) -> None:
-        """Raises LogBrokenError when the head is behind what was read."""
-        assert self._state is not None, "begin comes first"
-        self._whole_from = head
+    def complete(self, head: int, life: str) -> None:
+        """``life``: as of after.  Raises LogBrokenError when something may have been lost while it was read."""
+        if life != self._life:
+            raise LogBrokenError("the store began another life while it was read")
         self.check_head(head)
+        self._whole_from = head
 
     def check_head(self, head: int) -> None:
         """``head``: of the log, as of later than the last entry taken."""
-        assert self._state is not None, "begin comes first"
-        if head < self._state.revision:
-            raise LogBrokenError(f"the log ends at {head}, and {self._state.revision} was seen")
+        if head < self.revision:
+            raise LogBrokenError(f"the log ends at {head}, and {self.revision} was seen")
 
     def is_behind(self, head: int) -> bool:
-        return self._state is None or self._state.revision < head
+        return self.revision < head
 
     def take(self, entry: Entry) -> None:
         """Raises LogBrokenError, with nothing changed, when entries are missing before this one."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.directory import trace
+from tests.bench.directory import away, trace
 from tests.bench.directory.load import CHAIN_BLOCKS, NUM_WORKERS, Load
 from tests.bench.directory.sides import Kvferry
 from tests.bench.directory.works import Disagreement, Works, agree, replayed
@@ -69,6 +69,12 @@ def test_ours_alone_is_measured_against_the_fixed_goals() -> None:
     rows = [*works.lookup(), *works.ingest()]
     assert len(rows) == 5
     assert all(row.ours > 0 for row in rows)
+
+
+def test_the_hit_rate_counts_tokens() -> None:
+    asked = [away.Asked(0, 100, 90, ""), away.Asked(1, 300, 10, ""), away.Asked(2, 0, 0, "failed")]
+    assert away._hit_rate(asked) == 0.25
+    assert away._hit_rate([]) == 0
 
 
 def test_sides_that_differ_are_noticed() -> None:

@@ -145,6 +145,29 @@ async def test_one_that_falls_behind_the_log_reads_all_anew(
             assert (await next_events(watch)).snapshot
 
 
+async def test_a_reading_that_is_cut_off_begins_anew(
+    redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with opened(redis_server.url) as (one,):
+        lease, _ = await one.register(worker(), 60)
+        for n in range(1, 4):
+            await one.publish_blocks(lease, n, [Stored(block(n))])
+        late, cuts = new_store(redis_server.url), [StoreAwayError("cut off")]
+        blocks = late._link.blocks
+
+        async def cut_off(name: str) -> AsyncIterator[Any]:
+            async for changes in blocks(name):
+                yield changes
+                if cuts:
+                    raise cuts.pop()
+
+        monkeypatch.setattr(late._link, "blocks", cut_off)
+        async with late:
+            await until(late, lambda: late.state is not None)
+            assert not cuts
+            assert held(late) == {block(1), block(2), block(3)}
+
+
 async def test_a_crash_that_loses_nothing_is_no_event(tmp_path: Path) -> None:
     with RedisServer(tmp_path, persistent=True) as server:
         async with opened(server.url, 2) as (one, other):

@@ -54,6 +54,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.store = Held()
         self.saved = copy.deepcopy(self.store)
         self.clock = 1
+        self.life = 1
         # revision -> what was true then; none ever comes twice
         self.truth = {1: self.facts()}
         self.replica = Replica(lambda revision: ClusterState(revision, max_events=4))
@@ -120,10 +121,11 @@ class ReplicaMachine(RuleBasedStateMachine):
         """What was not saved is gone; revisions go on from later."""
         self.store = copy.deepcopy(self.saved)
         self.clock += 10
+        self.life += 1
 
     @rule()
     def begin(self) -> None:
-        self.replica.begin(self.store.head, list(self.store.workers.values()))
+        self.replica.begin(self.store.head, list(self.store.workers.values()), str(self.life))
         self.reading, self.is_complete = dict.fromkeys(self.store.workers, 0), False
 
     @precondition(lambda self: self.reading)
@@ -144,7 +146,7 @@ class ReplicaMachine(RuleBasedStateMachine):
     def complete(self) -> None:
         self.reading = None
         try:
-            self.replica.complete(self.store.head)
+            self.replica.complete(self.store.head, str(self.life))
             self.is_complete = True
         except LogBrokenError:
             self.replica.drop()
@@ -154,7 +156,6 @@ class ReplicaMachine(RuleBasedStateMachine):
     def follow(self, count: int) -> None:
         """As whoever reads the log does: its next entries, or its head where there are none."""
         seen = self.replica.revision
-        assert seen is not None
         entries = [entry for entry in self.store.log if entry.revision > seen][:count]
         try:
             for entry in entries:
@@ -180,16 +181,18 @@ class ReplicaMachine(RuleBasedStateMachine):
 
 
 TestReplicaMachine = ReplicaMachine.TestCase
-TestReplicaMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)
+TestReplicaMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
 
 
 def test_nothing_is_shown_before_all_is_read() -> None:
     replica = Replica(ClusterState)
     assert replica.state is None
-    replica.begin(5, [worker("a")])
+    assert not replica.is_read
+    replica.begin(5, [worker("a")], "1")
     replica.add_blocks("a", [Stored(block(1))])
     assert replica.state is None
-    replica.complete(7)
+    assert not replica.is_read
+    replica.complete(7, "1")
     assert replica.state is None
     replica.take(Entry(5, 6, (LoadChanged("a", 1, b"x"),)))
     assert replica.state is None
@@ -200,8 +203,8 @@ def test_nothing_is_shown_before_all_is_read() -> None:
 
 def test_a_gap_changes_nothing() -> None:
     replica = Replica(ClusterState)
-    replica.begin(5, [])
-    replica.complete(5)
+    replica.begin(5, [], "1")
+    replica.complete(5, "1")
     with pytest.raises(LogBrokenError):
         replica.take(Entry(6, 7, (Joined(worker("a")),)))
     assert replica.state is not None

@@ -173,7 +173,7 @@ async def test_no_event_is_lost_or_doubled_when_a_directory_is_killed(
         await cluster.settle()
         for name in ("directory-0", "directory-1"):
             cluster.directories.kill(name)
-            await cluster.load(1.0)
+            await cluster.load(0.6)
             if name == "directory-0":
                 assert [view.num_snapshots for view in cluster.views] == [1, 1, 1], "a watch began anew at the other"
             await asyncio.to_thread(cluster.directories.wait_ready, name, 30)
@@ -190,9 +190,9 @@ async def test_a_redis_that_forgets_all_is_told_again(redis_server: RedisServer,
         await cluster.load(0.5)
         await cluster.settle()
         redis_server.kill()
-        await cluster.load(1.0)
+        await cluster.load(0.6)
         await asyncio.to_thread(redis_server.start)
-        await cluster.load(1.0)
+        await cluster.load(0.6)
         await cluster.until(lambda: all(w.num_snapshots == 2 for w in cluster.workers), "all said again what they have")
         await cluster.settle()
         assert [view.gone for view in cluster.views] == [[]] * len(cluster.views)
