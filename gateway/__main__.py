@@ -63,7 +63,7 @@ async def run_gateway(config: GatewayConfig) -> None:
         dispatcher = Dispatcher(
             view, channels, links, model_revision=files.config.revision, routing=config.routing,
             min_ship_tokens=config.min_ship_tokens, max_attempts=config.max_attempts,
-            stall_timeout_s=config.stall_timeout_s,
+            stall_timeout_s=config.stall_timeout_s, eos_token_ids=files.config.eos_token_ids,
         )  # fmt: skip
         frontend = Frontend(
             files, view, dispatcher, max_requests=config.max_requests, max_request_s=config.max_request_s
@@ -101,7 +101,12 @@ async def run_gateway(config: GatewayConfig) -> None:
         stack.push_async_callback(http.stop, SERVER_GRACE_S)
         # Entered last: what goes wrong before is a StartupError and not a group of them.
         background = await stack.enter_async_context(asyncio.TaskGroup())
-        following = watch(view, config.directory, on_change=lambda _: membership_changed.set())
+
+        def on_change(_: object) -> None:
+            membership_changed.set()
+            dispatcher.members_changed()
+
+        following = watch(view, config.directory, on_change=on_change)
         tasks = [background.create_task(following), background.create_task(report_health())]
         if config.api_keys:
             tasks.append(background.create_task(follow(doorkeeper, config.api_keys)))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 import structlog
+from prometheus_client import Counter
 
 from gateway.candidates import Candidate, Rates, Role, WorkerKey
 from gateway.costs import Demand
@@ -55,11 +56,15 @@ log = structlog.get_logger(__name__)
 
 NO_WORKER_RETRY_S = 1.0
 WORKER_RETRY_S = 2.0
+# How long an answer that has begun waits for a worker to go on with.
+WORKER_WAIT_S = 30.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
 
 # As long as a worker waits at all.
 MAX_PULL_MS = 10_000
+
+_CONTINUED = Counter("kvferry_requests_continued", "Times that a request went on behind tokens already sent")
 
 # Of the options, in the log.
 _LOGGED_OPTIONS = 8
@@ -80,6 +85,15 @@ class Job:
     @property
     def cache_salt(self) -> bytes:
         return self.tenant.cache_salt
+
+    def behind(self, sent: Sequence[int]) -> Job:
+        """What is left of it when ``sent`` has been answered: the same tokens come next."""
+        if not sent:
+            return self
+        sampling = common_pb2.SamplingParams()
+        sampling.CopyFrom(self.sampling)
+        sampling.max_tokens -= len(sent)
+        return replace(self, prompt=[*self.prompt, *sent], sampling=sampling)
 
 
 @dataclass(slots=True)
@@ -135,7 +149,9 @@ class _Run:
     """The moving parts of one request: where its events wait, and what goes on for it."""
 
     def __init__(self, job: Job, trace: Trace, pace: Pace) -> None:
-        self.job = job
+        self.whole_job = job
+        self.job = job  # of the attempt
+        self.sent: list[int] = []
         self.trace = trace
         self.routed = False
         self._pace = pace
@@ -286,9 +302,11 @@ class _Decoding:
 class Dispatcher:
     def __init__(
         self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, routing: Policy,
-        min_ship_tokens: int, max_attempts: int, stall_timeout_s: float,
+        min_ship_tokens: int, max_attempts: int, stall_timeout_s: float, eos_token_ids: Iterable[int] = (),
     ) -> None:  # fmt: skip
         """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it."""
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._waiting: dict[_Run, tuple[frozenset[WorkerKey], asyncio.TimerHandle]] = {}  # for a worker to join
         self._view = view
         self._channels = channels
         self._links = links
@@ -307,7 +325,9 @@ class Dispatcher:
         Closing the generator stops the request's compute.  Raises kvferry.errors.Error."""
         run = _Run(job, trace, self._pace)
         run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
-        machine = RequestMachine(self._max_attempts)
+        machine = RequestMachine(
+            self._max_attempts, max_tokens=job.sampling.max_tokens, stop_ids=self._stop_ids(job.sampling)
+        )
         actions = deque(machine.start())
         try:
             while True:
@@ -323,7 +343,18 @@ class Dispatcher:
                         raise error
                 await run.wait()
         finally:
+            self._wait_no_longer(run)
             await run.end()
+
+    def members_changed(self) -> None:
+        """To be called when workers have joined."""
+        for run, (excluded, _) in list(self._waiting.items()):
+            if isinstance(event := self._choose(run, excluded), Routed):
+                self._wait_no_longer(run)
+                run.put(event)
+
+    def _stop_ids(self, sampling: common_pb2.SamplingParams) -> frozenset[int]:
+        return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
 
     def _advance(
         self, run: _Run, machine: RequestMachine, actions: deque[Action], tokens: list[common_pb2.Token]
@@ -333,9 +364,18 @@ class Dispatcher:
             while actions:
                 match actions.popleft():
                     case Emit(token=token):
+                        run.sent.append(token.id)
                         tokens.append(token)
                     case ChooseRoute(excluded=excluded):
-                        actions.extend(machine.on(self._choose(run, excluded)))
+                        run.job = run.whole_job.behind(run.sent)
+                        if run.sent:
+                            _CONTINUED.inc()
+                            log.info("continuing", request_id=run.job.request_id, tokens_sent=len(run.sent))
+                        outcome = self._choose(run, excluded)
+                        if isinstance(outcome, NotRouted) and run.sent:
+                            self._wait_for_worker(run, excluded, outcome)
+                        else:
+                            actions.extend(machine.on(outcome))
                     case OpenDecode(attempt=attempt):
                         self._open_decode(run, attempt)
                     case OpenPrefill(attempt=attempt, ticket=ticket):
@@ -400,6 +440,21 @@ class Dispatcher:
                 )
             )
         return found
+
+    def _wait_for_worker(self, run: _Run, excluded: frozenset[WorkerKey], event: NotRouted) -> None:
+        """An answer has begun: its client would rather wait for a worker that is started again than lose it."""
+
+        def give_up() -> None:
+            self._wait_no_longer(run)
+            run.put(event)
+
+        log.warning("waiting_for_worker", request_id=run.job.request_id, tokens_sent=len(run.sent))
+        self._waiting[run] = (excluded, asyncio.get_running_loop().call_later(WORKER_WAIT_S, give_up))
+
+    def _wait_no_longer(self, run: _Run) -> None:
+        """Idempotent."""
+        if waiting := self._waiting.pop(run, None):
+            waiting[1].cancel()
 
     def _choose(self, run: _Run, excluded: frozenset[WorkerKey]) -> Event:
         started_s = time.monotonic()

@@ -214,7 +214,8 @@ class Frontend:
             usage=inference_pb2.Usage(
                 num_prompt_tokens=len(job.prompt),
                 num_output_tokens=num_output,
-                num_cached_tokens=timeline.prefill.num_cached_tokens,
+                # Of a request that another worker went on with, the answer so far was a part of the prompt.
+                num_cached_tokens=min(timeline.prefill.num_cached_tokens, len(job.prompt)),
             ),
             timeline=timeline,
         )

@@ -1,12 +1,13 @@
 """One request's life on the cluster, as one explicit state machine.  Pure: events in, actions out.
 
 An attempt is one try on chosen workers: a decode stream and, when the prompt is computed elsewhere, a prefill stream.
-Both streams may bring the first token; each token leaves once, in order.  What goes wrong before the decode worker has
-the KV starts the next attempt on other workers; a worker that is lost later fails the request.
+Both streams may bring the attempt's first token; each token leaves once, in order.  What goes wrong starts the next attempt
+on other workers, which goes on behind the tokens that have left: they are computed again as a part of its prompt.  A draw
+depends on seed and position alone, so the answer is the one that would have come anyway.
 
     ROUTING ──routed──▶ ATTEMPTING ──first token from decode──▶ DECODING ──▶ ENDED
-       ▲                    │
-       └──retriable failure─┘
+       ▲                    │                                      │
+       └─────────────retriable failure─────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class TicketCame:
 
 @dataclass(frozen=True, slots=True)
 class TokenCame:
+    """``token.index`` counts the attempt's own tokens."""
+
     attempt: int
     stream: Stream
     token: common_pb2.Token
@@ -91,9 +94,10 @@ Event = Routed | NotRouted | TicketCame | TokenCame | PrefillDone | DecodeDone |
 
 @dataclass(frozen=True, slots=True)
 class ChooseRoute:
-    """Answer with Routed or NotRouted."""
+    """Answer with Routed or NotRouted.  ``num_sent``: tokens that have left; who waits for more may wait for a worker."""
 
     excluded: frozenset[WorkerKey]
+    num_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +135,16 @@ Action = ChooseRoute | OpenDecode | OpenPrefill | CancelAttempt | Emit | Finish 
 
 
 class RequestMachine:
-    def __init__(self, max_attempts: int) -> None:
+    def __init__(
+        self, max_attempts: int, *, max_tokens: int = 2**31 - 1, stop_ids: frozenset[int] = frozenset()
+    ) -> None:
+        """The answer ends with ``max_tokens`` tokens, or the first of ``stop_ids``."""
         self.state = State.ROUTING
         self.attempt = 1
         self._max_attempts = max_attempts
+        self._max_tokens = max_tokens
+        self._stop_ids = stop_ids
+        self._num_sent_before = 0  # this attempt
         self._excluded: frozenset[WorkerKey] = frozenset()
         self._route: Routed | None = None
         self._emitted: list[int] = []
@@ -175,19 +185,25 @@ class RequestMachine:
                 return self._on_failure(stream, error)
 
     def _emit(self, token: common_pb2.Token) -> list[Action]:
-        if token.index < len(self._emitted):
-            if self._emitted[token.index] != token.id:
+        index = self._num_sent_before + token.index
+        if index < len(self._emitted):
+            if self._emitted[index] != token.id:
                 return self._fail(
                     InternalError(
-                        f"two workers drew different tokens at position {token.index}; the answer was stopped rather than "
+                        f"two workers drew different tokens at position {index}; the answer was stopped rather than "
                         f"continued wrongly",
                         reason="WORKERS_DISAGREE",
                     )
                 )
             return []
-        if token.index > len(self._emitted):
+        if index > len(self._emitted):
             return self._fail(InternalError(f"token {len(self._emitted)} is missing", reason="TOKEN_MISSING"))
         self._emitted.append(token.id)
+        if self._num_sent_before:
+            counted = common_pb2.Token()
+            counted.CopyFrom(token)
+            counted.index = index
+            token = counted
         return [Emit(token)]
 
     def _finish_if_complete(self) -> list[Action]:
@@ -207,25 +223,36 @@ class RequestMachine:
         if stream is Stream.PREFILL and self.state is State.DECODING:
             self._prefill_lost = True  # the KV had arrived: the writer is no longer needed
             return self._finish_if_complete()
-        if self.state is State.DECODING:
-            lost = UnavailableError(
+        if (reason := self._end_of_answer()) is not None:  # only the news of its end was lost
+            self.state = State.ENDED
+            return [CancelAttempt(self.attempt), Finish(worker_pb2.DecodeFinished(reason=reason))]
+        # The worker was too small for it; another may not be.
+        retriable = isinstance(error, _RETRIABLE) or error.reason == "TOO_LONG_FOR_POOL"
+        culprit = self._route.decode if self.state is State.DECODING else self._culprit(stream, error)
+        if self.state is State.DECODING and retriable:
+            error = UnavailableError(
                 f"decode worker {self._route.decode.worker_id} failed after {len(self._emitted)} tokens: {error}",
                 reason="DECODE_WORKER_LOST",
                 retry_after_s=error.retry_after_s,
             )
-            return self._fail(lost)
-        # The worker was too small for it; another may not be.
-        retriable = isinstance(error, _RETRIABLE) or error.reason == "TOO_LONG_FOR_POOL"
         # No attempt used up: each of these leaves one writer less to try, and at last the decode worker alone.
         self._num_refused += error.reason == "PAIR_QUARANTINED"
         if not retriable or self.attempt - self._num_refused >= self._max_attempts:
             return self._fail(error)
         self._last_error = error
-        self._excluded |= {self._culprit(stream, error)}
+        self._excluded |= {culprit}
         self.state = State.ROUTING
         self._prefill_lost = False
+        self._num_sent_before = len(self._emitted)
         self.attempt += 1
-        return [CancelAttempt(self.attempt - 1), ChooseRoute(self._excluded)]
+        return [CancelAttempt(self.attempt - 1), ChooseRoute(self._excluded, self._num_sent_before)]
+
+    def _end_of_answer(self) -> common_pb2.FinishReason.ValueType | None:
+        if not self._emitted:
+            return None
+        if self._emitted[-1] in self._stop_ids:
+            return common_pb2.FINISH_REASON_STOP
+        return common_pb2.FINISH_REASON_LENGTH if len(self._emitted) >= self._max_tokens else None
 
     def _culprit(self, stream: Stream, error: Error) -> WorkerKey:
         assert self._route is not None

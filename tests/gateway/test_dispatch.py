@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
+import grpc
 import pytest
 
 from gateway.dispatch import Dispatcher, Job, Trace
@@ -27,35 +28,41 @@ BURST_S = 0.09
 
 
 def view_of(address: str) -> ClusterView:
+    view = ClusterView()
+    join(view, address)
+    return view
+
+
+def join(view: ClusterView, address: str, incarnation: int = 1) -> None:
     info = directory_pb2.WorkerInfo(
-        worker_id="decode-0", incarnation=1, role=common_pb2.WORKER_ROLE_DECODE, control_address=address,
+        worker_id="decode-0", incarnation=incarnation, role=common_pb2.WORKER_ROLE_DECODE, control_address=address,
         model=common_pb2.ModelInfo(revision=REVISION), layout=common_pb2.Layout(block_size_tokens=16),
     )  # fmt: skip
     load = directory_pb2.WorkerLoad(blocks=common_pb2.BlockCounts(free=100))
     joined = directory_pb2.Event(joined=directory_pb2.WorkerState(info=info, load=load))
-    view = ClusterView()
-    view.apply(directory_pb2.WatchResponse(revision=1, events=[joined], snapshot=True))
-    return view
+    view.apply(directory_pb2.WatchResponse(revision=incarnation, events=[joined], snapshot=True))
 
 
 Answer = AsyncGenerator[list[common_pb2.Token], None]
 
 
 @asynccontextmanager
-async def dispatching(stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Dispatcher]]:
+async def dispatching(
+    stall_timeout_s: float = LONG_S, max_attempts: int = 1
+) -> AsyncIterator[tuple[Played, Dispatcher]]:
     async with playing() as (played, address), Channels() as channels, DecodeLinks(channels) as links:
         yield (
             played,
             Dispatcher(
                 view_of(address), channels, links, model_revision=REVISION, routing=Policy.KV_AWARE,
-                min_ship_tokens=32, max_attempts=1,
+                min_ship_tokens=32, max_attempts=max_attempts,
                 stall_timeout_s=stall_timeout_s,
             ),
         )  # fmt: skip
 
 
 def ask(dispatcher: Dispatcher, timeout_s: float = LONG_S) -> Answer:
-    return dispatcher.run(Job("r", [1, 2, 3], common_pb2.SamplingParams()), Trace(), timeout_s)
+    return dispatcher.run(Job("r", [1, 2, 3], common_pb2.SamplingParams(max_tokens=9)), Trace(), timeout_s)
 
 
 @asynccontextmanager
@@ -74,6 +81,11 @@ async def opened(played: Played) -> int:
 
 def finished(handle: int) -> worker_pb2.DecodeEvent:
     return worker_pb2.DecodeEvent(handle=handle, finished=worker_pb2.DecodeFinished())
+
+
+def failure(handle: int) -> worker_pb2.DecodeEvent:
+    lost = worker_pb2.Failure(code=grpc.StatusCode.UNAVAILABLE.value[0], message="gone")
+    return worker_pb2.DecodeEvent(handle=handle, failure=lost)
 
 
 async def test_several_tokens_of_one_step_leave_together_in_order() -> None:
@@ -161,3 +173,61 @@ async def test_leaving_early_stops_the_compute() -> None:
         await reading
         await answer.aclose()
         assert (await played.sent.get()).cancel.handle == handle
+
+
+async def until_waiting(dispatcher: Dispatcher) -> None:
+    async with asyncio.timeout(LONG_S):
+        while not dispatcher._waiting:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def test_an_answer_waits_for_its_worker_to_come_back_and_goes_on_behind_what_has_left() -> None:
+    async with (
+        dispatching(max_attempts=2) as (played, dispatcher),
+        playing() as (again, address),
+        aclosing(ask(dispatcher)) as answer,
+    ):
+        first = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0), token(handle, 1))
+        tokens = await first
+        if len(tokens) < 2:
+            tokens += await anext(answer)
+        played.say(failure(handle))
+        more = begin(answer)
+        await until_waiting(dispatcher)
+        dispatcher.members_changed()
+        assert dispatcher._waiting, "nobody has come"
+        join(dispatcher._view, address, incarnation=2)
+        dispatcher.members_changed()
+        assert not dispatcher._waiting
+        open_ = (await again.sent.get()).open
+        assert list(open_.prompt_token_ids) == [1, 2, 3, *(t.id for t in tokens)]
+        assert open_.sampling.max_tokens == 7
+        again.say(token(open_.handle, 0))
+        assert [t.index for t in await more] == [2]
+
+
+async def test_an_answer_waits_for_a_worker_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.dispatch.WORKER_WAIT_S", 0.05)
+    async with dispatching(max_attempts=2) as (played, dispatcher):
+        for leaves in (False, True):
+            answer = ask(dispatcher)
+            first = begin(answer)
+            handle = await opened(played)
+            played.say(token(handle, 0))
+            await first
+            if leaves:
+                monkeypatch.setattr("gateway.dispatch.WORKER_WAIT_S", LONG_S)
+            played.say(failure(handle))
+            more = begin(answer)
+            if leaves:
+                await until_waiting(dispatcher)
+                more.cancel()
+                await asyncio.wait([more])
+            else:
+                with pytest.raises(UnavailableError) as caught:
+                    await more
+                assert caught.value.reason == "DECODE_WORKER_LOST"
+            await answer.aclose()
+            assert not dispatcher._waiting

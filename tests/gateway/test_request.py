@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.candidates import WorkerKey
 from gateway.request import (
@@ -35,7 +37,7 @@ from kvferry.errors import (
     UnavailableError,
 )
 
-D, P = WorkerKey("d", 1), WorkerKey("p", 1)
+D, D2, P = WorkerKey("d", 1), WorkerKey("d2", 1), WorkerKey("p", 1)
 TICKET, COMMITTED, FINISHED = worker_pb2.Ticket(), worker_pb2.Committed(), worker_pb2.DecodeFinished()
 
 
@@ -98,11 +100,12 @@ def test_a_lost_prefill_worker_starts_the_next_attempt_without_it(first_token_wa
     m = split()
     if first_token_was_sent:
         assert m.on(prefilled()) == [Emit(token(0))]
-    assert m.on(failed(Stream.PREFILL, LOST)) == [CancelAttempt(1), ChooseRoute(frozenset({P}))]
+    sent = int(first_token_was_sent)
+    assert m.on(failed(Stream.PREFILL, LOST)) == [CancelAttempt(1), ChooseRoute(frozenset({P}), sent)]
     assert m.on(decoded(0)) == [], "the attempt before is over"
     assert m.on(Routed(D, None)) == [OpenDecode(2)]
-    assert m.on(decoded(0, attempt=2)) == ([] if first_token_was_sent else [Emit(token(0))])
-    assert m.on(decoded(1, attempt=2)) == [Emit(token(1))]
+    assert m.on(decoded(0, attempt=2, id_=7)) == [Emit(token(sent, 7))]
+    assert m.on(decoded(1, attempt=2, id_=8)) == [Emit(token(sent + 1, 8))]
     assert m.on(DecodeDone(2, FINISHED)) == [Finish(FINISHED)]
 
 
@@ -138,16 +141,98 @@ def test_a_prefill_worker_lost_after_its_commit_does_not_matter() -> None:
     assert m.on(DecodeDone(1, FINISHED)) == [Finish(FINISHED)]
 
 
-def test_a_decode_worker_lost_while_it_decodes_is_a_typed_error() -> None:
+def test_after_a_decode_worker_is_lost_the_next_goes_on_behind_what_has_left() -> None:
     m = split()
     m.on(prefilled())
     m.on(decoded(0))
     m.on(decoded(1))
-    cancel, fail = m.on(failed(Stream.DECODE, LOST))
-    assert cancel == CancelAttempt(1)
-    assert isinstance(fail, Fail)
-    assert isinstance(fail.error, UnavailableError)
-    assert fail.error.reason == "DECODE_WORKER_LOST"
+    assert m.on(failed(Stream.DECODE, LOST)) == [CancelAttempt(1), ChooseRoute(frozenset({D}), 2)]
+    assert m.on(decoded(2)) == [], "the attempt before is over"
+    assert m.on(Routed(D2, P)) == [OpenDecode(2)]
+    assert m.on(TicketCame(2, TICKET)) == [OpenPrefill(2, TICKET)]
+    assert m.on(prefilled(attempt=2, id_=102)) == [Emit(token(2))]
+    assert m.on(decoded(0, attempt=2, id_=102)) == []
+    assert m.on(decoded(1, attempt=2, id_=103)) == [Emit(token(3))]
+    m.on(PrefillDone(2, COMMITTED))
+    assert m.on(DecodeDone(2, FINISHED)) == [Finish(FINISHED)]
+
+
+def test_what_goes_wrong_while_it_decodes_is_held_against_the_decode_worker() -> None:
+    m = split()
+    m.on(decoded(0))
+    assert m.on(failed(Stream.DECODE, AbortedError("x")))[1] == ChooseRoute(frozenset({D}), 1)
+
+
+def test_where_nobody_can_go_on_the_lost_worker_is_named() -> None:
+    for m, attempt in ((split(), 1), (split(max_attempts=1), 1)):
+        m.on(decoded(0))
+        actions = m.on(failed(Stream.DECODE, LOST, attempt))
+        if isinstance(actions[-1], ChooseRoute):
+            actions = m.on(NotRouted(UnavailableError("nobody left")))
+        fail = actions[-1]
+        assert isinstance(fail, Fail)
+        assert isinstance(fail.error, UnavailableError)
+        assert fail.error.reason == "DECODE_WORKER_LOST"
+        assert "d failed after 1 tokens" in fail.error.message
+
+
+@pytest.mark.parametrize(("num_tokens", "reason"), [(3, "LENGTH"), (2, "STOP")])
+def test_a_worker_that_is_lost_after_the_last_token_is_not_missed(num_tokens: int, reason: str) -> None:
+    m = RequestMachine(1, max_tokens=3, stop_ids=frozenset({101} if reason == "STOP" else ()))
+    m.start()
+    m.on(Routed(D, None))
+    for index in range(num_tokens):
+        m.on(decoded(index))
+    finished = worker_pb2.DecodeFinished(reason=common_pb2.FinishReason.Value(f"FINISH_REASON_{reason}"))
+    assert m.on(failed(Stream.DECODE, InvalidRequestError("x"))) == [CancelAttempt(1), Finish(finished)]
+
+
+@given(st.data())
+def test_whatever_is_lost_each_token_leaves_once_and_in_order(data: st.DataObject) -> None:
+    """Workers draw by position; streams are cut anywhere, and events of attempts gone by still come."""
+    num_tokens = data.draw(st.integers(1, 8))
+    m = RequestMachine(50, max_tokens=num_tokens)
+    actions, sent, late = m.start(), [], []
+    base = decode_at = 0  # tokens: that left before the attempt, that its decode worker has drawn
+    has_writer = False
+    for _ in range(300):
+        for action in actions:
+            match action:
+                case Emit(token=emitted):
+                    assert (emitted.index, emitted.id) == (len(sent), 100 + len(sent))
+                    sent.append(emitted.id)
+                case ChooseRoute(num_sent=num_sent):
+                    assert num_sent == len(sent)
+                    base, decode_at = num_sent, 0
+                    has_writer = data.draw(st.booleans())
+                case Finish():
+                    assert len(sent) == num_tokens
+                    return
+                case Fail():
+                    raise AssertionError(action)
+        if isinstance(actions[-1] if actions else None, ChooseRoute):
+            actions = m.on(Routed(WorkerKey("d", m.attempt), P if has_writer else None))
+            continue
+        kind = data.draw(st.sampled_from(["decode", "decode", "prefill", "lose", "late"]))
+        if kind == "late" and late:
+            actions = m.on(data.draw(st.sampled_from(late)))
+        elif kind == "prefill" and has_writer:
+            event = TokenCame(m.attempt, Stream.PREFILL, token(0, 100 + base))
+            late.append(event)
+            actions = m.on(event)
+        elif kind == "lose":
+            actions = m.on(failed(Stream.DECODE, LOST, m.attempt))
+        elif kind == "decode":
+            if base + decode_at == num_tokens:
+                m.on(PrefillDone(m.attempt, COMMITTED))
+                actions = m.on(DecodeDone(m.attempt, FINISHED))
+            else:
+                event = decoded(decode_at, m.attempt, 100 + base + decode_at)
+                decode_at += 1
+                late.append(event)
+                actions = m.on(event)
+        else:
+            actions = []
 
 
 def test_attempts_are_bounded_and_the_first_cause_is_told() -> None:
