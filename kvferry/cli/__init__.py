@@ -11,6 +11,7 @@ from kvferry._version import __version__
 from kvferry.cli.chat import chat
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
+from kvferry.cli.drain import drain
 from kvferry.cli.explain import explain
 from kvferry.cli.generate import generate
 from kvferry.cli.key import key
@@ -38,6 +39,7 @@ def _root(
       kvferry chat               talk to it, from another terminal
       kvferry status --watch     see what it does
       kvferry explain ID         why a request went where it did
+      kvferry drain WORKER       let a worker finish what it has, before it is ended
       kvferry doctor             what this host gives, and what to change
       kvferry key TENANT         an API key, for a gateway that wants them
 
@@ -57,7 +59,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, doctor, key):
+    for command in (demo, serve, generate, chat, status, explain, drain, doctor, key):
         app.command()(command)
     return app
 

@@ -15,6 +15,7 @@ import pytest
 
 from gateway.http.app import HttpLimits, create_app
 from gateway.http.server import HttpServer
+from gateway.tenants import Tenant
 from kvferry.api.inference.v1 import inference_pb2
 from services.runtime.startup import StartupError
 from tests.gateway.scripted import MODEL, VOCABULARY, ScriptedFrontDoor, chunk, finished, started
@@ -86,7 +87,9 @@ class Endless(ScriptedFrontDoor):
     num_yielded = 0
     closed_by_its_task = False
 
-    async def generate(self, request: inference_pb2.GenerateRequest) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def generate(
+        self, request: inference_pb2.GenerateRequest, tenant: Tenant
+    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
         task = asyncio.current_task()
         try:
             while True:

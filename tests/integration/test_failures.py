@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -105,3 +107,30 @@ def test_without_a_directory_the_cluster_goes_on(cluster: Running, client: Clien
     answer = client.generate("No directory, no problem: " + LONG[:400], max_tokens=8, temperature=0).result()
     assert answer.timeline.prefill_worker == "prefill-0"
     cluster.local.wait_ready("directory", 30)
+
+
+def test_a_worker_is_drained_by_name_and_nobody_misses_it(cluster: Running, client: Client) -> None:
+    def drain(name: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "kvferry.cli", "drain", name, "--address", cluster.address]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    with client.generate("On and on.", max_tokens=100, temperature=0, ignore_eos=True, timeout=DEADLINE_S) as stream:
+        next(stream)
+        done = drain("prefill-0")
+        assert (done.returncode, done.stderr) == (
+            0, "prefill-0 holds nothing for anybody any more; end it with SIGTERM\n",
+        )  # fmt: skip
+        assert len(stream.result().token_ids) == 100
+    cluster.wait_until(lambda: any(w.load.draining for w in cluster.cluster_view().workers), 20, "it says so")
+    assert client.generate("Alone: " + LONG[:300], max_tokens=2).result().timeline.prefill_worker == ""
+    incarnation = cluster.info("prefill-0").incarnation
+    cluster.local.kill("prefill-0", signal.SIGTERM)
+    cluster.wait_until(lambda: _incarnation(cluster, "prefill-0") not in (0, incarnation), 60, "it is there again")
+    cluster.local.wait_ready("prefill-0", 60)
+    assert (
+        drain("prefill-7").stderr == "kvferry: there is no worker prefill-7; the gateway knows: decode-0, prefill-0\n"
+    )
+
+
+def _incarnation(cluster: Running, name: str) -> int:
+    return next((w.info.incarnation for w in cluster.cluster_view().workers if w.info.worker_id == name), 0)
