@@ -9,6 +9,7 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
@@ -21,6 +22,7 @@ struct kvf_pool {
     kvf_work *work; /* NULL: end */
     void *argument;
     pthread_t *threads;
+    atomic_int *cpus; /* where each was seen last */
     /* Each on a line of its own: they change hands all the time. */
     _Alignas(64) atomic_int round; /* how many barriers there were */
     atomic_int num_sleeping;
@@ -33,6 +35,8 @@ typedef struct {
     int number;
 } member;
 
+static _Thread_local int own_number; /* a pool's callers: 0 */
+
 static void relax(void)
 {
 #if defined(__x86_64__)
@@ -40,6 +44,24 @@ static void relax(void)
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+/* The system likes to wake a thread on the processor of whoever wakes it.  As we take turns in spinning and sleeping, each
+ * of the two looks idle to the other, and both stay on one processor while another has nothing to do.  So whoever wakes up
+ * beside another of the pool goes to a processor that has none, if it may. */
+static void leave_others(kvf_pool *pool)
+{
+    int own = sched_getcpu(), is_shared = 0;
+    cpu_set_t allowed, free_of_others;
+    for (int i = 0; i < pool->num_threads; i++)
+        is_shared |= i != own_number && atomic_load_explicit(&pool->cpus[i], memory_order_relaxed) == own;
+    if (!is_shared || sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    free_of_others = allowed;
+    for (int i = 0; i < pool->num_threads; i++) CPU_CLR(atomic_load(&pool->cpus[i]), &free_of_others);
+    CPU_CLR(own, &free_of_others);
+    if (!CPU_COUNT(&free_of_others)) return;
+    if (!sched_setaffinity(0, sizeof allowed, &free_of_others)) sched_setaffinity(0, sizeof allowed, &allowed);
+    atomic_store_explicit(&pool->cpus[own_number], sched_getcpu(), memory_order_relaxed);
 }
 
 static void wait_for_round(kvf_pool *pool, int round)
@@ -52,6 +74,7 @@ static void wait_for_round(kvf_pool *pool, int round)
     while (atomic_load(&pool->round) == round)
         syscall(SYS_futex, &pool->round, FUTEX_WAIT_PRIVATE, round, NULL, NULL, 0);
     atomic_fetch_sub(&pool->num_sleeping, 1);
+    leave_others(pool);
 }
 
 long kvf_claim(kvf_pool *pool, long total, long *end)
@@ -68,6 +91,7 @@ long kvf_claim(kvf_pool *pool, long total, long *end)
 void kvf_barrier(kvf_pool *pool)
 {
     int round = atomic_load_explicit(&pool->round, memory_order_relaxed);
+    atomic_store_explicit(&pool->cpus[own_number], sched_getcpu(), memory_order_relaxed);
     if (atomic_fetch_add(&pool->num_arrived, 1) + 1 < pool->num_threads) {
         wait_for_round(pool, round);
         return;
@@ -83,6 +107,7 @@ static void *serve(void *argument)
 {
     member self = *(member *)argument;
     free(argument);
+    own_number = self.number;
     for (;;) {
         kvf_barrier(self.pool); /* the caller has set the work */
         if (!self.pool->work) return NULL;
@@ -108,9 +133,10 @@ kvf_pool *kvf_pool_open(int num_threads)
 {
     kvf_pool *pool = aligned_alloc(64, sizeof *pool);
     if (!pool) return NULL;
-    *pool = (kvf_pool){.num_threads = num_threads, .threads = calloc(num_threads, sizeof(pthread_t))};
+    *pool = (kvf_pool){.num_threads = num_threads, .threads = calloc(num_threads, sizeof(pthread_t)),
+                       .cpus = calloc(num_threads, sizeof(atomic_int))};
     int started = 1;
-    for (; pool->threads && started < num_threads; started++) {
+    for (; pool->threads && pool->cpus && started < num_threads; started++) {
         member *self = malloc(sizeof *self);
         if (!self) break;
         *self = (member){pool, started};
@@ -119,7 +145,7 @@ kvf_pool *kvf_pool_open(int num_threads)
             break;
         }
     }
-    if (pool->threads && started == num_threads) return pool;
+    if (pool->threads && pool->cpus && started == num_threads) return pool;
     while (atomic_load(&pool->num_arrived) + 1 < started) relax(); /* the first barrier is shared by those there are */
     pool->num_threads = started;
     kvf_pool_close(pool);
@@ -131,5 +157,6 @@ void kvf_pool_close(kvf_pool *pool)
     kvf_pool_run(pool, NULL, NULL);
     for (int i = 1; i < pool->num_threads; i++) pthread_join(pool->threads[i], NULL);
     free(pool->threads);
+    free(pool->cpus);
     free(pool);
 }
