@@ -58,6 +58,8 @@ NO_WORKER_RETRY_S = 1.0
 WORKER_RETRY_S = 2.0
 # How long an answer that has begun waits for a worker to go on with.
 WORKER_WAIT_S = 30.0
+# When nobody else is there, workers that failed it are tried again after so long.
+FORGIVE_S = 2.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
 
@@ -448,6 +450,13 @@ class Dispatcher:
             self._wait_no_longer(run)
             run.put(event)
 
+        def forgive() -> None:
+            """Who failed it may only have been out of reach for a moment; attempts stay bounded."""
+            if run in self._waiting and isinstance(again := self._choose(run, frozenset()), Routed):
+                self._wait_no_longer(run)
+                run.put(again)
+
+        run.timers.append(asyncio.get_running_loop().call_later(FORGIVE_S, forgive))
         log.warning("waiting_for_worker", request_id=run.job.request_id, tokens_sent=len(run.sent))
         self._waiting[run] = (excluded, asyncio.get_running_loop().call_later(WORKER_WAIT_S, give_up))
 
