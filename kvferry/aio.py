@@ -13,6 +13,7 @@ from google.protobuf.message import Message as ProtobufMessage
 
 from kvferry import _channel, _convert, _retry, errors
 from kvferry._answer import Answer
+from kvferry._gateways import Gateways
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.client import (
     DEFAULT_ADDRESS,
@@ -121,6 +122,16 @@ class AsyncStream(Answer):
         return None if response is grpc.aio.EOF else cast("inference_pb2.GenerateResponse", response)
 
 
+class _Gateway:
+    """A channel to one, and what is called on it."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.cluster = inference_pb2_grpc.ClusterServiceStub(channel)
+        self.health: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_channel.HEALTH_CHECK)
+
+
 class AsyncClient:
     """A connection to a kvferry gateway for asyncio.  As :class:`kvferry.Client`; made and used in one event loop.
 
@@ -145,14 +156,14 @@ class AsyncClient:
         self._generate_timeout_s = generate_timeout
         self._max_attempts = max_attempts
         options = _channel.options(keepalive_s)
-        self._channel = (
-            grpc.aio.insecure_channel(address, options)
-            if tls is None
-            else grpc.aio.secure_channel(address, _channel.credentials(tls), options)
-        )
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._cluster = inference_pb2_grpc.ClusterServiceStub(self._channel)
-        self._health: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_channel.HEALTH_CHECK)
+        secured = None if tls is None else _channel.credentials(tls)
+
+        def connect(target: str) -> _Gateway:
+            if secured is None:
+                return _Gateway(grpc.aio.insecure_channel(target, options))
+            return _Gateway(grpc.aio.secure_channel(target, secured, options))
+
+        self._gateways = Gateways(address, connect)
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -164,9 +175,10 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Cancels what is still running and frees the connection.  Idempotent."""
+        """Cancels what is still running and frees the connections.  Idempotent."""
         self._closed = True
-        await self._channel.close()
+        for gateway in self._gateways.all:
+            await gateway.channel.close()
 
     def generate(
         self,
@@ -245,7 +257,9 @@ class AsyncClient:
         )
 
     async def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
-        response = await self._unary(self._inference.ListModels, inference_pb2.ListModelsRequest(), timeout)
+        response = await self._unary(
+            lambda gateway: gateway.inference.ListModels, inference_pb2.ListModelsRequest(), timeout
+        )
         return tuple(map(_convert.model, response.models))
 
     async def tokenize(
@@ -253,23 +267,25 @@ class AsyncClient:
     ) -> tuple[int, ...]:
         """As :meth:`kvferry.Client.tokenize`."""
         request = _convert.tokenize_request(prompt, model)
-        return tuple((await self._unary(self._inference.Tokenize, request, timeout)).ids)
+        return tuple((await self._unary(lambda gateway: gateway.inference.Tokenize, request, timeout)).ids)
 
     async def detokenize(self, ids: Sequence[int], *, model: str = "", timeout: float | None = None) -> str:
         """As :meth:`kvferry.Client.detokenize`."""
         request = _convert.detokenize_request(ids, model)
-        return (await self._unary(self._inference.Detokenize, request, timeout)).text
+        return (await self._unary(lambda gateway: gateway.inference.Detokenize, request, timeout)).text
 
     async def cluster(self, *, timeout: float | None = None) -> Cluster:
         """As :meth:`kvferry.Client.cluster`."""
         return _convert.cluster(
-            await self._unary(self._cluster.DescribeCluster, inference_pb2.DescribeClusterRequest(), timeout)
+            await self._unary(
+                lambda gateway: gateway.cluster.DescribeCluster, inference_pb2.DescribeClusterRequest(), timeout
+            )
         )
 
     async def explain_route(self, request_id: str, *, timeout: float | None = None) -> tuple[RouteDecision, ...]:
         """As :meth:`kvferry.Client.explain_route`."""
         request = inference_pb2.ExplainRouteRequest(request_id=request_id)
-        response = await self._unary(self._cluster.ExplainRoute, request, timeout)
+        response = await self._unary(lambda gateway: gateway.cluster.ExplainRoute, request, timeout)
         return tuple(map(_convert.route_decision, response.decisions))
 
     async def health(self, *, timeout: float | None = None) -> HealthStatus:
@@ -277,22 +293,30 @@ class AsyncClient:
         self._check_open()
         deadline = self._deadline(timeout, self._timeout_s)
         try:
-            return _convert.health(await self._health(b"", timeout=deadline.remaining_s(), metadata=self._metadata))
+            return _convert.health(
+                await self._gateways.current.health(b"", timeout=deadline.remaining_s(), metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise _convert.error(error) from error
 
     def _stream(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> AsyncStream:
         deadline = self._deadline(timeout_s, self._generate_timeout_s)
 
+        asked: _Gateway | None = None
+
         def start(remaining_s: float) -> _Call:
+            nonlocal asked
             self._check_open()
-            return self._inference.Generate(request, timeout=remaining_s, metadata=self._metadata)
+            if asked is not None:  # it refused
+                self._gateways.leave(asked)
+            asked = self._gateways.current
+            return asked.inference.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
         return AsyncStream(start, deadline, self._max_attempts)
 
     async def _unary(
         self,
-        method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response],
+        method: Callable[[_Gateway], grpc.aio.UnaryUnaryMultiCallable[_Request, _Response]],
         request: _Request,
         timeout_s: float | None,
     ) -> _Response:
@@ -301,10 +325,14 @@ class AsyncClient:
 
         async def attempt() -> _Response:
             self._check_open()
+            gateway = self._gateways.current
             try:
-                return await method(request, timeout=deadline.remaining_s(), metadata=self._metadata)
+                return await method(gateway)(request, timeout=deadline.remaining_s(), metadata=self._metadata)
             except grpc.RpcError as error:
-                raise _convert.error(error) from error
+                failure = _convert.error(error)
+                if _retry.is_transient(failure):
+                    self._gateways.leave(gateway)
+                raise failure from error
 
         return await _retry.asynchronous(deadline, self._max_attempts, _retry.is_transient)(attempt)
 

@@ -13,6 +13,7 @@ from tenacity import sleep_using_event
 
 from kvferry import _channel, _convert, _retry, errors
 from kvferry._answer import Answer
+from kvferry._gateways import Gateways
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, RouteDecision, TlsConfig
 
@@ -124,9 +125,21 @@ class Stream(Answer):
             raise _convert.error(error) from error
 
 
+class _Gateway:
+    """A channel to one, and what is called on it."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self.channel = channel
+        self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.cluster = inference_pb2_grpc.ClusterServiceStub(channel)
+        self.health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(_channel.HEALTH_CHECK)
+
+
 class Client:
     """A connection to a kvferry gateway.  Thread-safe; connects with the first call and reconnects by itself.
 
+    ``address`` may name several gateways of one cluster, with commas between them: when the one that is asked cannot be
+    reached, or refuses, the next attempt goes to the next.
     ``timeout`` is the deadline in seconds of every call but ``generate`` and ``chat``, whose is ``generate_timeout``;
     each call takes its own ``timeout`` instead.  A deadline covers all attempts.  ``max_attempts`` 1 switches retries
     off.  ``api_key`` goes with every call as ``authorization: Bearer``; without ``tls`` it is sent in the clear.
@@ -151,14 +164,14 @@ class Client:
         self._generate_timeout_s = generate_timeout
         self._max_attempts = max_attempts
         options = _channel.options(keepalive_s)
-        self._channel = (
-            grpc.insecure_channel(address, options)
-            if tls is None
-            else grpc.secure_channel(address, _channel.credentials(tls), options)
-        )
-        self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
-        self._cluster = inference_pb2_grpc.ClusterServiceStub(self._channel)
-        self._health: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_channel.HEALTH_CHECK)
+        secured = None if tls is None else _channel.credentials(tls)
+
+        def connect(target: str) -> _Gateway:
+            if secured is None:
+                return _Gateway(grpc.insecure_channel(target, options))
+            return _Gateway(grpc.secure_channel(target, secured, options))
+
+        self._gateways = Gateways(address, connect)
         self._closed = False
 
     def __enter__(self) -> Self:
@@ -170,9 +183,10 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancels what is still running and frees the connection.  Idempotent."""
+        """Cancels what is still running and frees the connections.  Idempotent."""
         self._closed = True
-        self._channel.close()
+        for gateway in self._gateways.all:
+            gateway.channel.close()
 
     def generate(
         self,
@@ -257,7 +271,7 @@ class Client:
         )
 
     def models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
-        response = self._unary(self._inference.ListModels, inference_pb2.ListModelsRequest(), timeout)
+        response = self._unary(lambda gateway: gateway.inference.ListModels, inference_pb2.ListModelsRequest(), timeout)
         return tuple(map(_convert.model, response.models))
 
     def tokenize(
@@ -265,24 +279,26 @@ class Client:
     ) -> tuple[int, ...]:
         """The token ids of a text as it stands, or of a conversation in the model's chat template."""
         request = _convert.tokenize_request(prompt, model)
-        return tuple(self._unary(self._inference.Tokenize, request, timeout).ids)
+        return tuple(self._unary(lambda gateway: gateway.inference.Tokenize, request, timeout).ids)
 
     def detokenize(self, ids: Sequence[int], *, model: str = "", timeout: float | None = None) -> str:
         """The text of the tokens; incomplete characters become U+FFFD."""
         request = _convert.detokenize_request(ids, model)
-        return self._unary(self._inference.Detokenize, request, timeout).text
+        return self._unary(lambda gateway: gateway.inference.Detokenize, request, timeout).text
 
     def cluster(self, *, timeout: float | None = None) -> Cluster:
         """The workers, their blocks and rates as the gateway sees them now."""
         return _convert.cluster(
-            self._unary(self._cluster.DescribeCluster, inference_pb2.DescribeClusterRequest(), timeout)
+            self._unary(
+                lambda gateway: gateway.cluster.DescribeCluster, inference_pb2.DescribeClusterRequest(), timeout
+            )
         )
 
     def explain_route(self, request_id: str, *, timeout: float | None = None) -> tuple[RouteDecision, ...]:
         """Why a request went where it did, one decision for each attempt.  NotFoundError unless it is among the last 1000
-        that the gateway routed."""
+        that the gateway routed; of several gateways, only the one that is asked at the moment."""
         request = inference_pb2.ExplainRouteRequest(request_id=request_id)
-        response = self._unary(self._cluster.ExplainRoute, request, timeout)
+        response = self._unary(lambda gateway: gateway.cluster.ExplainRoute, request, timeout)
         return tuple(map(_convert.route_decision, response.decisions))
 
     def health(self, *, timeout: float | None = None) -> HealthStatus:
@@ -290,22 +306,30 @@ class Client:
         self._check_open()
         deadline = self._deadline(timeout, self._timeout_s)
         try:
-            return _convert.health(self._health(b"", timeout=deadline.remaining_s(), metadata=self._metadata))
+            return _convert.health(
+                self._gateways.current.health(b"", timeout=deadline.remaining_s(), metadata=self._metadata)
+            )
         except grpc.RpcError as error:
             raise _convert.error(error) from error
 
     def _stream(self, request: inference_pb2.GenerateRequest, timeout_s: float | None) -> Stream:
         deadline = self._deadline(timeout_s, self._generate_timeout_s)
 
+        asked: _Gateway | None = None
+
         def start(remaining_s: float) -> _Call:
+            nonlocal asked
             self._check_open()
-            return self._inference.Generate(request, timeout=remaining_s, metadata=self._metadata)
+            if asked is not None:  # it refused
+                self._gateways.leave(asked)
+            asked = self._gateways.current
+            return asked.inference.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
         return Stream(start, deadline, self._max_attempts)
 
     def _unary(
         self,
-        method: grpc.UnaryUnaryMultiCallable[_Request, _Response],
+        method: Callable[[_Gateway], grpc.UnaryUnaryMultiCallable[_Request, _Response]],
         request: _Request,
         timeout_s: float | None,
     ) -> _Response:
@@ -314,10 +338,14 @@ class Client:
 
         def attempt() -> _Response:
             self._check_open()
+            gateway = self._gateways.current
             try:
-                return method(request, timeout=deadline.remaining_s(), metadata=self._metadata)
+                return method(gateway)(request, timeout=deadline.remaining_s(), metadata=self._metadata)
             except grpc.RpcError as error:
-                raise _convert.error(error) from error
+                failure = _convert.error(error)
+                if _retry.is_transient(failure):
+                    self._gateways.leave(gateway)
+                raise failure from error
 
         return _retry.blocking(deadline, self._max_attempts, _retry.is_transient)(attempt)
 

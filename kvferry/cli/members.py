@@ -50,8 +50,8 @@ class Member:
 class ClusterConfig:
     """What to start.  Ports 0 are picked free; ``prefill_tp`` is the ranks of each prefill worker; ``threads`` per rank,
     None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left
-    over; a role's dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only the
-    gateway listens on ``host``, all else on the loopback."""
+    over; a role's dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only
+    gateways listen on ``host``, all else on the loopback; those after the first on ports that are picked free."""
 
     model: str = DEFAULT_MODEL
     dtype: str | None = None
@@ -63,6 +63,7 @@ class ClusterConfig:
     decode_tp: int = 1
     num_prefill: int = 1
     num_decode: int = 1
+    num_gateways: int = 1
     host: str = ports.LOOPBACK
     grpc_port: int = DEFAULT_GRPC_PORT
     http_port: int = DEFAULT_HTTP_PORT
@@ -77,7 +78,8 @@ class ClusterConfig:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Members in the order in which they start; the addresses are for clients on this machine."""
+    """Members in the order in which they start; the addresses are for clients on this machine, ``grpc_address`` all
+    gateways', as a client takes them."""
 
     members: tuple[Member, ...]
     grpc_address: str
@@ -102,14 +104,16 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         if port:
             ports.check_free(config.host, port, flag)
     num_workers = config.num_prefill + config.num_decode
-    free = iter(ports.pick_free(4 + 2 * num_workers, avoid=(config.grpc_port, config.http_port)))
+    free = iter(
+        ports.pick_free(2 + 2 * (num_workers + config.num_gateways), avoid=(config.grpc_port, config.http_port))
+    )
     # The members run in the clone, the user may be elsewhere.
     model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
     grpc_port, http_port = config.grpc_port or next(free), config.http_port or next(free)
     directory = ports.join(ports.LOOPBACK, next(free))
     client_host = ports.reachable(config.host)
-    grpc_address = ports.join(client_host, grpc_port)
-    http_url = f"http://{ports.join(client_host, http_port)}"
+    doors = [(grpc_port, http_port), *((next(free), next(free)) for _ in range(1, config.num_gateways))]
+    http_urls = [f"http://{ports.join(client_host, http)}" for _, http in doors]
 
     def member(role: Role, name: str, module: str, health: str, flags: dict[str, str], metrics_url: str) -> Member:
         command = (sys.executable, "-m", module, *(part for flag in flags.items() for part in flag))
@@ -159,17 +163,21 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
             if config.speculate is not None:
                 flags["--speculate"] = config.speculate
             members.append(member(role, name, f"services.{role.value}", address, flags, metrics(metrics_port)))
-    gateway_flags = {
-        "--listen": ports.join(config.host, grpc_port),
-        "--http-listen": ports.join(config.host, http_port),
-        "--directory": directory,
-        "--model": model,
-        "--log-level": config.log_level,
-    }
-    if config.api_keys is not None:
-        gateway_flags["--api-keys"] = str(config.api_keys.resolve())
-    members.append(member(Role.GATEWAY, "gateway", "gateway", grpc_address, gateway_flags, f"{http_url}/metrics"))
-    return Plan(tuple(members), grpc_address, http_url)
+    for index, (grpc_port, http_port) in enumerate(doors):
+        gateway_flags = {
+            "--listen": ports.join(config.host, grpc_port),
+            "--http-listen": ports.join(config.host, http_port),
+            "--directory": directory,
+            "--model": model,
+            "--log-level": config.log_level,
+        }
+        if config.api_keys is not None:
+            gateway_flags["--api-keys"] = str(config.api_keys.resolve())
+        name = "gateway" if config.num_gateways == 1 else f"gateway-{index}"
+        health, metrics_url = ports.join(client_host, grpc_port), f"{http_urls[index]}/metrics"
+        members.append(member(Role.GATEWAY, name, "gateway", health, gateway_flags, metrics_url))
+    grpc_address = ",".join(ports.join(client_host, grpc) for grpc, _ in doors)
+    return Plan(tuple(members), grpc_address, http_urls[0])
 
 
 def _share_out(cores: list[int], threads: list[int], pin: bool | None) -> list[str]:

@@ -28,7 +28,12 @@ API_KEY_ENV = "KVFERRY_API_KEY"
 _TALK, _SAMPLE, _RUN = "Gateway", "Sampling", "Cluster"
 
 Address = Annotated[
-    str, typer.Option(envvar=ADDRESS_ENV, help="host:port of the gateway's gRPC server.", rich_help_panel=_TALK)
+    str,
+    typer.Option(
+        envvar=ADDRESS_ENV,
+        help="host:port of the gateway's gRPC server; of several, with commas.",
+        rich_help_panel=_TALK,
+    ),
 ]
 ApiKey = Annotated[
     str | None,

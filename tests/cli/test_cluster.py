@@ -320,6 +320,16 @@ def test_plan_wires_the_members_to_each_other() -> None:
     assert len({address.rpartition(":")[2] for address in listens}) == len(listens) == 10
 
 
+def test_a_plan_with_two_gateways_names_both_addresses() -> None:
+    planned = plan(ClusterConfig(num_gateways=2, grpc_port=0, http_port=0), ROOT)
+    gateways = planned.members[-2:]
+    assert [m.name for m in gateways] == ["gateway-0", "gateway-1"]
+    assert planned.grpc_address == ",".join(m.health_address or "" for m in gateways)
+    flags = [dict(zip(m.command[3::2], m.command[4::2], strict=True)) for m in gateways]
+    assert len({f[flag] for f in flags for flag in ("--listen", "--http-listen")}) == 4
+    assert [m.metrics_url for m in gateways] == [f"http://{f['--http-listen']}/metrics" for f in flags]
+
+
 def test_each_role_may_have_blocks_of_its_own() -> None:
     config = ClusterConfig(grpc_port=0, http_port=0, dtype="bfloat16", prefill_dtype="float32", decode_block_size=32)
     flags = {m.name: dict(zip(m.command[3::2], m.command[4::2], strict=True)) for m in plan(config, ROOT).members}

@@ -190,6 +190,33 @@ def test_attempts_are_bounded(gateway: FakeGateway) -> None:
     assert len(gateway.requests) == 2
 
 
+def test_a_gateway_that_refuses_or_is_away_is_left_for_the_next(gateway: FakeGateway) -> None:
+    with FakeGateway(answer("other")) as other:
+        gateway.scripts = [refuse(kvferry.OverloadedError("shutting down", retry_after_s=0.01))]
+        with kvferry.Client(f"{gateway.address}, {other.address}") as client:
+            assert client.generate("x").result().text == "other"
+            assert client.generate("x").result().text == "other"
+            assert (len(gateway.requests), len(other.requests)) == (1, 2)
+            gateway.scripts = [answer("back")]
+            other.failures = [kvferry.UnavailableError("starting")]
+            assert client.models()
+            assert client.generate("x").result().text == "back"
+        with kvferry.Client(f"127.0.0.1:1,{other.address}", max_attempts=2) as client:
+            assert client.generate("x").result().text == "other"
+
+
+def test_calls_that_fail_together_do_not_pass_the_next_gateway_by(gateway: FakeGateway) -> None:
+    with FakeGateway(answer("other")) as other, kvferry.Client(f"{gateway.address},{other.address}") as client:
+        gateway.scripts = [refuse(kvferry.UnavailableError("no decode worker"))]
+        streams = [client.generate("x"), client.generate("y")]
+        assert [stream.result().text for stream in streams] == ["other", "other"]
+
+
+def test_an_address_without_a_part_is_refused() -> None:
+    with pytest.raises(kvferry.InvalidRequestError, match="comma"):
+        kvferry.Client("127.0.0.1:8470,")
+
+
 def test_overload_with_a_hint_waits_that_long(gateway: FakeGateway, client: kvferry.Client) -> None:
     gateway.scripts = [refuse(kvferry.OverloadedError("busy", retry_after_s=0.3)), *gateway.scripts]
     began = time.monotonic()
