@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.kvferry-setup
+SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-gateway bench-gpu test-gpu wheel clean
+.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-gateway bench-gpu test-gpu wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +42,9 @@ test: $(STAMP) ## Run every test that needs no GPU
 
 test-fast: $(STAMP) ## Run the tests that start no process
 	@python -m pytest -m "not gpu and not rdma" --ignore=tests/integration $(ARGS)
+
+chaos: $(STAMP) ## Kill, stop and restart parts of a cluster under load (SEED=n SECONDS_LIMIT=600)
+	@python -m tests.chaos $(if $(SEED),--seed $(SEED)) --seconds $(SECONDS_LIMIT) $(ARGS)
 
 bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--only tcp")
 	@python -m tests.bench.transport $(ARGS)

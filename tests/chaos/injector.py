@@ -1,0 +1,110 @@
+"""Brings faults about in a cluster of real processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.members import ClusterError, Role
+from tests.chaos.oracle import History, Window
+from tests.chaos.schedule import Fault, Kind
+
+RESTART_S = 90.0
+_DRAIN_TIMEOUT_S = 40.0
+
+
+class Injector:
+    """Owned by one thread.  ``say`` takes a line for whoever watches."""
+
+    def __init__(self, cluster: LocalCluster, all_there: Callable[[], bool], say: Callable[[str], None]) -> None:
+        """``all_there``: whether every gateway knows the processes that run now."""
+        self.injected: Counter[Kind] = Counter()
+        self.history = History()
+        self.pids: set[int] = set()  # of all that ever ran
+        self._cluster = cluster
+        self._all_there = all_there
+        self._say = say
+        self._roles = {member.name: member.role for member in cluster.members}
+        self._paused: list[threading.Thread] = []
+        self.remember()
+
+    def bring_about(self, fault: Fault) -> None:
+        """Raises ClusterError when a member does not come back."""
+        self._say(str(fault))
+        self.remember()
+        match fault.kind:
+            case Kind.KILL:
+                if self._roles[fault.member] is Role.GATEWAY:
+                    self.history.gateway_kills_s.append(time.monotonic())
+                self._cluster.kill(fault.member)
+            case Kind.PAUSE | Kind.LONG_PAUSE:
+                self._pause(fault.member, fault.pause_s)
+            case Kind.TERMINATE:
+                self._cluster.kill(fault.member, signal.SIGTERM)
+            case Kind.DRAIN:
+                self._drain(fault.member)
+                self._cluster.kill(fault.member, signal.SIGTERM)
+            case Kind.ROLL:
+                self._roll(fault.gently)
+        self.injected[fault.kind] += 1
+
+    def settle(self) -> None:
+        """Returns when nobody is paused, and every member is there and known.  Raises ClusterError."""
+        for thread in self._paused:
+            thread.join()
+        self._paused.clear()
+        for member in self._cluster.members:
+            self._cluster.wait_ready(member.name, RESTART_S)
+        self._await(self._all_there, "the gateways do not know every worker")
+        self.remember()
+
+    def remember(self) -> None:
+        self.pids.update(pid for m in self._cluster.members if (pid := self._cluster.pid(m.name)) is not None)
+
+    def _pause(self, name: str, for_s: float) -> None:
+        self._cluster.kill(name, signal.SIGSTOP)
+
+        def go_on() -> None:
+            time.sleep(for_s)
+            self._cluster.kill(name, signal.SIGCONT)  # whoever bears the name by now
+
+        self._paused.append(threading.Thread(target=go_on))
+        self._paused[-1].start()
+
+    def _drain(self, name: str) -> None:
+        """As far as it goes: the worker may die, or be another's by now."""
+        command = [sys.executable, "-m", "kvferry.cli", "drain", name, "--address", self._cluster.grpc_address]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_DRAIN_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            self._say(f"  {name} is not drained after {_DRAIN_TIMEOUT_S:.0f} s")
+        else:
+            if done.returncode:
+                self._say(f"  {done.stderr.strip()}")
+
+    def _roll(self, gently: bool) -> None:
+        self.settle()
+        began_s = time.monotonic()
+        for member in self._cluster.members:
+            name, pid = member.name, self._cluster.pid(member.name)
+            if gently and member.role in (Role.PREFILL, Role.DECODE):
+                self._drain(name)
+            self._cluster.kill(name, signal.SIGTERM)
+            self._await(lambda name=name, pid=pid: self._cluster.pid(name) not in (None, pid), f"{name} does not end")  # type: ignore[misc]
+            self._cluster.wait_ready(name, RESTART_S)
+            self._await(self._all_there, f"the gateways do not know {name}")
+            self.remember()
+        self.history.rolls.append(Window(began_s, time.monotonic()))
+
+    def _await(self, holds: Callable[[], bool], otherwise: str) -> None:
+        end_s = time.monotonic() + RESTART_S
+        while not holds():
+            if time.monotonic() > end_s:
+                raise ClusterError(f"{otherwise}, after {RESTART_S:.0f} s")
+            time.sleep(0.1)
