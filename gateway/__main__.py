@@ -64,6 +64,7 @@ async def run_gateway(config: GatewayConfig) -> None:
             view, channels, links, model_revision=files.config.revision, routing=config.routing,
             min_ship_tokens=config.min_ship_tokens, max_attempts=config.max_attempts,
             stall_timeout_s=config.stall_timeout_s, eos_token_ids=files.config.eos_token_ids,
+            retry_ratio=config.retry_ratio,
         )  # fmt: skip
         frontend = Frontend(
             files, view, dispatcher, max_requests=config.max_requests, max_request_s=config.max_request_s

@@ -24,7 +24,14 @@ class GatewayConfig:
         "smollm2-135m-instruct", help="the workers' model: a .gguf file, a Hugging Face directory or id, or a name"
     )
     max_requests: int = option(256, help="requests in flight; more are refused", minimum=1)
-    max_attempts: int = option(3, help="how often one request may be started on workers", minimum=1)
+    max_attempts: int = option(
+        3,
+        help="how often a request may be started on workers before its first token; what has begun goes on",
+        minimum=1,
+    )
+    retry_ratio: float = option(
+        0.2, help="retries that bring nothing, at most, for each request; three a second more are free", minimum=0
+    )
     min_ship_tokens: int = option(
         32,
         help="prompts of which a decode worker lacks fewer tokens are computed there; kv-aware reckons instead",

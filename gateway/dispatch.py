@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -40,14 +42,16 @@ from gateway.request import (
     TicketCame,
     TokenCame,
 )
+from gateway.retry_budget import RetryBudget, Slice
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
 from gateway.tenants import EVERYBODY, Tenant
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import DeadlineError, Error, InternalError, UnavailableError, from_rpc_error
+from kvferry.errors import CancelledError, DeadlineError, Error, InternalError, UnavailableError, from_rpc_error
 from services.directory.index import Prefix
 from services.engine.hashing import chain_root, extend_chain
+from services.runtime.backoff import Backoff
 from services.runtime.channels import Channels
 from services.runtime.failure import from_failure
 from services.runtime.tracing import outgoing_metadata
@@ -56,10 +60,12 @@ log = structlog.get_logger(__name__)
 
 NO_WORKER_RETRY_S = 1.0
 WORKER_RETRY_S = 2.0
-# How long an answer that has begun waits for a worker to go on with.
+# How long an answer that has begun tries to go on without getting a token further.
 WORKER_WAIT_S = 30.0
-# When nobody else is there, workers that failed it are tried again after so long.
+# When nobody else is there, workers that failed it are tried again every so often.
 FORGIVE_S = 2.0
+# The first retry follows at once; of those that get no further, each waits longer for the next.
+RETRY_BACKOFF_S = (0.1, 2.0)
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
 
@@ -67,6 +73,8 @@ FIGURES_TIMEOUT_S = 1.0
 MAX_PULL_MS = 10_000
 
 _CONTINUED = Counter("kvferry_requests_continued", "Times that a request went on behind tokens already sent")
+
+_OVER_BUDGET = Counter("kvferry_retries_over_budget", "Times that a request was not started over, for others had been")
 
 # Of the options, in the log.
 _LOGGED_OPTIONS = 8
@@ -155,6 +163,9 @@ class _Run:
         self.job = job  # of the attempt
         self.sent: list[int] = []
         self.trace = trace
+        self.retrying_since_s: float | None = None  # without a token meanwhile
+        self.backoff = Backoff(*RETRY_BACKOFF_S)
+        self.spent: Slice | None = None  # of the retry budget, until it has paid
         self.routed = False
         self._pace = pace
         self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
@@ -185,8 +196,11 @@ class _Run:
             self._is_paced = True
             self._pace.add(self._wake)
 
+    def later(self, delay_s: float, act: Callable[[], None]) -> None:
+        self.timers.append(asyncio.get_running_loop().call_later(delay_s, act))
+
     def put_later(self, delay_s: float, event: Event | DeadlineError) -> None:
-        self.timers.append(asyncio.get_running_loop().call_later(delay_s, self.put, event))
+        self.later(delay_s, partial(self.put, event))
 
     async def wait(self) -> None:
         """Until there are events to be seen to.  One task waits."""
@@ -213,6 +227,12 @@ class _Run:
         for attempt in self.tasks.keys() | self.decodes.keys():
             self.cancel(attempt)
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Wait:
+    excluded: frozenset[WorkerKey]
+    until_s: float
 
 
 class _Decoding:
@@ -305,10 +325,13 @@ class Dispatcher:
     def __init__(
         self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, routing: Policy,
         min_ship_tokens: int, max_attempts: int, stall_timeout_s: float, eos_token_ids: Iterable[int] = (),
+        retry_ratio: float = 0.2,
     ) -> None:  # fmt: skip
-        """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it."""
+        """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it.  ``retry_ratio``: retries
+        that bring nothing, at most, for each request."""
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._waiting: dict[_Run, tuple[frozenset[WorkerKey], asyncio.TimerHandle]] = {}  # for a worker to join
+        self._budget = RetryBudget(retry_ratio)
+        self._waiting: dict[_Run, _Wait] = {}  # for a worker to join
         self._view = view
         self._channels = channels
         self._links = links
@@ -325,6 +348,7 @@ class Dispatcher:
     async def run(self, job: Job, trace: Trace, timeout_s: float) -> AsyncGenerator[list[common_pb2.Token], None]:
         """Each token once, in order, together with those that have come since the caller took the last ones; at least one.
         Closing the generator stops the request's compute.  Raises kvferry.errors.Error."""
+        self._budget.request(time.monotonic())
         run = _Run(job, trace, self._pace)
         run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         machine = RequestMachine(
@@ -345,15 +369,13 @@ class Dispatcher:
                         raise error
                 await run.wait()
         finally:
-            self._wait_no_longer(run)
+            self._waiting.pop(run, None)
             await run.end()
 
     def members_changed(self) -> None:
         """To be called when workers have joined."""
-        for run, (excluded, _) in list(self._waiting.items()):
-            if isinstance(event := self._choose(run, excluded), Routed):
-                self._wait_no_longer(run)
-                run.put(event)
+        for run, wait in list(self._waiting.items()):
+            self._end_wait(run, wait.excluded)
 
     def _stop_ids(self, sampling: common_pb2.SamplingParams) -> frozenset[int]:
         return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
@@ -368,16 +390,11 @@ class Dispatcher:
                     case Emit(token=token):
                         run.sent.append(token.id)
                         tokens.append(token)
+                        self._got_further(run)
+                    case ChooseRoute(excluded=excluded) if machine.attempt == 1:
+                        actions.extend(machine.on(self._choose(run, excluded)))
                     case ChooseRoute(excluded=excluded):
-                        run.job = run.whole_job.behind(run.sent)
-                        if run.sent:
-                            _CONTINUED.inc()
-                            log.info("continuing", request_id=run.job.request_id, tokens_sent=len(run.sent))
-                        outcome = self._choose(run, excluded)
-                        if isinstance(outcome, NotRouted) and run.sent:
-                            self._wait_for_worker(run, excluded, outcome)
-                        else:
-                            actions.extend(machine.on(outcome))
+                        self._start_over(run, excluded)
                     case OpenDecode(attempt=attempt):
                         self._open_decode(run, attempt)
                     case OpenPrefill(attempt=attempt, ticket=ticket):
@@ -443,27 +460,74 @@ class Dispatcher:
             )
         return found
 
+    def _got_further(self, run: _Run) -> None:
+        if run.retrying_since_s is not None:
+            run.retrying_since_s = None
+            run.backoff.reset()
+        if run.spent is not None:
+            self._budget.give_back(run.spent)
+            run.spent = None
+
+    def _start_over(self, run: _Run, excluded: frozenset[WorkerKey]) -> None:
+        """At once, or a while after the last time; in the end an event comes of it."""
+        run.job = run.whole_job.behind(run.sent)
+        if run.sent:
+            _CONTINUED.inc()
+            log.info("continuing", request_id=run.job.request_id, tokens_sent=len(run.sent))
+        if run.retrying_since_s is None:
+            run.retrying_since_s = time.monotonic()
+            self._try_again(run, excluded)
+        else:
+            run.later(run.backoff.next_s(), partial(self._try_again, run, excluded))
+
+    def _try_again(self, run: _Run, excluded: frozenset[WorkerKey]) -> None:
+        outcome = self._choose_again(run, excluded)
+        if isinstance(outcome, NotRouted) and run.sent:
+            self._wait_for_worker(run, excluded, outcome)
+        else:
+            run.put(outcome)
+
     def _wait_for_worker(self, run: _Run, excluded: frozenset[WorkerKey], event: NotRouted) -> None:
         """An answer has begun: its client would rather wait for a worker that is started again than lose it."""
+        assert run.retrying_since_s is not None
+        wait = self._waiting[run] = _Wait(excluded, run.retrying_since_s + WORKER_WAIT_S)
 
-        def give_up() -> None:
-            self._wait_no_longer(run)
-            run.put(event)
+        def look_again_later() -> None:
+            run.later(max(0.0, min(_jittered(FORGIVE_S), wait.until_s - time.monotonic())), look_again)
 
-        def forgive() -> None:
-            """Who failed it may only have been out of reach for a moment; attempts stay bounded."""
-            if run in self._waiting and isinstance(again := self._choose(run, frozenset()), Routed):
-                self._wait_no_longer(run)
-                run.put(again)
+        def look_again() -> None:
+            if self._waiting.get(run) is not wait:
+                return
+            if time.monotonic() >= wait.until_s:
+                del self._waiting[run]
+                run.put(event)
+            elif not self._end_wait(run, frozenset()):  # who failed it may only have been out of reach for a moment
+                look_again_later()
 
-        run.timers.append(asyncio.get_running_loop().call_later(FORGIVE_S, forgive))
         log.warning("waiting_for_worker", request_id=run.job.request_id, tokens_sent=len(run.sent))
-        self._waiting[run] = (excluded, asyncio.get_running_loop().call_later(WORKER_WAIT_S, give_up))
+        look_again_later()
 
-    def _wait_no_longer(self, run: _Run) -> None:
-        """Idempotent."""
-        if waiting := self._waiting.pop(run, None):
-            waiting[1].cancel()
+    def _end_wait(self, run: _Run, excluded: frozenset[WorkerKey]) -> bool:
+        """Whether there is a worker to go on with now."""
+        event = self._choose_again(run, excluded)
+        if not isinstance(event, Routed):
+            return False
+        del self._waiting[run]
+        run.put(event)
+        return True
+
+    def _choose_again(self, run: _Run, excluded: frozenset[WorkerKey]) -> Event:
+        """Within the budget."""
+        now_s = time.monotonic()
+        if not self._budget.can_spend(now_s):
+            _OVER_BUDGET.inc()
+            log.warning("over_retry_budget", request_id=run.job.request_id)
+            what = "many requests are being started over at the moment, and this one is not"
+            return NotRouted(UnavailableError(what, reason="RETRY_BUDGET", retry_after_s=_jittered(WORKER_RETRY_S)))
+        event = self._choose(run, excluded)
+        if isinstance(event, Routed):
+            run.spent = self._budget.spend(now_s)
+        return event
 
     def _choose(self, run: _Run, excluded: frozenset[WorkerKey]) -> Event:
         started_s = time.monotonic()
@@ -565,6 +629,10 @@ class Dispatcher:
         )
 
 
+def _jittered(seconds: float) -> float:
+    return seconds * random.uniform(0.5, 1.0)
+
+
 def _to_pull_source(pull: Pull | None) -> worker_pb2.PullSource | None:
     if pull is None:
         return None
@@ -578,8 +646,9 @@ def _to_pull_source(pull: Pull | None) -> worker_pb2.PullSource | None:
 
 
 def _as_lost(error: Error, worker_id: str) -> Error:
-    """What gRPC itself says of a stream, in words that help; a worker's own are kept."""
-    if error.reason != UnavailableError.default_reason:
+    """What gRPC itself says of a stream, in words that help; a worker's own are kept.  CANCELLED is what it says of calls
+    that a process left open at its end: of those that were cancelled here nobody asks."""
+    if error.reason not in (UnavailableError.default_reason, CancelledError.default_reason):
         return error
     text = f"worker {worker_id} was lost or cannot be reached; send the request again"
     return UnavailableError(text, reason="WORKER_LOST", retry_after_s=WORKER_RETRY_S)

@@ -27,6 +27,9 @@ from kvferry.errors import (
     UnavailableError,
 )
 
+# In all, of an answer that goes on and on: should its worker die of it, so do not all die of it for ever.
+MOST_ATTEMPTS = 20
+
 _RETRIABLE = (AbortedError, ConflictError, InternalError, OverloadedError, UnavailableError)
 
 
@@ -138,7 +141,9 @@ class RequestMachine:
     def __init__(
         self, max_attempts: int, *, max_tokens: int = 2**31 - 1, stop_ids: frozenset[int] = frozenset()
     ) -> None:
-        """The answer ends with ``max_tokens`` tokens, or the first of ``stop_ids``."""
+        """``max_attempts``: before the first token.  An answer that has begun has more, ``MOST_ATTEMPTS`` in all, and
+        whoever chooses its routes gives it up when it gets no further.  It ends with ``max_tokens`` tokens, or the first of
+        ``stop_ids``."""
         self.state = State.ROUTING
         self.attempt = 1
         self._max_attempts = max_attempts
@@ -237,7 +242,8 @@ class RequestMachine:
             )
         # No attempt used up: each of these leaves one writer less to try, and at last the decode worker alone.
         self._num_refused += error.reason == "PAIR_QUARANTINED"
-        if not retriable or self.attempt - self._num_refused >= self._max_attempts:
+        most = MOST_ATTEMPTS if self._emitted else self._max_attempts
+        if not retriable or self.attempt - self._num_refused >= most:
             return self._fail(error)
         self._last_error = error
         self._excluded |= {culprit}

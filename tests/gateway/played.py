@@ -19,7 +19,7 @@ class Played(worker_pb2_grpc.DecodeServiceServicer):
     def __init__(self) -> None:
         self.sent = asyncio.Queue[worker_pb2.DecodeRequest]()
         self.num_streams = 0
-        self._to_say: asyncio.Queue[worker_pb2.DecodeResponse | None] = asyncio.Queue()
+        self._to_say: asyncio.Queue[worker_pb2.DecodeResponse | grpc.StatusCode] = asyncio.Queue()
 
     async def Decode(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.DecodeResponse]:
         self.num_streams += 1
@@ -30,17 +30,17 @@ class Played(worker_pb2_grpc.DecodeServiceServicer):
 
         following = asyncio.create_task(follow())
         try:
-            while (response := await self._to_say.get()) is not None:
+            while not isinstance(response := await self._to_say.get(), grpc.StatusCode):
                 yield response
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            await context.abort(response, "gone")
         finally:
             following.cancel()
 
     def say(self, *events: worker_pb2.DecodeEvent) -> None:
         self._to_say.put_nowait(worker_pb2.DecodeResponse(events=events))
 
-    def vanish(self) -> None:
-        self._to_say.put_nowait(None)
+    def vanish(self, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
+        self._to_say.put_nowait(code)
 
 
 @asynccontextmanager

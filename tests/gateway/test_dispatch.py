@@ -13,6 +13,7 @@ import pytest
 from gateway.dispatch import Dispatcher, Job, Trace
 from gateway.link import DecodeLinks
 from gateway.pace import Pace
+from gateway.retry_budget import RetryBudget
 from gateway.routing import Policy
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
@@ -48,7 +49,7 @@ Answer = AsyncGenerator[list[common_pb2.Token], None]
 
 @asynccontextmanager
 async def dispatching(
-    stall_timeout_s: float = LONG_S, max_attempts: int = 1
+    stall_timeout_s: float = LONG_S, max_attempts: int = 1, retry_ratio: float = 0.2
 ) -> AsyncIterator[tuple[Played, Dispatcher]]:
     async with playing() as (played, address), Channels() as channels, DecodeLinks(channels) as links:
         yield (
@@ -56,7 +57,7 @@ async def dispatching(
             Dispatcher(
                 view_of(address), channels, links, model_revision=REVISION, routing=Policy.KV_AWARE,
                 min_ship_tokens=32, max_attempts=max_attempts,
-                stall_timeout_s=stall_timeout_s,
+                stall_timeout_s=stall_timeout_s, retry_ratio=retry_ratio,
             ),
         )  # fmt: skip
 
@@ -231,3 +232,63 @@ async def test_an_answer_waits_for_a_worker_no_longer_than_it_may(monkeypatch: p
                 assert caught.value.reason == "DECODE_WORKER_LOST"
             await answer.aclose()
             assert not dispatcher._waiting
+
+
+async def fail_once_begun(played: Played, answer: Answer) -> None:
+    first = begin(answer)
+    handle = await opened(played)
+    played.say(token(handle, 0))
+    await first
+    played.say(failure(handle))
+
+
+async def test_an_answer_that_has_begun_outlives_more_attempts_than_one_that_has_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.dispatch.FORGIVE_S", 0.02)
+    monkeypatch.setattr("gateway.dispatch.RETRY_BACKOFF_S", (0.001, 0.01))
+    async with dispatching(max_attempts=1) as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
+        await fail_once_begun(played, answer)
+        more = begin(answer)
+        for _ in range(8):
+            played.say(failure(await opened(played)))
+        played.say(token(await opened(played), 0))
+        assert [t.index for t in await more] == [1]
+        refused = begin(ask(dispatcher))
+        played.say(failure(await opened(played)))
+        with pytest.raises(UnavailableError):
+            await refused
+
+
+async def test_beyond_the_budget_who_has_begun_waits_and_who_has_not_is_told_to_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.dispatch.FORGIVE_S", 0.02)
+    async with dispatching(max_attempts=9, retry_ratio=0) as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
+        dispatcher._budget = RetryBudget(0.0, floor_per_s=0.1)  # one
+        spent = dispatcher._budget.spend(time.monotonic())
+        refused = begin(ask(dispatcher))
+        played.say(failure(await opened(played)))
+        with pytest.raises(UnavailableError, match="gone"):
+            await refused
+        await fail_once_begun(played, answer)
+        more = begin(answer)
+        await until_waiting(dispatcher)
+        await asyncio.sleep(0.1)
+        assert played.sent.empty()
+        dispatcher._budget.give_back(spent)
+        played.say(token(await opened(played), 0))
+        assert [t.index for t in await more] == [1]
+        assert dispatcher._budget.can_spend(time.monotonic()), "it got further, so its retry costs nothing"
+
+
+async def test_a_worker_that_leaves_its_calls_open_at_its_end_is_lost() -> None:
+    """gRPC says CANCELLED of them, and nobody here cancelled anything."""
+    async with dispatching() as (played, dispatcher):
+        answer = begin(ask(dispatcher))
+        await opened(played)
+        played.vanish(grpc.StatusCode.CANCELLED)
+        with pytest.raises(UnavailableError) as caught:
+            await answer
+        assert caught.value.reason == "WORKER_LOST"
+        assert caught.value.retry_after_s

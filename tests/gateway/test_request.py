@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gateway.candidates import WorkerKey
 from gateway.request import (
+    MOST_ATTEMPTS,
     CancelAttempt,
     ChooseRoute,
     DecodeDone,
@@ -164,16 +165,23 @@ def test_what_goes_wrong_while_it_decodes_is_held_against_the_decode_worker() ->
 
 
 def test_where_nobody_can_go_on_the_lost_worker_is_named() -> None:
-    for m, attempt in ((split(), 1), (split(max_attempts=1), 1)):
-        m.on(decoded(0))
-        actions = m.on(failed(Stream.DECODE, LOST, attempt))
-        if isinstance(actions[-1], ChooseRoute):
-            actions = m.on(NotRouted(UnavailableError("nobody left")))
-        fail = actions[-1]
-        assert isinstance(fail, Fail)
-        assert isinstance(fail.error, UnavailableError)
-        assert fail.error.reason == "DECODE_WORKER_LOST"
-        assert "d failed after 1 tokens" in fail.error.message
+    m = split(max_attempts=1)
+    m.on(decoded(0))
+    m.on(failed(Stream.DECODE, LOST))
+    fail = m.on(NotRouted(UnavailableError("nobody left")))[-1]
+    assert isinstance(fail, Fail)
+    assert isinstance(fail.error, UnavailableError)
+    assert fail.error.reason == "DECODE_WORKER_LOST"
+    assert "d failed after 1 tokens" in fail.error.message
+
+
+def test_an_answer_that_has_begun_goes_on_beyond_the_attempts_for_its_beginning_but_not_for_ever() -> None:
+    m = split(max_attempts=1)
+    m.on(decoded(0))
+    for attempt in range(1, MOST_ATTEMPTS):
+        assert isinstance(m.on(failed(Stream.DECODE, LOST, attempt))[-1], ChooseRoute)
+        m.on(Routed(WorkerKey("d", attempt + 1), None))
+    assert isinstance(m.on(failed(Stream.DECODE, LOST, MOST_ATTEMPTS))[-1], Fail)
 
 
 @pytest.mark.parametrize(("num_tokens", "reason"), [(3, "LENGTH"), (2, "STOP")])
@@ -192,6 +200,7 @@ def test_whatever_is_lost_each_token_leaves_once_and_in_order(data: st.DataObjec
     """Workers draw by position; streams are cut anywhere, and events of attempts gone by still come."""
     num_tokens = data.draw(st.integers(1, 8))
     m = RequestMachine(50, max_tokens=num_tokens)
+    num_lost = 0
     actions, sent, late = m.start(), [], []
     base = decode_at = 0  # tokens: that left before the attempt, that its decode worker has drawn
     has_writer = False
@@ -220,7 +229,8 @@ def test_whatever_is_lost_each_token_leaves_once_and_in_order(data: st.DataObjec
             event = TokenCame(m.attempt, Stream.PREFILL, token(0, 100 + base))
             late.append(event)
             actions = m.on(event)
-        elif kind == "lose":
+        elif kind == "lose" and num_lost < MOST_ATTEMPTS - 1:
+            num_lost += 1
             actions = m.on(failed(Stream.DECODE, LOST, m.attempt))
         elif kind == "decode":
             if base + decode_at == num_tokens:
