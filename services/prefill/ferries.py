@@ -34,6 +34,8 @@ from transport import RemoteRegion
 log = structlog.get_logger(__name__)
 
 REMEMBER_USED = 16384
+# Less than an owner waits for the answer, so that it hears why.
+STOP_WAIT_S = 4.0
 
 
 class Ferries:
@@ -100,7 +102,7 @@ class Ferries:
 
     async def stop_transfer(self, request: worker_pb2.StopTransferRequest) -> None:
         """Returns once nothing is written under this ticket any more, nor ever will be.  Raises UnavailableError when that
-        cannot be promised, ConflictError when the ticket is another owner's."""
+        cannot be promised, or not within STOP_WAIT_S; ConflictError when the ticket is another owner's."""
         transfer_id = request.transfer_id
         passage = self._passages.get(transfer_id) or self._used.get(transfer_id)
         if passage is None:
@@ -115,7 +117,15 @@ class Ferries:
                 reason="TICKET_REFUSED",
             )
         passage.stop("the pool's owner took its blocks back")
-        await passage.ended.wait()
+        try:
+            async with asyncio.timeout(STOP_WAIT_S):
+                await passage.ended.wait()
+        except TimeoutError:
+            log.warning("not_stopped_yet", transfer_id=transfer_id, writes=len(passage.transfers))
+            raise UnavailableError(
+                f"transfer {transfer_id} is told to stop, but a write has not ended after {STOP_WAIT_S:g} s; ask again",
+                reason="NOT_STOPPED_YET", retry_after_s=STOP_WAIT_S,
+            ) from None  # fmt: skip
         if passage.may_still_arrive:
             raise UnavailableError(f"the connection of transfer {transfer_id} broke; what was sent may still arrive")
 

@@ -141,9 +141,9 @@ class Passage:
     async def _write(self, write: Write, ready: Ready | None) -> None:
         """Tells the ferry when nothing is read or written for it any more."""
         worker, converter, target = self.ferries.worker, self.ferries.converter, self.target
-        source = self.source
-        assert source is not None, "compute begins before there is anything to write"
         try:
+            source = self.source
+            assert source is not None, "compute begins before there is anything to write"
             if ready is not None:
                 await reached(ready)
             if source.layout.dtype == target.layout.dtype:
@@ -314,6 +314,9 @@ class Passage:
         return worker_pb2_grpc.DecodeServiceStub(self.ferries.channels.get(self.ticket.owner_control_address))
 
     def _release(self) -> None:
+        # Whoever waits for the end is told, whatever fails below.
+        self.ended.set()
+        self.ferries.forget(self)
         worker = self.ferries.worker
         worker.router.unsubscribe(self.sequence.id)
         for digest in self.digests:
@@ -322,8 +325,6 @@ class Passage:
             scheduler.abort(self.sequence.id)
         for owner in self.owners:
             self.ferries.remotes.release(owner)
-        self.ended.set()
-        self.ferries.forget(self)
 
     def _committed(self, num_blocks: int) -> worker_pb2.Committed:
         now_s, sequence, logbook = time.monotonic(), self.sequence, self.logbook

@@ -7,6 +7,7 @@ import asyncio
 import random
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
-from kvferry.errors import AbortedError, ConflictError
+from kvferry.errors import AbortedError, ConflictError, UnavailableError
 from services.engine.layout import KvLayout
 from services.engine.weights import DTYPES
 from services.prefill import conversion
@@ -279,6 +280,40 @@ async def test_only_its_owner_stops_a_transfer(change: dict[str, Any]) -> None:
         with pytest.raises(ConflictError, match=f"is of {ticket.owner_id}/{ticket.owner_incarnation}, epoch"):
             await two.ferries.stop_transfer(request)
         assert isinstance(await anext(steps), worker_pb2.Committed)
+
+
+async def test_who_asks_to_stop_hears_in_time_that_a_write_hangs_and_may_ask_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.prefill.ferries.STOP_WAIT_S", 0.05)
+    gate = Gate(monkeypatch)
+    prompt = list(range(40))
+    async with two_workers(layout("float32", 4), layout("bfloat16", 8)) as two, two.ticket(prompt) as (ticket, _):
+        steps = two.ferries.run(prompt, sampling(), ticket, SALT)
+        await anext(steps)
+        await gate.wait_reached()
+        with pytest.raises(UnavailableError, match="has not ended after") as caught:
+            await two.ferries.stop_transfer(stop_request(ticket))
+        assert caught.value.reason == "NOT_STOPPED_YET"
+        gate.open.set()
+        monkeypatch.setattr("services.prefill.ferries.STOP_WAIT_S", 10.0)
+        await two.ferries.stop_transfer(stop_request(ticket))
+        await steps.aclose()
+        two.writer.assert_quiet()
+
+
+async def test_a_passage_that_fails_to_clean_up_has_stopped_nonetheless(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = list(range(8))
+    async with two_workers(layout("float32", 4), layout("float32", 4)) as two, two.ticket(prompt) as (ticket, _):
+        steps = two.ferries.run(prompt, sampling(), ticket, SALT)
+        await anext(steps)
+        with monkeypatch.context() as broken:
+            broken.setattr(two.writer.worker.router, "unsubscribe", lambda *_: 1 / 0)
+            with suppress(ZeroDivisionError):
+                await two.ferries.stop_transfer(stop_request(ticket))
+            with suppress(ZeroDivisionError):
+                await steps.aclose()
+        await asyncio.wait_for(two.ferries.stop_transfer(stop_request(ticket)), 2)
 
 
 async def test_a_ticket_with_too_few_regions_is_refused() -> None:
