@@ -32,7 +32,8 @@ class Settings:
     seconds: float
     log_dir: Path
     num_cases: int = 24
-    num_streams: int = 6
+    num_streams: int = 8
+    kinds: frozenset[Kind] = frozenset(Kind)
 
 
 @dataclass(slots=True)
@@ -92,9 +93,11 @@ def run(settings: Settings, say: Callable[[str], None]) -> Report:
 
 
 def _cluster(log_dir: Path) -> LocalCluster:
+    # Memory for fewer tokens than the clients ask for at once: blocks run out, are evicted, and come back.
     config = ClusterConfig(
-        num_prefill=2, num_decode=2, num_gateways=2, grpc_port=0, http_port=0, threads=1, kv_memory="128MiB"
-    )
+        num_prefill=2, num_decode=2, num_gateways=2, grpc_port=0, http_port=0, threads=1, kv_memory="48MiB",
+        host_kv_memory="48MiB",
+    )  # fmt: skip
     planned = plan(config, clone_root())
     members = [replace(m, environment={**m.environment, **ENVIRONMENT}) for m in planned.members]
     return LocalCluster(
@@ -117,7 +120,7 @@ def _disturb(settings: Settings, injector: Injector, cluster: LocalCluster) -> N
     others = [m.name for m in cluster.members if m.name not in workers]
     end_s = time.monotonic() + settings.seconds
     try:
-        for fault in faults(settings.seed, workers, others):
+        for fault in faults(settings.seed, workers, others, settings.kinds):
             left_s = end_s - time.monotonic()
             if fault.gap_s >= left_s:
                 time.sleep(max(0.0, left_s))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -42,11 +42,15 @@ class Fault:
         return f"{self.kind.value} {self.member}".strip() + pause
 
 
-def faults(seed: int, workers: Sequence[str], others: Sequence[str]) -> Iterator[Fault]:
-    """Endless.  ``others`` have no blocks, and are struck one time in four; only ``workers`` can be drained by name."""
+def faults(
+    seed: int, workers: Sequence[str], others: Sequence[str], among: Collection[Kind] = tuple(Kind)
+) -> Iterator[Fault]:
+    """Endless, of the kinds in ``among``.  ``others`` have no blocks, and are struck one time in four; only ``workers`` can
+    be drained by name."""
     random_ = random.Random(f"faults {seed}")
-    kinds, weights = list(_WEIGHTS), list(_WEIGHTS.values())
-    first = list(_FIRST)
+    kinds = [kind for kind in _WEIGHTS if kind in among]
+    weights = [_WEIGHTS[kind] for kind in kinds]
+    first = [kind for kind in _FIRST if kind in among]
     while True:
         kind = first.pop(0) if first else random_.choices(kinds, weights)[0]
         gap_s = random_.uniform(*_GAP_S)
