@@ -205,12 +205,16 @@ def health(reply: bytes) -> types.HealthStatus:
     return _HEALTH.get(status, types.HealthStatus.UNKNOWN)
 
 
-def error(rpc_error: grpc.RpcError) -> errors.Error:
-    """The typed error for a failed call, made by either client."""
+def error(rpc_error: grpc.RpcError, *, cancelled: bool = False) -> errors.Error:
+    """The typed error for a failed call, made by either client.  Unless it was ``cancelled`` here, CANCELLED is how gRPC
+    tells of calls that came while the gateway was shutting down."""
     try:
-        return errors.from_rpc_error(rpc_error)
+        failure = errors.from_rpc_error(rpc_error)
     except DecodeError:
         return errors.InternalError("the server sent error details that cannot be read")
+    if isinstance(failure, errors.CancelledError) and not cancelled:
+        return errors.UnavailableError("the gateway ended the call; it is shutting down, or has been restarted")
+    return failure
 
 
 def _token(message: common_pb2.Token) -> types.Token:

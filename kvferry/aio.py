@@ -39,8 +39,15 @@ class AsyncStream(Answer):
     As :class:`kvferry.Stream`; besides, cancelling the task that reads cancels the call.  One task may read.
     """
 
-    def __init__(self, start: Callable[[float], _Call], deadline: _retry.Deadline, max_attempts: int) -> None:
+    def __init__(
+        self,
+        start: Callable[[float], _Call],
+        deadline: _retry.Deadline,
+        max_attempts: int,
+        client_closed: Callable[[], bool],
+    ) -> None:
         super().__init__()
+        self._client_closed = client_closed
         self._start = start
         self._deadline = deadline
         self._max_attempts = max_attempts
@@ -112,7 +119,7 @@ class AsyncStream(Answer):
         try:
             response: object = await self._call.read()
         except grpc.RpcError as error:
-            raise _convert.error(error) from error
+            raise _convert.error(error, cancelled=self._closed or self._client_closed()) from error
         except asyncio.CancelledError:
             # grpc.aio says so too when close() has cancelled the call; then this task was not.
             task = asyncio.current_task()
@@ -312,7 +319,7 @@ class AsyncClient:
             asked = self._gateways.current
             return asked.inference.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return AsyncStream(start, deadline, self._max_attempts)
+        return AsyncStream(start, deadline, self._max_attempts, lambda: self._closed)
 
     async def _unary(
         self,
@@ -329,7 +336,7 @@ class AsyncClient:
             try:
                 return await method(gateway)(request, timeout=deadline.remaining_s(), metadata=self._metadata)
             except grpc.RpcError as error:
-                failure = _convert.error(error)
+                failure = _convert.error(error, cancelled=self._closed)
                 if _retry.is_transient(failure):
                     self._gateways.leave(gateway)
                 raise failure from error

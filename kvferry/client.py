@@ -41,8 +41,15 @@ class Stream(Answer):
     thread may read; any thread may close.
     """
 
-    def __init__(self, start: Callable[[float], _Call], deadline: _retry.Deadline, max_attempts: int) -> None:
+    def __init__(
+        self,
+        start: Callable[[float], _Call],
+        deadline: _retry.Deadline,
+        max_attempts: int,
+        client_closed: Callable[[], bool],
+    ) -> None:
         super().__init__()
+        self._client_closed = client_closed
         self._start = start
         self._deadline = deadline
         self._max_attempts = max_attempts
@@ -122,7 +129,7 @@ class Stream(Answer):
         except StopIteration:
             return None
         except grpc.RpcError as error:
-            raise _convert.error(error) from error
+            raise _convert.error(error, cancelled=self._closed.is_set() or self._client_closed()) from error
 
 
 class _Gateway:
@@ -325,7 +332,7 @@ class Client:
             asked = self._gateways.current
             return asked.inference.Generate(request, timeout=remaining_s, metadata=self._metadata)
 
-        return Stream(start, deadline, self._max_attempts)
+        return Stream(start, deadline, self._max_attempts, lambda: self._closed)
 
     def _unary(
         self,
@@ -342,7 +349,7 @@ class Client:
             try:
                 return method(gateway)(request, timeout=deadline.remaining_s(), metadata=self._metadata)
             except grpc.RpcError as error:
-                failure = _convert.error(error)
+                failure = _convert.error(error, cancelled=self._closed)
                 if _retry.is_transient(failure):
                     self._gateways.leave(gateway)
                 raise failure from error

@@ -182,6 +182,13 @@ async def test_unary_calls(client: kvferry.AsyncClient, gateway: FakeGateway) ->
     assert await client.health() is kvferry.HealthStatus.NOT_SERVING
 
 
+async def test_a_call_that_a_gateway_cancels_because_it_shuts_down_is_made_again(
+    client: kvferry.AsyncClient, gateway: FakeGateway
+) -> None:
+    gateway.scripts = [refuse(kvferry.CancelledError("CANCELLED")), *gateway.scripts]
+    assert (await client.generate("x").result()).text
+
+
 async def test_a_gateway_that_is_away_is_left_for_the_next(gateway: FakeGateway) -> None:
     async with kvferry.AsyncClient(f"127.0.0.1:1,{gateway.address}", max_attempts=2) as client:
         assert await client.models()

@@ -180,6 +180,15 @@ def test_unavailable_first_then_fine(gateway: FakeGateway, client: kvferry.Clien
     assert len(gateway.requests) == 2
 
 
+def test_a_call_that_a_gateway_cancels_because_it_shuts_down_is_made_again(
+    gateway: FakeGateway, client: kvferry.Client
+) -> None:
+    gateway.scripts = [refuse(kvferry.CancelledError("CANCELLED")), *gateway.scripts]
+    assert client.generate("x").result().text == "Hello!"
+    gateway.failures = [kvferry.CancelledError("CANCELLED")]
+    assert client.models()
+
+
 def test_attempts_are_bounded(gateway: FakeGateway) -> None:
     gateway.scripts = [refuse(kvferry.UnavailableError("no decode worker"))]
     with (
