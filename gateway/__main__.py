@@ -22,7 +22,7 @@ from gateway.link import DecodeLinks
 from gateway.metrics import ViewCollector
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.tenants import KeyFileError
-from gateway.view import ClusterView, watch
+from gateway.view import Change, ClusterView, watch
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.errors import Error
 from services.directory.library import IndexUnavailable
@@ -103,9 +103,9 @@ async def run_gateway(config: GatewayConfig) -> None:
         # Entered last: what goes wrong before is a StartupError and not a group of them.
         background = await stack.enter_async_context(asyncio.TaskGroup())
 
-        def on_change(_: object) -> None:
+        def on_change(changes: list[Change]) -> None:
             membership_changed.set()
-            dispatcher.members_changed()
+            dispatcher.members_changed(changes)
 
         following = watch(view, config.directory, on_change=on_change)
         tasks = [background.create_task(following), background.create_task(report_health())]

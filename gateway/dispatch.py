@@ -45,8 +45,9 @@ from gateway.request import (
 from gateway.retry_budget import RetryBudget, Slice
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
 from gateway.tenants import EVERYBODY, Tenant
-from gateway.view import ClusterView
+from gateway.view import Change, ClusterView, WorkerGone
 from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import CancelledError, DeadlineError, Error, InternalError, UnavailableError, from_rpc_error
 from services.directory.index import Prefix
@@ -66,6 +67,8 @@ WORKER_WAIT_S = 30.0
 FORGIVE_S = 2.0
 # The first retry follows at once; of those that get no further, each waits longer for the next.
 RETRY_BACKOFF_S = (0.1, 2.0)
+# Once the directory has given a worker up, it has failed each request of which it says nothing for so long.
+GONE_STALL_S = 3.0
 # After the last token, how long the writer's figures may take: they decorate the timeline and nothing else.
 FIGURES_TIMEOUT_S = 1.0
 
@@ -238,7 +241,13 @@ class _Wait:
 class _Decoding:
     """One attempt's request on its decode worker, which counts as pending there until it has ended."""
 
-    def __init__(self, run: _Run, attempt: int, link: DecodeLink, pending: PendingBook, stall_timeout_s: float) -> None:
+    def __init__(
+        self, run: _Run, attempt: int, link: DecodeLink, pending: PendingBook, stall_timeout_s: float,
+        opened: set[_Decoding],
+    ) -> None:  # fmt: skip
+        """Is in ``opened`` from ``open`` to its end."""
+        self.key = run.route.decode.key
+        self._opened = opened
         self._run = run
         self._attempt = attempt
         self._link = link
@@ -262,6 +271,15 @@ class _Decoding:
         if route.prefill:
             # Requests that come before the ticket does must not find the prefill worker idle.
             self._promised = (route.prefill.key, self._pending.add(route.prefill.key, route.num_uncached_tokens))
+        self._opened.add(self)
+        self._watch(self._stall_timeout_s)
+
+    def expect_soon(self, within_s: float) -> None:
+        """From here on the worker has failed the request when it says nothing for so long."""
+        self._stall_timeout_s = min(self._stall_timeout_s, within_s)
+        self._heard_s = time.monotonic()
+        if self._silence is not None:
+            self._silence.cancel()
         self._watch(self._stall_timeout_s)
 
     def on_event(self, event: worker_pb2.DecodeEvent) -> None:
@@ -307,6 +325,7 @@ class _Decoding:
 
     def _end(self) -> None:
         """Idempotent."""
+        self._opened.discard(self)
         if self._silence is not None:
             self._silence.cancel()
         self._keep_promise()
@@ -341,6 +360,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
         self._pending = PendingBook()
+        self._opened: set[_Decoding] = set()
         self._num_routed = 0
         self.decisions = DecisionBook()
         self._pace = Pace(Load().is_behind)
@@ -372,8 +392,13 @@ class Dispatcher:
             self._waiting.pop(run, None)
             await run.end()
 
-    def members_changed(self) -> None:
-        """To be called when workers have joined."""
+    def members_changed(self, changes: Iterable[Change] = ()) -> None:
+        """To be called when workers have come or gone.  One that left of its own accord has ended its streams itself."""
+        for change in changes:
+            if isinstance(change, WorkerGone) and change.reason != directory_pb2.LEAVE_REASON_DEREGISTERED:
+                gone = WorkerKey(change.worker_id, change.incarnation)
+                for decoding in [d for d in self._opened if d.key == gone]:
+                    decoding.expect_soon(GONE_STALL_S)
         for run, wait in list(self._waiting.items()):
             self._end_wait(run, wait.excluded)
 
@@ -569,7 +594,7 @@ class Dispatcher:
         decode, prefill, job = run.route.decode, run.route.prefill, run.job
         run.trace.opened_s, run.trace.ticket_s = time.monotonic(), None
         link = self._links.get(decode.address)
-        run.decodes[attempt] = _Decoding(run, attempt, link, self._pending, self._stall_timeout_s)
+        run.decodes[attempt] = _Decoding(run, attempt, link, self._pending, self._stall_timeout_s, self._opened)
         run.decodes[attempt].open(
             worker_pb2.DecodeOpen(
                 request_id=job.request_id,

@@ -19,11 +19,8 @@ from tests.chaos.oracle import LATE_S, Judged, Verdict, judge
 from tests.chaos.requests import TIMEOUT_S, Case, Load, Outcome, cases
 from tests.chaos.schedule import Kind, faults
 
-ENVIRONMENT = {
-    "KVFERRY_CHUNK_TOKENS": "128",
-    # Of a worker that is stopped for longer, requests go on elsewhere.
-    "KVFERRY_STALL_TIMEOUT_S": "8",
-}
+# So that prompts of a few hundred tokens take several chunks.
+ENVIRONMENT = {"KVFERRY_CHUNK_TOKENS": "128"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from gateway.link import DecodeLinks
 from gateway.pace import Pace
 from gateway.retry_budget import RetryBudget
 from gateway.routing import Policy
-from gateway.view import ClusterView
+from gateway.view import ClusterView, WorkerGone
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2
@@ -292,3 +292,32 @@ async def test_a_worker_that_leaves_its_calls_open_at_its_end_is_lost() -> None:
             await answer
         assert caught.value.reason == "WORKER_LOST"
         assert caught.value.retry_after_s
+
+
+@pytest.mark.parametrize("reason", ["EXPIRED", "REPLACED", "DEREGISTERED"])
+async def test_a_silent_worker_that_the_directory_gave_up_is_waited_for_no_longer(
+    monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    monkeypatch.setattr("gateway.dispatch.GONE_STALL_S", 0.2)
+    async with (
+        dispatching() as (played, dispatcher),
+        playing() as (other, address),
+        aclosing(ask(dispatcher)) as answer,
+    ):
+        first = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0))
+        await first
+        more = begin(answer)
+        left = WorkerGone("decode-0", 1, directory_pb2.LeaveReason.Value(f"LEAVE_REASON_{reason}"))
+        join(dispatcher._view, address, incarnation=2)
+        dispatcher.members_changed([WorkerGone("decode-0", 7, left.reason), left])
+        if reason == "DEREGISTERED":
+            await asyncio.sleep(0.5)
+            assert not more.done()
+            played.say(token(handle, 1))
+        else:
+            assert (await played.sent.get()).cancel.handle == handle
+            other.say(token(await opened(other), 0))
+        assert [t.index for t in await more] == [1]
+    assert not dispatcher._opened
