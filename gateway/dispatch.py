@@ -63,8 +63,8 @@ NO_WORKER_RETRY_S = 1.0
 WORKER_RETRY_S = 2.0
 # How long an answer that has begun tries to go on without getting a token further.
 WORKER_WAIT_S = 30.0
-# When nobody else is there, workers that failed it are tried again every so often.
-FORGIVE_S = 2.0
+# When nobody else is there, workers that failed it are tried again after so long, and then ever more seldom.
+FORGIVE_S = (2.0, 6.0)
 # The first retry follows at once; of those that get no further, each waits longer for the next.
 RETRY_BACKOFF_S = (0.1, 2.0)
 # Once the directory has given a worker up, it has failed each request of which it says nothing for so long.
@@ -168,6 +168,7 @@ class _Run:
         self.trace = trace
         self.retrying_since_s: float | None = None  # without a token meanwhile
         self.backoff = Backoff(*RETRY_BACKOFF_S)
+        self.grudge = Backoff(*FORGIVE_S)
         self.spent: Slice | None = None  # of the retry budget, until it has paid
         self.routed = False
         self._pace = pace
@@ -489,6 +490,7 @@ class Dispatcher:
         if run.retrying_since_s is not None:
             run.retrying_since_s = None
             run.backoff.reset()
+            run.grudge.reset()
         if run.spent is not None:
             self._budget.give_back(run.spent)
             run.spent = None
@@ -518,7 +520,7 @@ class Dispatcher:
         wait = self._waiting[run] = _Wait(excluded, run.retrying_since_s + WORKER_WAIT_S)
 
         def look_again_later() -> None:
-            run.later(max(0.0, min(_jittered(FORGIVE_S), wait.until_s - time.monotonic())), look_again)
+            run.later(max(0.0, min(run.grudge.next_s(), wait.until_s - time.monotonic())), look_again)
 
         def look_again() -> None:
             if self._waiting.get(run) is not wait:

