@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import AsyncExitStack
+from math import inf
 
 import prometheus_client
 import structlog
 from grpc_health.v1 import health_pb2
 
+from gateway.admission import Objectives
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.doorkeeper import Doorkeeper, follow, read_keys
@@ -65,6 +67,7 @@ async def run_gateway(config: GatewayConfig) -> None:
             min_ship_tokens=config.min_ship_tokens, max_attempts=config.max_attempts,
             stall_timeout_s=config.stall_timeout_s, eos_token_ids=files.config.eos_token_ids,
             retry_ratio=config.retry_ratio,
+            objectives=Objectives(config.max_queue_s, config.slo_ttft_s or inf, config.slo_itl_s or inf),
         )  # fmt: skip
         frontend = Frontend(
             files, view, dispatcher, max_requests=config.max_requests, max_request_s=config.max_request_s

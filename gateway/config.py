@@ -40,6 +40,22 @@ class GatewayConfig:
     routing: Policy = option(
         Policy.KV_AWARE, help="how workers are chosen: by cost, or by a simpler rule to compare that with"
     )
+    max_queue_s: float = option(
+        0.25,
+        help="seconds of prompt work that may wait on a worker; more waits in the gateway, where tenants take turns",
+        minimum=0.0,
+    )
+    slo_ttft_s: float = option(
+        0.0,
+        help="refuse requests whose first token is expected later than this, in seconds, because others are served first; "
+        "0: none",
+        minimum=0.0,
+    )
+    slo_itl_s: float = option(
+        0.0,
+        help="let no more requests into a decode worker than leave its steps this short, in seconds; 0: as many as fit",
+        minimum=0.0,
+    )
     stall_timeout_s: float = option(120.0, help="a worker silent for so long has failed", minimum=0.1)
     max_request_s: float = option(600.0, help="longest time for one request", minimum=0.1)
     max_body_nbytes: int = option(2 * 1024 * 1024, help="largest HTTP request body", minimum=1024)

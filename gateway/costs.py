@@ -28,6 +28,10 @@ class Demand:
     max_tokens: int
 
 
+def num_reckoned_steps(demand: Demand) -> int:
+    return max(1, min(demand.max_tokens, HORIZON_TOKENS))
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """Seconds.  ``queue_s`` until the prompt's turn, ``pull_s`` for cached blocks that are read from another worker first,
@@ -102,7 +106,7 @@ class Costs:
     def __init__(self, candidates: Sequence[Candidate], demand: Demand, *, pulls: bool = True) -> None:
         """``pulls``: whether cached blocks may be read from other workers."""
         self._demand = demand
-        self._num_steps = max(1, min(demand.max_tokens, HORIZON_TOKENS))
+        self._num_steps = num_reckoned_steps(demand)
         self._rates = _completed(candidates)
         self._pulls = Pulls(candidates if pulls else (), self._rates, demand.num_prompt_tokens)
         self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}

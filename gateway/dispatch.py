@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter as Counts
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -14,13 +15,16 @@ from typing import Any
 
 import grpc
 import structlog
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 
+from gateway.admission import Objectives
 from gateway.candidates import Candidate, Rates, Role, WorkerKey
-from gateway.costs import Demand
+from gateway.costs import HORIZON_TOKENS, Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
+from gateway.line import Line, Ticket
 from gateway.link import DecodeLink, DecodeLinks
 from gateway.pace import Load, Pace
+from gateway.pending import Pending, PendingBook
 from gateway.pulls import Pull
 from gateway.request import (
     Action,
@@ -49,7 +53,15 @@ from gateway.view import Change, ClusterView, WorkerGone
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.errors import CancelledError, DeadlineError, Error, InternalError, UnavailableError, from_rpc_error
+from kvferry.errors import (
+    CancelledError,
+    DeadlineError,
+    Error,
+    InternalError,
+    OverloadedError,
+    UnavailableError,
+    from_rpc_error,
+)
 from services.directory.index import Prefix
 from services.engine.hashing import chain_root, extend_chain
 from services.runtime.backoff import Backoff
@@ -63,6 +75,8 @@ NO_WORKER_RETRY_S = 1.0
 WORKER_RETRY_S = 2.0
 # How long an answer that has begun tries to go on without getting a token further.
 WORKER_WAIT_S = 30.0
+# How often the line looks whether workers have reported room.
+LOOK_INTERVAL_S = 0.02
 # When nobody else is there, workers that failed it are tried again after so long, and then ever more seldom.
 FORGIVE_S = (2.0, 6.0)
 # The first retry follows at once; of those that get no further, each waits longer for the next.
@@ -78,11 +92,13 @@ MAX_PULL_MS = 10_000
 _CONTINUED = Counter("kvferry_requests_continued", "Times that a request went on behind tokens already sent")
 
 _OVER_BUDGET = Counter("kvferry_retries_over_budget", "Times that a request was not started over, for others had been")
+_IN_LINE = Gauge("kvferry_requests_in_line", "Requests that wait in the gateway for workers to have room")
 
 # Of the options, in the log.
 _LOGGED_OPTIONS = 8
 
 _NO_PREFIX = Prefix(0, 0)
+_NO_OBJECTIVES = Objectives()
 _ROLES = {common_pb2.WORKER_ROLE_PREFILL: Role.PREFILL, common_pb2.WORKER_ROLE_DECODE: Role.DECODE}
 
 
@@ -94,6 +110,7 @@ class Job:
     prompt: Sequence[int]
     sampling: common_pb2.SamplingParams
     tenant: Tenant = EVERYBODY
+    priority: int = 0
 
     @property
     def cache_salt(self) -> bytes:
@@ -115,47 +132,13 @@ class Trace:
 
     route: Route | None = None
     route_s: float = 0.0
+    line_s: float = 0.0  # that the request waited for workers to have room
     committed: worker_pb2.Committed | None = None
     finished: worker_pb2.DecodeFinished | None = None
     num_retries: int = 0
     # By time.monotonic(), of the last attempt.
     opened_s: float | None = None
     ticket_s: float | None = None
-
-
-@dataclass(slots=True)
-class Pending:
-    """What this gateway has sent to a worker and not yet heard the end of."""
-
-    num_requests: int = 0
-    prefill_tokens: int = 0
-
-
-class PendingBook:
-    def __init__(self) -> None:
-        self._by_worker: dict[WorkerKey, Pending] = {}
-
-    def of(self, key: WorkerKey) -> Pending:
-        return self._by_worker.get(key, Pending())
-
-    def add(self, key: WorkerKey, prefill_tokens: int) -> Pending:
-        """One request; what to ``remove`` at its end."""
-        total = self._by_worker.setdefault(key, Pending())
-        total.num_requests += 1
-        total.prefill_tokens += prefill_tokens
-        return Pending(1, prefill_tokens)
-
-    def computed(self, key: WorkerKey, counted: Pending) -> None:
-        """The prompt is no longer ahead of others'; the request goes on.  Idempotent."""
-        self._by_worker[key].prefill_tokens -= counted.prefill_tokens
-        counted.prefill_tokens = 0
-
-    def remove(self, key: WorkerKey, ended: Pending) -> None:
-        total = self._by_worker[key]
-        total.num_requests -= ended.num_requests
-        total.prefill_tokens -= ended.prefill_tokens
-        if total.num_requests == 0:
-            del self._by_worker[key]
 
 
 class _Run:
@@ -171,6 +154,7 @@ class _Run:
         self.grudge = Backoff(*FORGIVE_S)
         self.spent: Slice | None = None  # of the retry budget, until it has paid
         self.routed = False
+        self.ticket: Ticket[_Run] | None = None  # while it waits in the line
         self._pace = pace
         self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
         self.decodes: dict[int, _Decoding] = {}  # by attempt
@@ -268,7 +252,11 @@ class _Decoding:
             self.on_lost(e)
             return
         route = self._run.route
-        self._counted = self._pending.add(route.decode.key, 0 if route.prefill else route.num_uncached_tokens)
+        self._counted = self._pending.add(
+            route.decode.key,
+            0 if route.prefill else route.num_uncached_tokens,
+            route.decode.num_missing_blocks(len(request.prompt_token_ids) + 1),
+        )
         if route.prefill:
             # Requests that come before the ticket does must not find the prefill worker idle.
             self._promised = (route.prefill.key, self._pending.add(route.prefill.key, route.num_uncached_tokens))
@@ -346,6 +334,7 @@ class Dispatcher:
         self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, routing: Policy,
         min_ship_tokens: int, max_attempts: int, stall_timeout_s: float, eos_token_ids: Iterable[int] = (),
         retry_ratio: float = 0.2,
+        objectives: Objectives = _NO_OBJECTIVES,
     ) -> None:  # fmt: skip
         """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it.  ``retry_ratio``: retries
         that bring nothing, at most, for each request."""
@@ -360,7 +349,10 @@ class Dispatcher:
         self._min_ship_tokens = min_ship_tokens
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
-        self._pending = PendingBook()
+        self._objectives = objectives
+        self._line: Line[_Run] = Line()
+        self._looks_again: asyncio.Handle | None = None
+        self._pending = PendingBook(self._look_soon)
         self._opened: set[_Decoding] = set()
         self._num_routed = 0
         self.decisions = DecisionBook()
@@ -381,6 +373,7 @@ class Dispatcher:
                 tokens: list[common_pb2.Token] = []
                 last = self._advance(run, machine, actions, tokens)
                 if tokens:
+                    self._line.served(job.tenant.name, 0, len(tokens), job.tenant.weight)
                     yield tokens
                 match last:
                     case Finish(finished=finished):
@@ -391,6 +384,7 @@ class Dispatcher:
                 await run.wait()
         finally:
             self._waiting.pop(run, None)
+            self._leave_line(run)
             await run.end()
 
     def members_changed(self, changes: Iterable[Change] = ()) -> None:
@@ -417,8 +411,9 @@ class Dispatcher:
                         run.sent.append(token.id)
                         tokens.append(token)
                         self._got_further(run)
-                    case ChooseRoute(excluded=excluded) if machine.attempt == 1:
-                        actions.extend(machine.on(self._choose(run, excluded)))
+                    case ChooseRoute() if machine.attempt == 1:
+                        if (outcome := self._enter(run)) is not None:
+                            actions.extend(machine.on(outcome))
                     case ChooseRoute(excluded=excluded):
                         self._start_over(run, excluded)
                     case OpenDecode(attempt=attempt):
@@ -465,7 +460,7 @@ class Dispatcher:
                     block_nbytes=info.layout.block_nbytes,
                     num_requests=max(pending.num_requests, load.num_running + load.num_waiting),
                     num_queued_prefill_tokens=max(pending.prefill_tokens, load.num_queued_prefill_tokens),
-                    num_free_blocks=load.blocks.free + load.blocks.cached,
+                    num_free_blocks=max(0, _num_spare(load, block_size) - pending.num_blocks),
                     num_prefix_blocks=prefix.num_blocks,
                     num_prefix_host_blocks=prefix.num_blocks - prefix.num_device_blocks,
                     rates=Rates(
@@ -556,11 +551,84 @@ class Dispatcher:
             run.spent = self._budget.spend(now_s)
         return event
 
+    def _enter(self, run: _Run) -> Event | None:
+        """A request's first route.  None: it waits in the line, and the event comes by itself."""
+        tenant, priority, now_s = run.job.tenant.name, run.job.priority, time.monotonic()
+        routed = self._route_in_time(run, self._line.wait_s(tenant, priority, num_lanes=self._num_lanes()))
+        if isinstance(routed, NotRouted):
+            return routed
+        if not self._line and self._objectives.has_room(routed):
+            return self._take(run, routed)
+        terms = routed.chosen.terms
+        work_s = terms.pull_s + terms.prefill_s
+        run.ticket = self._line.join(run, tenant, priority=priority, work_s=work_s, now_s=now_s)
+        _IN_LINE.set(len(self._line))
+        self._look_later()
+        return None
+
+    def _route_in_time(self, run: _Run, wait_s: float) -> Route | NotRouted:
+        """For a request that has waited for so long, or would have to."""
+        routed = self._route(run, frozenset())
+        if not isinstance(routed, NotRouted):
+            try:
+                self._objectives.check(routed, wait_s)
+            except OverloadedError as error:
+                return NotRouted(error)
+        return routed
+
+    def _look_soon(self) -> None:
+        """Whether the first of the line may go: once the loop comes to it, however often it is asked."""
+        if self._line:
+            self._look_in(0.0)
+
+    def _look_later(self) -> None:
+        """What the workers report changes unseen."""
+        if self._line and self._looks_again is None:
+            self._look_in(LOOK_INTERVAL_S)
+
+    def _look_in(self, delay_s: float) -> None:
+        if self._looks_again is not None:
+            self._looks_again.cancel()
+        self._looks_again = asyncio.get_running_loop().call_later(delay_s, self._look)
+
+    def _look(self) -> None:
+        """Lets in who may go, in the order of the line."""
+        self._looks_again = None
+        try:
+            while ticket := self._line.first():
+                run, now_s = ticket.item, time.monotonic()
+                event: Event | Route = self._route_in_time(run, now_s - ticket.came_s)
+                if isinstance(event, Route):
+                    if not self._objectives.has_room(event):
+                        break
+                    event = self._take(run, event)
+                self._leave_line(run, now_s)
+                run.put(event)
+        finally:
+            self._look_later()
+
+    def _leave_line(self, run: _Run, turn_s: float | None = None) -> None:
+        """``turn_s``: when its turn came; None for one that gives up.  Idempotent."""
+        if run.ticket is not None:
+            run.trace.line_s = time.monotonic() - run.ticket.came_s
+            self._line.leave(run.ticket, turn_s)
+            run.ticket = None
+            _IN_LINE.set(len(self._line))
+
+    def _num_lanes(self) -> int:
+        """Workers that compute prompts."""
+        by_role = Counts(worker.info.role for worker in self._view.workers.values())
+        return by_role[common_pb2.WORKER_ROLE_PREFILL] or by_role[common_pb2.WORKER_ROLE_DECODE]
+
     def _choose(self, run: _Run, excluded: frozenset[WorkerKey]) -> Event:
+        routed = self._route(run, excluded)
+        return routed if isinstance(routed, NotRouted) else self._take(run, routed)
+
+    def _route(self, run: _Run, excluded: frozenset[WorkerKey]) -> Route | NotRouted:
         started_s = time.monotonic()
         job = run.job
         try:
-            route = choose_route(
+            return choose_route(
                 self.candidates(job),
                 Demand(len(job.prompt), job.sampling.max_tokens),
                 excluded,
@@ -570,9 +638,15 @@ class Dispatcher:
                 request_id=job.request_id,
             )
         except NoWorkerError as e:
-            self._remember(run, Refusal(str(e), e.passed_over), started_s)
+            self._remember(run, Refusal(str(e), e.passed_over))
             return NotRouted(UnavailableError(str(e), reason="NO_WORKER", retry_after_s=NO_WORKER_RETRY_S))
-        self._remember(run, route, started_s)
+        finally:
+            run.trace.route_s = time.monotonic() - started_s  # the last time counts: others were in the line
+
+    def _take(self, run: _Run, route: Route) -> Routed:
+        self._remember(run, route)
+        job = run.job
+        self._line.served(job.tenant.name, route.num_uncached_tokens, 0, job.tenant.weight)
         run.trace.route, run.trace.committed = route, None
         log.info(
             "route",
@@ -585,10 +659,9 @@ class Dispatcher:
         )
         return Routed(route.decode.key, route.prefill.key if route.prefill else None)
 
-    def _remember(self, run: _Run, outcome: Route | Refusal, started_s: float) -> None:
+    def _remember(self, run: _Run, outcome: Route | Refusal) -> None:
         self._num_routed += 1
-        run.trace.route_s += time.monotonic() - started_s
-        decision = Decision(outcome, started_s, self._view.age_s)
+        decision = Decision(outcome, time.monotonic(), self._view.age_s)
         self.decisions.add(run.job.tenant.name, run.job.request_id, decision, first=not run.routed)
         run.routed = True
 
@@ -658,6 +731,12 @@ class Dispatcher:
 
 def _jittered(seconds: float) -> float:
     return seconds * random.uniform(0.5, 1.0)
+
+
+def _num_spare(load: directory_pb2.WorkerLoad, block_size: int) -> int:
+    """Blocks for newcomers: what is neither resident nor lent to writers, less what running answers may yet take."""
+    growth = load.num_running * HORIZON_TOKENS // 2 // block_size
+    return load.blocks.free + load.blocks.cached - growth
 
 
 def _to_pull_source(pull: Pull | None) -> worker_pb2.PullSource | None:

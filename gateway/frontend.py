@@ -11,6 +11,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.quotas import QuotaBook
 from gateway.tenants import Tenant
 from gateway.text import TextStream
 from gateway.validation import Validator
@@ -45,6 +46,10 @@ class Clock:
         self.tokenize_s = 0.0
         self._left_s: list[float] = []
 
+    @property
+    def num_left(self) -> int:
+        return len(self._left_s)
+
     def tokens_left(self, num_tokens: int) -> None:
         """In one message."""
         _OUTPUT_TOKENS.inc(num_tokens)
@@ -66,6 +71,7 @@ class Clock:
             itl_p50_us=_us(gaps[len(gaps) // 2]) if gaps else 0,
             itl_p99_us=_us(gaps[min(len(gaps) - 1, len(gaps) * 99 // 100)]) if gaps else 0,
             num_retries=trace.num_retries,
+            line_us=_us(trace.line_s),
         )
         if route := trace.route:
             timeline.route_reason = route.reason
@@ -97,6 +103,7 @@ class Frontend:
         self._dispatcher = dispatcher
         self._max_requests = max_requests
         self._max_request_s = max_request_s
+        self._quotas = QuotaBook()
         self._draining = False
         self._ended = asyncio.Event()
 
@@ -152,9 +159,13 @@ class Frontend:
         try:
             job = await self.validator.to_job(request, tenant)
             clock.tokenize_s = time.monotonic() - clock.arrived_s
-            async with aclosing(self._answer(job, tuple(request.stop), clock)) as responses:
-                async for response in responses:
-                    yield response
+            self._quotas.begin(tenant.name, tenant.quota, len(job.prompt), time.monotonic())
+            try:
+                async with aclosing(self._answer(job, tuple(request.stop), clock)) as responses:
+                    async for response in responses:
+                        yield response
+            finally:
+                self._quotas.end(tenant.name, clock.num_left)
             outcome = "completed"
         except Error as e:
             outcome = e.reason.lower()

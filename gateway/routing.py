@@ -8,7 +8,7 @@ from enum import Enum
 from random import Random
 
 from gateway.candidates import Candidate, Role, WorkerKey
-from gateway.costs import Costs, Demand, Option
+from gateway.costs import Costs, Demand, Option, num_reckoned_steps
 
 
 class Policy(Enum):
@@ -50,6 +50,11 @@ class Route:
     def prefill(self) -> Candidate | None:
         """None: the decode worker computes the prompt itself."""
         return self.chosen.prefill
+
+    @property
+    def step_s(self) -> float:
+        """A step of the decode worker's with this request in the batch."""
+        return self.chosen.terms.decode_s / num_reckoned_steps(self.demand)
 
     @property
     def num_uncached_tokens(self) -> int:

@@ -7,11 +7,15 @@ import hmac
 import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import inf
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from gateway.quotas import UNLIMITED, Quota
+
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+_Positive = Annotated[float, Field(gt=0)]
 # So many digits of a digest lead to the keys that are then compared in full.
 _SHORT = 8
 
@@ -19,10 +23,13 @@ _SHORT = 8
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """``cache_salt`` goes into the hash of every KV block: tenants with unequal salts share no cached block, so none can
-    learn, by a hit or by its time, what another has asked."""
+    learn, by a hit or by its time, what another has asked.  Where requests must wait, a tenant of twice the ``weight`` is
+    served twice as many tokens."""
 
     name: str
     cache_salt: bytes
+    weight: float = 1.0
+    quota: Quota = UNLIMITED
 
 
 EVERYBODY = Tenant("", b"")
@@ -44,6 +51,14 @@ class _Tenant(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     cache: _Name | None = None
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    requests_per_minute: _Positive = inf
+    tokens_per_minute: _Positive = inf
+    max_streams: Annotated[int, Field(ge=1)] | None = None
+
+    @property
+    def quota(self) -> Quota:
+        return Quota(self.requests_per_minute, self.tokens_per_minute, self.max_streams or inf)
 
 
 class _File(BaseModel):
@@ -62,8 +77,12 @@ class Keyring:
         tenant = "search"
         sha256 = "<64 hexadecimal digits>"
 
-        [tenant.search]       # only for tenants that share a prefix cache
-        cache = "documents"   # with all tenants that name the same
+        [tenant.search]              # each line may be left out
+        cache = "documents"          # a prefix cache shared with all tenants that name the same
+        weight = 2                   # served twice as much as others where requests must wait
+        requests_per_minute = 600
+        tokens_per_minute = 200000   # of prompts and answers
+        max_streams = 16             # requests at a time
     """
 
     def __init__(self, keys: Iterable[tuple[str, Tenant]]) -> None:
@@ -89,8 +108,7 @@ class Keyring:
             raise KeyFileError("the same key is there twice")
         if strangers := file.tenant.keys() - {key.tenant for key in file.key}:
             raise KeyFileError(f"tenant.{min(strangers)}: no key belongs to this tenant")
-        salts = {name: settings.cache for name, settings in file.tenant.items()}
-        return cls((key.sha256, Tenant(key.tenant, _salt(key.tenant, salts.get(key.tenant)))) for key in file.key)
+        return cls((key.sha256, _to_tenant(key.tenant, file.tenant.get(key.tenant, _Tenant()))) for key in file.key)
 
     def tenant_of(self, key: str) -> Tenant | None:
         """None for a key that is not there.  What is compared is digests, each in constant time."""
@@ -100,6 +118,10 @@ class Keyring:
             if hmac.compare_digest(known, digest):
                 found = tenant
         return found
+
+
+def _to_tenant(name: str, settings: _Tenant) -> Tenant:
+    return Tenant(name, _salt(name, settings.cache), settings.weight, settings.quota)
 
 
 def _salt(tenant: str, cache: str | None) -> bytes:

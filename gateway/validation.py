@@ -73,7 +73,7 @@ class Validator:
         if len(prompt) >= config.context_length:
             raise _invalid("prompt", f"has {len(prompt)} tokens; the model's context holds {config.context_length}, "
                                      f"the answer included", reason="PROMPT_TOO_LONG")  # fmt: skip
-        return Job(request_id, prompt, self._complete(request.sampling, len(prompt)), tenant)
+        return Job(request_id, prompt, self._complete(request.sampling, len(prompt)), tenant, request.priority)
 
     async def _tokenize(self, text: str, *, add_special: bool) -> list[int]:
         encode = self.files.tokenizer.encode

@@ -39,6 +39,7 @@ def generate_request(
     ignore_eos: bool,
     logprobs: int | None,
     speculate: bool | None,
+    priority: int,
     request_id: str | None,
 ) -> inference_pb2.GenerateRequest:
     """Raises InvalidRequestError for what protobuf cannot carry; ranges are the gateway's to judge."""
@@ -58,6 +59,7 @@ def generate_request(
             ),
             stop=(stop,) if isinstance(stop, str) else stop,
             request_id=request_id or "",
+            priority=priority,
         )
         if isinstance(prompt, str):
             request.text = prompt
@@ -138,6 +140,7 @@ def timeline(message: inference_pb2.Timeline) -> types.Timeline:
         num_retries=message.num_retries,
         route_reason=message.route_reason,
         opened_s=message.opened_us * _US,
+        line_s=message.line_us * _US,
         ticket_s=message.ticket_us * _US if message.HasField("ticket_us") else None,
     )
 

@@ -202,6 +202,7 @@ class AsyncClient:
         ignore_eos: bool = False,
         logprobs: int | None = None,
         speculate: bool | None = None,
+        priority: int = 0,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> AsyncStream:
@@ -220,6 +221,7 @@ class AsyncClient:
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
                 speculate=speculate,
+                priority=priority,
                 request_id=request_id,
             ),
             timeout,
@@ -240,6 +242,7 @@ class AsyncClient:
         ignore_eos: bool = False,
         logprobs: int | None = None,
         speculate: bool | None = None,
+        priority: int = 0,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> AsyncStream:
@@ -258,6 +261,7 @@ class AsyncClient:
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
                 speculate=speculate,
+                priority=priority,
                 request_id=request_id,
             ),
             timeout,

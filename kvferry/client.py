@@ -210,6 +210,7 @@ class Client:
         ignore_eos: bool = False,
         logprobs: int | None = None,
         speculate: bool | None = None,
+        priority: int = 0,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Stream:
@@ -218,7 +219,8 @@ class Client:
         ``temperature`` 0 is greedy; ``seed`` makes sampling repeatable; the answer ends before the first of ``stop``;
         ``logprobs`` asks for each token's log-probability and for that many likeliest alternatives (0 to 20);
         ``speculate`` for several tokens a step where the answer repeats what was said before, for more speed and the same
-        tokens.  What is None is the gateway's to choose, or the worker's.
+        tokens.  Where requests must wait, those of higher ``priority`` go before the same tenant's others.  What is None is
+        the gateway's to choose, or the worker's.
         """
         return self._stream(
             _convert.generate_request(
@@ -234,6 +236,7 @@ class Client:
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
                 speculate=speculate,
+                priority=priority,
                 request_id=request_id,
             ),
             timeout,
@@ -254,6 +257,7 @@ class Client:
         ignore_eos: bool = False,
         logprobs: int | None = None,
         speculate: bool | None = None,
+        priority: int = 0,
         timeout: float | None = None,
         request_id: str | None = None,
     ) -> Stream:
@@ -272,6 +276,7 @@ class Client:
                 ignore_eos=ignore_eos,
                 logprobs=logprobs,
                 speculate=speculate,
+                priority=priority,
                 request_id=request_id,
             ),
             timeout,

@@ -166,6 +166,7 @@ class DecodeStats:
 class Timeline:
     """Where a request's time went, seen from the gateway.  Offsets count from the request's arrival there.
     ``prefill_worker`` is empty, ``transfer`` and ``ticket_s`` None, when the decode worker computed the prompt itself.
+    ``line_s`` was spent in the gateway's line, for the workers to have room.
     ``opened_s`` and ``ticket_s`` are of the last attempt: its stream to the decode worker, and the ticket's arrival."""
 
     tokenize_s: float
@@ -183,6 +184,7 @@ class Timeline:
     route_reason: str
     opened_s: float
     ticket_s: float | None
+    line_s: float = 0.0
 
     @property
     def handover_s(self) -> float | None:

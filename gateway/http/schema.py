@@ -2,7 +2,8 @@
 
 ``user``, ``metadata`` and ``store`` are accepted and change nothing, as OpenAI documents them: they label a request for
 the account's own bookkeeping.  ``n`` can only be 1, ``echo`` only false, and the penalties only 0, which is what clients
-send that always send them.  ``top_k`` and ``speculate`` are not OpenAI's.  Any other field is refused rather than ignored.
+send that always send them.  ``top_k``, ``speculate`` and ``priority`` are not OpenAI's.  Any other field is refused rather
+than ignored.
 """
 
 from __future__ import annotations
@@ -125,6 +126,7 @@ class GenerationRequest(_Strict):
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: Stop | None = None
     speculate: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), le=_MAX_INT32)] | None = None
     n: Annotated[int, _only(1)] | None = None
     frequency_penalty: Annotated[float, _only(0)] | None = None
     presence_penalty: Annotated[float, _only(0)] | None = None
@@ -155,7 +157,9 @@ class GenerationRequest(_Strict):
             speculate=self.speculate,
         )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        request = inference_pb2.GenerateRequest(model=self.model, sampling=sampling, stop=stop, request_id=request_id)
+        request = inference_pb2.GenerateRequest(
+            model=self.model, sampling=sampling, stop=stop, request_id=request_id, priority=self.priority or 0
+        )
         self._put_prompt(request)
         return request
 

@@ -26,8 +26,10 @@ def phases(timeline: Timeline) -> list[Phase]:
     opened_s, sent_s = timeline.opened_s, timeline.ticket_s
     made = [
         Phase("tokenize", ((0.0, timeline.tokenize_s),)),
-        Phase("route", ((opened_s - timeline.route_s, opened_s),)),
     ]
+    if timeline.line_s:
+        made.append(Phase("line", ((opened_s - timeline.route_s - timeline.line_s, opened_s - timeline.route_s),)))
+    made.append(Phase("route", ((opened_s - timeline.route_s, opened_s),)))
     prefill, transfer, decode = timeline.prefill, timeline.transfer, timeline.decode
     decoding_s = timeline.ttft_s
     if sent_s is not None:

@@ -168,7 +168,7 @@ async def test_an_impossible_token_still_makes_valid_json() -> None:
 async def test_every_field_reaches_the_front_door() -> None:
     front_door = answering()
     fields = {"temperature": 0, "top_p": 0.5, "top_k": 4, "seed": -1, "stop": ["a", "b"], "logprobs": True}
-    fields["speculate"] = False
+    fields |= {"speculate": False, "priority": -2}
     ignored = {"user": "u", "metadata": {"a": "b"}, "store": False, "n": 1, "stream": False, "presence_penalty": 0.0}
     messages = [
         {"role": "developer", "content": "d"},
@@ -188,7 +188,7 @@ async def test_every_field_reaches_the_front_door() -> None:
     assert request.sampling == common_pb2.SamplingParams(
         max_tokens=9, temperature=0, top_p=0.5, top_k=4, seed=2**64 - 1, num_logprobs=3, speculate=False
     )
-    assert (request.model, list(request.stop), request.request_id) == (MODEL, ["a", "b"], "me")
+    assert (request.model, list(request.stop), request.request_id, request.priority) == (MODEL, ["a", "b"], "me", -2)
 
 
 async def test_what_is_not_said_stays_unset() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.candidates import WorkerKey
-from gateway.dispatch import Pending, PendingBook
+from gateway.pending import Pending, PendingBook
 
 KEY = WorkerKey("d0", 1)
 
@@ -19,3 +19,15 @@ def test_a_prompt_counts_until_it_is_computed_and_its_request_until_it_ends() ->
     assert book.of(KEY) == Pending(1, 30)
     book.remove(KEY, second)
     assert book.of(KEY) == Pending(0, 0)
+
+
+def test_blocks_count_until_the_first_token_and_whoever_waits_hears_of_less() -> None:
+    heard: list[int] = []
+    book = PendingBook(lambda: heard.append(book.of(KEY).num_blocks))
+    first, second = book.add(KEY, 0, 7), book.add(KEY, 0, 5)
+    assert book.of(KEY) == Pending(2, 0, 12)
+    for _ in range(2):
+        book.computed(KEY, first)
+    book.remove(KEY, first)
+    book.remove(KEY, second)
+    assert heard == [5, 5, 0]

@@ -11,6 +11,7 @@ import grpc
 import pytest
 
 from gateway.doorkeeper import Doorkeeper, follow, read_keys
+from gateway.quotas import UNLIMITED, Quota
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.tenants import EVERYBODY, KeyFileError, Keyring, Tenant
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
@@ -34,6 +35,18 @@ def test_a_key_leads_to_its_tenant() -> None:
     assert keys.num_keys == 3
     for stranger in ("", "a", sha256("a1"), "a1 ", "é"):
         assert keys.tenant_of(stranger) is None
+
+
+def test_a_tenant_has_the_weight_and_the_quota_that_the_file_gives_it() -> None:
+    keys = Keyring.parse(
+        entry("a1", "a") + entry("b1", "b")
+        + "[tenant.a]\nweight = 2\nrequests_per_minute = 60\ntokens_per_minute = 5e4\nmax_streams = 8\n"
+    )  # fmt: skip
+    assert keys.tenant_of("a1") == Tenant("a", b"tenant:a", 2.0, Quota(60, 50000, 8))
+    assert keys.tenant_of("b1") == Tenant("b", b"tenant:b", 1.0, UNLIMITED)
+    for wrong in ("weight = 0", "requests_per_minute = 0", "tokens_per_minute = -1", "max_streams = 0", "streams = 1"):
+        with pytest.raises(KeyFileError, match=r"tenant\.a\."):
+            Keyring.parse(entry("a1", "a") + f"[tenant.a]\n{wrong}\n")
 
 
 def test_a_digest_that_begins_alike_is_another_key() -> None:

@@ -56,6 +56,7 @@ async def test_both_clients_send_the_same(client: kvferry.AsyncClient, gateway: 
         "ignore_eos": True,
         "logprobs": 1,
         "speculate": True,
+        "priority": 7,
         "model": "tiny",
         "request_id": "mine",
     }
@@ -71,6 +72,7 @@ async def test_both_clients_send_the_same(client: kvferry.AsyncClient, gateway: 
     assert gateway.requests[:2] == gateway.requests[2:]
     assert gateway.requests[0].sampling.ignore_eos
     assert gateway.requests[0].sampling.speculate
+    assert gateway.requests[0].priority == 7
 
 
 async def test_a_slow_reader_loses_nothing_of_a_long_answer(client: kvferry.AsyncClient, gateway: FakeGateway) -> None:

@@ -70,6 +70,7 @@ def test_every_parameter_reaches_the_server(client: kvferry.Client, gateway: Fak
         ignore_eos=True,
         logprobs=0,
         speculate=False,
+        priority=-3,
         request_id="mine",
     ).result()
     assert gateway.requests == [
@@ -89,6 +90,7 @@ def test_every_parameter_reaches_the_server(client: kvferry.Client, gateway: Fak
             ),
             stop=["end"],
             request_id="mine",
+            priority=-3,
         )
     ]
 

@@ -31,12 +31,15 @@ class GenerateRequest(google.protobuf.message.Message):
     SAMPLING_FIELD_NUMBER: builtins.int
     STOP_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    PRIORITY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """Empty: the gateway's only model."""
     text: builtins.str
     """Tokenized as it stands; special tokens written out in it are recognised."""
     request_id: builtins.str
     """Shown in logs and traces; made up by the gateway when empty. At most 128 characters, printable ASCII."""
+    priority: builtins.int
+    """Where requests must wait, those of higher priority go before the same tenant's others, never before another tenant's."""
     @property
     def token_ids(self) -> Global___TokenIds: ...
     @property
@@ -59,10 +62,11 @@ class GenerateRequest(google.protobuf.message.Message):
         sampling: kvferry.api.common.v1.common_pb2.SamplingParams | None = ...,
         stop: collections.abc.Iterable[builtins.str] | None = ...,
         request_id: builtins.str = ...,
+        priority: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chat", b"chat", "model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chat", b"chat", "model", b"model", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "stop", b"stop", "text", b"text", "token_ids", b"token_ids"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: typing_extensions.TypeAlias = typing.Literal["text", "token_ids", "chat"]
     _WhichOneofArgType_prompt: typing_extensions.TypeAlias = typing.Literal["prompt", b"prompt"]
@@ -275,6 +279,7 @@ class Timeline(google.protobuf.message.Message):
     ROUTE_REASON_FIELD_NUMBER: builtins.int
     OPENED_US_FIELD_NUMBER: builtins.int
     TICKET_US_FIELD_NUMBER: builtins.int
+    LINE_US_FIELD_NUMBER: builtins.int
     tokenize_us: builtins.int
     route_us: builtins.int
     ttft_us: builtins.int
@@ -294,6 +299,8 @@ class Timeline(google.protobuf.message.Message):
     """Arrival to the opening of the decode worker's stream, in the last attempt."""
     ticket_us: builtins.int
     """Arrival to the decode worker's ticket, at which the prompt was sent to the prefill worker. Unset without one."""
+    line_us: builtins.int
+    """In the gateway's line, for the workers to have room."""
     @property
     def prefill(self) -> kvferry.api.common.v1.common_pb2.PrefillStats: ...
     @property
@@ -318,10 +325,11 @@ class Timeline(google.protobuf.message.Message):
         route_reason: builtins.str = ...,
         opened_us: builtins.int = ...,
         ticket_us: builtins.int | None = ...,
+        line_us: builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_ticket_us", b"_ticket_us", "decode", b"decode", "prefill", b"prefill", "ticket_us", b"ticket_us", "transfer", b"transfer"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_ticket_us", b"_ticket_us", "decode", b"decode", "decode_worker", b"decode_worker", "itl_p50_us", b"itl_p50_us", "itl_p99_us", b"itl_p99_us", "num_retries", b"num_retries", "opened_us", b"opened_us", "prefill", b"prefill", "prefill_worker", b"prefill_worker", "route_reason", b"route_reason", "route_us", b"route_us", "ticket_us", b"ticket_us", "tokenize_us", b"tokenize_us", "total_us", b"total_us", "transfer", b"transfer", "ttft_us", b"ttft_us"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_ticket_us", b"_ticket_us", "decode", b"decode", "decode_worker", b"decode_worker", "itl_p50_us", b"itl_p50_us", "itl_p99_us", b"itl_p99_us", "line_us", b"line_us", "num_retries", b"num_retries", "opened_us", b"opened_us", "prefill", b"prefill", "prefill_worker", b"prefill_worker", "route_reason", b"route_reason", "route_us", b"route_us", "ticket_us", b"ticket_us", "tokenize_us", b"tokenize_us", "total_us", b"total_us", "transfer", b"transfer", "ttft_us", b"ttft_us"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ticket_us: typing_extensions.TypeAlias = typing.Literal["ticket_us"]
     _WhichOneofArgType__ticket_us: typing_extensions.TypeAlias = typing.Literal["_ticket_us", b"_ticket_us"]

@@ -1,0 +1,50 @@
+"""Whether a routed request goes to its workers now, waits in the gateway's line, or is refused.  Pure.
+
+Workers are kept busy and no more: what would only wait there waits here, where tenants take turns and where a request that
+comes too late for its objective can still be refused before anything was computed for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from gateway.routing import Route
+from kvferry.errors import OverloadedError
+
+_MIN_RETRY_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """``max_queue_s``: so much prompt work may wait on a worker.  The others are what requests shall get: time to first
+    token, and time between tokens; infinite where nothing was promised."""
+
+    max_queue_s: float = 0.25
+    ttft_s: float = inf
+    itl_s: float = inf
+
+    def has_room(self, route: Route) -> bool:
+        """False: it shall wait.  Where nothing was measured yet, nobody waits for a guess; and a decode worker that has
+        nothing to do takes what comes."""
+        computer, decode = route.prefill or route.decode, route.decode
+        if computer.rates.prefill_tokens_per_s > 0 and route.chosen.terms.queue_s > self.max_queue_s:
+            return False
+        if decode.num_requests == 0:
+            return True
+        return not route.chosen.full and not (decode.rates.step_base_s > 0 and route.step_s > self.itl_s)
+
+    def check(self, route: Route, wait_s: float) -> None:
+        """Raises OverloadedError (TTFT_SLO) for a request that, after ``wait_s`` in the line, would get its first token too
+        late.  One whose own prompt takes longer than the objective is refused only when it would have to wait besides:
+        coming again later would not help it."""
+        terms = route.chosen.terms
+        own_s = terms.pull_s + terms.prefill_s + terms.ship_s + route.step_s
+        late_s = wait_s + terms.queue_s - max(self.ttft_s - own_s, self.max_queue_s)
+        if late_s > 0:
+            raise OverloadedError(
+                f"the first token would come after about {wait_s + terms.queue_s + own_s:.1f} s, and {self.ttft_s:g} s is "
+                "this gateway's objective",
+                reason="TTFT_SLO",
+                retry_after_s=max(_MIN_RETRY_S, late_s),
+            )

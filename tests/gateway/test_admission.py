@@ -1,0 +1,57 @@
+"""Who goes on at once, who waits, and who is told to come again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from gateway.admission import Objectives
+from gateway.candidates import Rates
+from kvferry.errors import OverloadedError
+from tests.gateway.test_routing import D0, P0, route
+
+BUSY = replace(D0, num_requests=4)
+
+
+def test_a_prompt_waits_where_enough_work_waits_already() -> None:
+    objectives = Objectives(max_queue_s=0.25)
+    for queued, room in ((0, True), (250, True), (251, False)):
+        prefill = replace(P0, num_queued_prefill_tokens=queued)
+        assert objectives.has_room(route([prefill, replace(BUSY, num_queued_prefill_tokens=9000)])) is room
+
+
+def test_nobody_waits_for_a_speed_that_was_not_measured() -> None:
+    unmeasured = replace(P0, num_queued_prefill_tokens=10**6, rates=Rates())
+    assert Objectives().has_room(route([unmeasured, replace(D0, num_queued_prefill_tokens=10**7, rates=Rates())]))
+
+
+def test_a_full_decode_worker_is_waited_for_unless_it_has_nothing_to_do() -> None:
+    full = replace(BUSY, num_free_blocks=3)
+    assert not Objectives().has_room(route([P0, full]))
+    assert Objectives().has_room(route([P0, replace(full, num_requests=0)]))
+
+
+def test_a_decode_worker_takes_as_many_as_leave_its_steps_short() -> None:
+    objectives = Objectives(itl_s=0.0325)  # 20 ms and 2 ms for each of six
+    assert objectives.has_room(route([P0, replace(D0, num_requests=5)]))
+    assert not objectives.has_room(route([P0, replace(D0, num_requests=6)]))
+
+
+def test_who_would_come_too_late_is_told_when_to_come_again() -> None:
+    found = route([P0, D0])  # about 0.5 s of its own
+    objectives = Objectives(ttft_s=2.0)
+    objectives.check(found, 1.4)
+    with pytest.raises(OverloadedError, match="2 s is this gateway's objective") as caught:
+        objectives.check(found, 2.0)
+    assert caught.value.reason == "TTFT_SLO"
+    assert caught.value.retry_after_s == pytest.approx(0.53, abs=0.1)
+    Objectives(ttft_s=inf).check(found, 1e9)
+
+
+def test_a_prompt_that_is_itself_too_long_is_served_when_nobody_waits() -> None:
+    found = route([P0, D0], num_tokens=5000)
+    Objectives(ttft_s=2.0).check(found, 0.0)
+    with pytest.raises(OverloadedError):
+        Objectives(ttft_s=2.0).check(found, 0.5)
