@@ -200,7 +200,8 @@ class Passage:
         transfer = self.ferries.worker.transport.post(Op.WRITE, local, remote, *offsets)
         self.transfers.add(transfer)
         try:
-            result = await transfer
+            with self.ferries.worker.transferring():
+                result = await transfer
         except TransportError as e:
             # Of a connection that broke, only the writer's end can prove that nothing comes any more.
             if remote.path is Path.RMA and not isinstance(e, TransferCancelled):
