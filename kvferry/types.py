@@ -252,8 +252,8 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class PhaseUse:
     """A worker's time in one phase: ``share`` of its last seconds, and seconds since start.  FLOPs and bytes since start
-    are counted from shapes.  Over the last seconds of work in the phase: ``intensity`` in FLOP/byte, and FLOP/s (``mfu``) and
-    bytes/s (``mbu``) as shares of what the machine does at most.  0 where not measured, and of transfer and idle."""
+    are counted from shapes.  Over the last seconds of work in the phase: ``intensity`` in FLOP/byte, and FLOP/s (``mfu``)
+    and bytes/s (``mbu``) as shares of what the machine does at most.  0 where not measured, and of transfer and idle."""
 
     share: float
     seconds: float

@@ -1,7 +1,8 @@
 """What a step has to compute and to move, counted from shapes, and how that compares with what a machine can do.  Pure.
 
 FLOPs are those of the matrix products, two to a multiplication with addition: projections, scores, weighted values and the
-output head.  Norms, rotations and softmax are left out.  Bytes are the least that a step can do with: every weight once, however many rows share it; every KV block of a sequence once; what new tokens leave there once.
+output head.  Norms, rotations and softmax are left out.  Bytes are the least that a step can do with: every
+weight once, however many rows share it; every KV block of a sequence once; what new tokens leave there once.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from services.engine.phases import Ceilings
 log = structlog.get_logger(__name__)
 
 # More than most caches hold.  One that holds more shows the cache's bandwidth here, as it does to a small model's weights.
-MEMORY_NBYTES = 96 << 20
+MEMORY_NBYTES = 64 << 20
 MEASURE_S = 0.08
 _FILE = "ceilings.json"
 _CPU_LINES = ("model name", "cpu family", "model", "stepping", "CPU implementer", "CPU part")

@@ -23,6 +23,7 @@
 static void multiply_floats(long rounds, float *sink)
 {
     vf sums[CHAINS] = {{0}}, a = splat(1), b = splat(1);
+    FORGET(b);
     for (long i = 0; i < rounds; i++)
         UNROLL for (int c = 0; c < CHAINS; c++) {
             FORGET(a);
@@ -34,6 +35,7 @@ static void multiply_floats(long rounds, float *sink)
 static ALWAYS_INLINE void multiply_pairs(const int format, long rounds, float *sink)
 {
     vi sums[CHAINS] = {{0}}, a = splat_bits(0), b = splat_bits(0);
+    FORGET(b);
     for (long i = 0; i < rounds; i++)
         UNROLL for (int c = 0; c < CHAINS; c++) {
             FORGET(a);
