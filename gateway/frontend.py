@@ -11,6 +11,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.recent import EndedRequest, RecentRequests
 from gateway.tenants import Tenant
 from gateway.text import TextStream
 from gateway.validation import Validator
@@ -93,6 +94,7 @@ class Frontend:
         self.files = files
         self.num_requests_total = 0
         self.num_in_flight = 0
+        self.recent = RecentRequests()
         self._view = view
         self._dispatcher = dispatcher
         self._max_requests = max_requests
@@ -149,11 +151,15 @@ class Frontend:
         self.num_requests_total += 1
         _IN_FLIGHT.inc()
         outcome = "cancelled"
+        job: Job | None = None
+        finished: inference_pb2.Finished | None = None
         try:
             job = await self.validator.to_job(request, tenant)
             clock.tokenize_s = time.monotonic() - clock.arrived_s
             async with aclosing(self._answer(job, tuple(request.stop), clock)) as responses:
                 async for response in responses:
+                    if response.HasField("finished"):
+                        finished = response.finished
                     yield response
             outcome = "completed"
         except Error as e:
@@ -165,6 +171,9 @@ class Frontend:
             self._ended.set()
             _IN_FLIGHT.dec()
             _REQUESTS.labels(outcome).inc()
+            if job is not None:
+                ended = EndedRequest(job.request_id, outcome, time.monotonic(), len(job.prompt), finished)
+                self.recent.add(tenant.name, ended)
 
     async def _answer(
         self, job: Job, stop: tuple[str, ...], clock: Clock
