@@ -58,7 +58,9 @@ def exported(url: str) -> dict[str, tuple[str, frozenset[str]]]:
 
 def test_the_catalogue_lists_what_processes_export_and_nothing_else(cluster: Running) -> None:
     with Client(cluster.address) as client:
-        client.generate("Once upon a time", max_tokens=4, temperature=0)  # outcomes have labels once there is one
+        client.generate(
+            "Once upon a time", max_tokens=4, temperature=0
+        ).result()  # outcomes have labels once there is one
     cluster.wait_until(lambda: not cluster.cluster_view().num_requests_in_flight, 10, "the request has ended")
     listed = catalogue()
     seen: dict[str, set[str]] = {}
