@@ -17,6 +17,7 @@ from gateway.dispatch import Dispatcher
 from gateway.doorkeeper import Doorkeeper, follow, read_keys
 from gateway.frontend import Frontend
 from gateway.http.app import create_app
+from gateway.http.dashboard import Dashboard
 from gateway.http.front_door import Vocabulary
 from gateway.http.limits import HttpLimits
 from gateway.http.server import HttpServer
@@ -99,7 +100,12 @@ async def run_gateway(config: GatewayConfig) -> None:
             await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)
         limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s)
-        http = HttpServer(create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper))
+        dashboard = Dashboard(
+            view, frontend.recent, model=files.config.name,
+            in_flight=lambda: frontend.num_in_flight, total=lambda: frontend.num_requests_total,
+        )  # fmt: skip
+        app = create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper, dashboard=dashboard)
+        http = HttpServer(app)
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await http.start(*split_address(config.http_listen), flag="--http-listen")
         stack.push_async_callback(http.stop, SERVER_GRACE_S)

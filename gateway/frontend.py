@@ -12,6 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from gateway.dispatch import Dispatcher, Job, Trace
 from gateway.quotas import QuotaBook
+from gateway.recent import EndedRequest, RecentRequests
 from gateway.tenants import Tenant
 from gateway.text import TextStream
 from gateway.validation import Validator
@@ -99,6 +100,7 @@ class Frontend:
         self.files = files
         self.num_requests_total = 0
         self.num_in_flight = 0
+        self.recent = RecentRequests()
         self._view = view
         self._dispatcher = dispatcher
         self._max_requests = max_requests
@@ -156,6 +158,8 @@ class Frontend:
         self.num_requests_total += 1
         _IN_FLIGHT.inc()
         outcome = "cancelled"
+        job: Job | None = None
+        finished: inference_pb2.Finished | None = None
         try:
             job = await self.validator.to_job(request, tenant)
             clock.tokenize_s = time.monotonic() - clock.arrived_s
@@ -163,6 +167,8 @@ class Frontend:
             try:
                 async with aclosing(self._answer(job, tuple(request.stop), clock)) as responses:
                     async for response in responses:
+                        if response.HasField("finished"):
+                            finished = response.finished
                         yield response
             finally:
                 self._quotas.end(tenant.name, clock.num_left)
@@ -176,6 +182,9 @@ class Frontend:
             self._ended.set()
             _IN_FLIGHT.dec()
             _REQUESTS.labels(outcome).inc()
+            if job is not None:
+                ended = EndedRequest(job.request_id, outcome, time.monotonic(), len(job.prompt), finished)
+                self.recent.add(tenant.name, ended)
 
     async def _answer(
         self, job: Job, stop: tuple[str, ...], clock: Clock

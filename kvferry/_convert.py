@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -322,4 +322,28 @@ def _worker(message: directory_pb2.WorkerState) -> types.Worker:
         num_pinned_blocks=load.num_pinned_blocks,
         num_host_blocks=load.num_host_blocks,
         num_host_slots=load.num_host_slots,
+        phases=_phases(load.phases) if load.phases else None,
+    )
+
+
+def _phases(messages: Iterable[directory_pb2.PhaseLoad]) -> types.Phases:
+    by_phase = {message.phase: message for message in messages}
+    prefill, decode, transfer, idle = (
+        _phase_use(by_phase.get(phase, directory_pb2.PhaseLoad()))
+        for phase in (
+            directory_pb2.PHASE_PREFILL, directory_pb2.PHASE_DECODE, directory_pb2.PHASE_TRANSFER, directory_pb2.PHASE_IDLE
+        )
+    )  # fmt: skip
+    return types.Phases(prefill, decode, transfer, idle)
+
+
+def _phase_use(message: directory_pb2.PhaseLoad) -> types.PhaseUse:
+    return types.PhaseUse(
+        share=message.share,
+        seconds=message.seconds,
+        flops=message.flops,
+        nbytes=message.bytes,
+        intensity=message.intensity,
+        mfu=message.mfu,
+        mbu=message.mbu,
     )

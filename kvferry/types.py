@@ -252,11 +252,36 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
+class PhaseUse:
+    """A worker's time in one phase: ``share`` of its last seconds, and seconds since start.  FLOPs and bytes since start
+    are counted from shapes.  Over the last seconds of work in the phase: ``intensity`` in FLOP/byte, and FLOP/s (``mfu``)
+    and bytes/s (``mbu``) as shares of what the machine does at most.  0 where not measured, and of transfer and idle."""
+
+    share: float
+    seconds: float
+    flops: float = 0.0
+    nbytes: float = 0.0
+    intensity: float = 0.0
+    mfu: float = 0.0
+    mbu: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Phases:
+    """Where a worker's time goes; the shares add up to 1."""
+
+    prefill: PhaseUse
+    decode: PhaseUse
+    transfer: PhaseUse
+    idle: PhaseUse
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """One worker as the gateway sees it.  Rates are tokens per second over its last seconds of work, 0 until
     measured; ``num_queued_prefill_tokens`` counts prompt tokens accepted and not yet computed.  Pinned blocks, which
     other workers read under ``num_pins`` leases, are among the active ones.  The host's memory holds ``num_host_blocks``
-    besides, of the ``num_host_slots`` that it has room for."""
+    besides, of the ``num_host_slots`` that it has room for.  ``phases`` is None of a worker that does not tell."""
 
     worker_id: str
     incarnation: int
@@ -276,6 +301,7 @@ class Worker:
     num_pinned_blocks: int
     num_host_blocks: int
     num_host_slots: int
+    phases: Phases | None = None
 
 
 @dataclass(frozen=True, slots=True)

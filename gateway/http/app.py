@@ -17,6 +17,7 @@ from starlette.routing import Route
 from gateway.doorkeeper import Doorkeeper
 from gateway.http import schema
 from gateway.http.completions import Completions, require_model
+from gateway.http.dashboard import Dashboard
 from gateway.http.errors import json_response, on_error, on_http_exception
 from gateway.http.front_door import FrontDoor, Vocabulary
 from gateway.http.key_check import KeyCheck
@@ -35,11 +36,13 @@ def create_app(
     vocabulary: Vocabulary,
     limits: HttpLimits | None = None,
     doorkeeper: Doorkeeper | None = None,
+    dashboard: Dashboard | None = None,
 ) -> Starlette:
     """OpenAI-compatible HTTP over ``front_door``, with /health for load balancers and /metrics for Prometheus (the
-    process's default registry).  ``schema`` says which fields are served; request headers of our own:
+    process's default registry), and with ``dashboard`` its page.  ``schema`` says which fields are served; request
+    headers of our own:
 
-    - authorization: Bearer KEY, where ``doorkeeper`` wants one, which is for all paths below /v1;
+    - authorization: Bearer KEY, where ``doorkeeper`` wants one, which is for all paths below /v1 and /dashboard/;
     - x-request-id names the request, in logs, traces and the response;
     - x-request-timeout gives its time in seconds;
     - x-kvferry-timeline: 1 adds ``kvferry.timeline``, under the names of the proto's Timeline, to the last JSON.
@@ -74,6 +77,7 @@ def create_app(
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/health", health),
             Route("/metrics", metrics),
+            *(dashboard.routes() if dashboard else ()),
         ],
         middleware=[Middleware(RequestScope), Middleware(KeyCheck, doorkeeper=doorkeeper or Doorkeeper())],
         exception_handlers={Error: on_error, HTTPException: on_http_exception},

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from kvferry._phases import Phase, Span
 from kvferry.cli import output
-from kvferry.cli.phases import Phase, Span
 
 WIDTH = 80
 NAME_WIDTH = 20

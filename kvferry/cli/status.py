@@ -30,9 +30,11 @@ HEADINGS = (
     "quar.",
     "all",
 )
+PHASE_HEADINGS = ("worker", "prefill", "decode", "transfer", "idle", "MFU pre", "MFU dec", "MBU pre", "MBU dec")
 # A directory that is there is heard from every 2 s.
 LOST_S = 6.0
 _NUMERIC = frozenset(range(2, len(HEADINGS)))
+_PHASE_NUMERIC = frozenset(range(1, len(PHASE_HEADINGS)))
 
 
 def status(
@@ -49,6 +51,9 @@ def status(
     work. Free, active, cached, lent and quarantined KV blocks add up to all of a worker's; pinned ones, which others read,
     are among the active. The gateway answers from its own view, whose age is shown. Roles, addresses, sizes and what the
     hosts' memory holds are in --json.
+
+    The second table says where the last seconds went, by phase, and how much of the machine's FLOP/s (MFU) and memory
+    bandwidth (MBU) prefill and decode used while they were computed; - where that is not known.
 
     \b
     Examples:
@@ -78,11 +83,17 @@ def _show(cluster: Cluster, as_json: bool) -> None:
         output.print_json(cluster)
     else:
         output.show_table(summary(cluster), HEADINGS, list(map(_row, cluster.workers)), _NUMERIC)
+        if rows := _phase_rows(cluster):
+            output.show_table(ratio(cluster), PHASE_HEADINGS, rows, _PHASE_NUMERIC)
 
 
 def _rendered(cluster: Cluster) -> Group:
     rows = list(map(_row, cluster.workers))
-    return Group(Text(summary(cluster), style="bold"), output.table("", HEADINGS, rows, _NUMERIC))
+    group = Group(Text(summary(cluster), style="bold"), output.table("", HEADINGS, rows, _NUMERIC))
+    if phase_rows := _phase_rows(cluster):
+        group.renderables.append(Text(ratio(cluster), style="bold"))
+        group.renderables.append(output.table("", PHASE_HEADINGS, phase_rows, _PHASE_NUMERIC))
+    return group
 
 
 def summary(cluster: Cluster) -> str:
@@ -106,3 +117,34 @@ def _row(worker: Worker) -> tuple[str, ...]:
         *map(str, (blocks.free, blocks.active, worker.num_pinned_blocks)),
         *map(str, (blocks.cached, blocks.lent, blocks.quarantined, blocks.total)),
     )
+
+
+def ratio(cluster: Cluster) -> str:
+    """Of the workers' computing time in the last seconds."""
+    phases = [worker.phases for worker in cluster.workers if worker.phases]
+    prefill, decode = sum(p.prefill.share for p in phases), sum(p.decode.share for p in phases)
+    # What is left of work minutes ago is no ratio of anything.
+    if prefill + decode < 0.001 * max(1, len(phases)):
+        return "prefill : decode - : -, nothing was computed in the last seconds"
+    of_all = (prefill + decode) / len(phases)
+    part = prefill / (prefill + decode)
+    return (
+        f"prefill : decode {100 * part:.0f} : {100 - 100 * part:.0f} of the time that was computed, {of_all:.0%} of all"
+    )
+
+
+def _phase_rows(cluster: Cluster) -> list[tuple[str, ...]]:
+    rows = []
+    for worker in cluster.workers:
+        if (phases := worker.phases) is None:
+            continue
+        shares = (phases.prefill, phases.decode, phases.transfer, phases.idle)
+        uses = (phases.prefill.mfu, phases.decode.mfu, phases.prefill.mbu, phases.decode.mbu)
+        rows.append(
+            (
+                worker.worker_id,
+                *(f"{100 * use.share:.1f}%" for use in shares),
+                *(f"{100 * value:.1f}%" if value else "-" for value in uses),
+            )
+        )
+    return rows

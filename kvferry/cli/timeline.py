@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from kvferry._phases import phases
 from kvferry.cli import bars, output
-from kvferry.cli.phases import phases
 from kvferry.types import PrefillStats, PullStats, Timeline, Usage
 
 HEADINGS = ("stage", "time", "detail")

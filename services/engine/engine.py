@@ -17,6 +17,8 @@ from services.engine.blocks import CacheChange
 from services.engine.copies import CopyThread
 from services.engine.gaps import Gaps
 from services.engine.host_tier import Copy, Direction, HostTotals
+from services.engine.phase_book import PhaseBook
+from services.engine.phases import Piece
 from services.engine.ready import Ready
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import ChunkComputed, Event, SequenceId, Started, TokenDrawn
@@ -95,10 +97,12 @@ class Engine:
 
     def __init__(
         self, scheduler: Scheduler, runner: Runner, listener: Listener, cpus: frozenset[int] = frozenset(),
-        copies: CopyThread | None = None,
+        copies: CopyThread | None = None, phases: PhaseBook | None = None,
     ) -> None:  # fmt: skip
         """``cpus``: where its thread may run, if it is the one that computes; empty leaves that to the system.  ``copies``:
-        makes those of the scheduler's host tier, which has no room where this is None; whoever made it closes it."""
+        makes those of the scheduler's host tier, which has no room where this is None; whoever made it closes it.
+        ``phases``: by time.monotonic(), and part of the exclusive section from now on."""
+        self.phases = PhaseBook(began_s=time.monotonic()) if phases is None else phases
         self.work = Work()
         self.gaps = Gaps()
         self.step_times = StepTimes()
@@ -154,6 +158,8 @@ class Engine:
         flight, self._ahead = self._ahead or self._launch(), None
         if flight is None:
             self._idle_since_s = None
+            with self._lock:
+                self.phases.rest(time.monotonic())
             return False
         if flight.step is not None and self._runner.runs_ahead:
             flight.step.wait_nearly()
@@ -165,6 +171,7 @@ class Engine:
             else:
                 events, time_ = self._scheduler.complete(flight.plan, outcome.draws), StepTime.of(flight.plan, outcome)
                 events, self._ready = _once_ready(events, outcome.ready), outcome.ready
+                self.phases.step(*_pieces(flight.plan), outcome.began_s, outcome.ended_s)
             # The first of several that leave their work behind has waited for no other.
             known = outcome is not None and (outcome.ready is None or before is not None)
             self._account(flight.plan, _num_accepted(events), time_.elapsed_s if known else None)
@@ -179,6 +186,7 @@ class Engine:
             self._settle()
             if plan is None:
                 return None
+            self.phases.compute(time.monotonic())
             if plan.started:
                 self._listener.on_started(_once_ready(plan.started, self._ready))
         try:
@@ -268,6 +276,15 @@ def _once_ready(events: Iterable[Event], ready: Ready | None) -> list[Event]:
     if ready is None:
         return list(events)
     return [replace(e, ready=ready) if isinstance(e, Started | ChunkComputed) else e for e in events]
+
+
+def _pieces(plan: Plan) -> tuple[list[Piece], list[Piece]]:
+    """Of prefill and of decode; drafts are computed too, right or wrong."""
+    pieces: tuple[list[Piece], list[Piece]] = [], []
+    for entry, decodes in zip(plan.entries, plan.decodes, strict=True):
+        num_new = len(entry.token_ids)
+        pieces[decodes].append(Piece(num_new, entry.start + num_new, entry.num_samples))
+    return pieces
 
 
 def _num_accepted(events: list[Event]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-_ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_NBYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class KvLayout:
     tp: int = 1
 
     def __post_init__(self) -> None:
-        if self.dtype not in _ITEM_NBYTES:
-            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(_ITEM_NBYTES))}")
+        if self.dtype not in ITEM_NBYTES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(ITEM_NBYTES))}")
         if min(self.block_size, self.num_layers, self.num_kv_heads, self.head_dim) <= 0:
             raise ValueError(f"every size of a KV layout is positive: {self}")
         if not 0 < self.tp <= self.num_kv_heads:
@@ -53,7 +53,7 @@ class KvLayout:
     @property
     def row_nbytes(self) -> int:
         """One token's keys, or values, in one layer."""
-        return self.num_kv_heads * self.head_dim * _ITEM_NBYTES[self.dtype]
+        return self.num_kv_heads * self.head_dim * ITEM_NBYTES[self.dtype]
 
     @property
     def token_nbytes(self) -> int:

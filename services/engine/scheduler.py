@@ -68,14 +68,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What one step computes: ``counts[i]`` tokens of ``sequences[i]``, and the drafts behind them in ``entries[i]``.
-    ``started`` happened while planning: to be told whatever becomes of the step."""
+    """What one step computes: ``counts[i]`` tokens of ``sequences[i]``, and the drafts behind them in ``entries[i]``;
+    ``decodes[i]``: behind a token that was drawn.  ``started`` happened while planning: to be told whatever becomes of the
+    step."""
 
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
+    decodes: tuple[bool, ...]
     entries: tuple[Entry, ...]
     started: tuple[Started, ...]
-    num_decode_tokens: int
+
+    @property
+    def num_decode_tokens(self) -> int:
+        return sum(self.decodes)
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -254,9 +259,9 @@ class Scheduler:
         plan = Plan(
             sequences=tuple(s for s, _ in chosen),
             counts=tuple(n for _, n in chosen),
+            decodes=tuple(n == 1 and s.num_to_come > s.num_prompt for s, n in chosen),
             entries=tuple(self._entry(s, n, drafts.get(s.id, [])) for s, n in chosen),
             started=tuple(started),
-            num_decode_tokens=sum(n == 1 and s.num_to_come > s.num_prompt for s, n in chosen),
         )
         self._open_plan(plan)
         return plan

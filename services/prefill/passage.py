@@ -29,6 +29,7 @@ from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerrySta
 from services.prefill.logbook import ChunkTimes, Logbook
 from services.prefill.pieces import Pieces, Placement, pieces
 from services.prefill.readiness import reached
+from services.runtime import tracing
 from services.worker.convert import to_pull_stats, to_token, to_us
 from services.worker.pull_terms import PullReport
 from services.worker.remotes import Owner
@@ -70,6 +71,8 @@ class Passage:
     pulled: PullReport | None = None
     outbox: asyncio.Queue[common_pb2.Token | worker_pb2.Committed | Error] = field(default_factory=asyncio.Queue)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    # Events come from the engine's thread, which starts tasks that know of no request.
+    request: tracing.Request = field(default_factory=tracing.Request.current)
     transfers: set[Transfer] = field(default_factory=set)
     source: Placement | None = None  # once compute has begun
     # Of each write, where the ticket asks for them.
@@ -142,6 +145,7 @@ class Passage:
         """Tells the ferry when nothing is read or written for it any more."""
         worker, converter, target = self.ferries.worker, self.ferries.converter, self.target
         try:
+            self.request.join()
             source = self.source
             assert source is not None, "compute begins before there is anything to write"
             if ready is not None:
@@ -200,7 +204,14 @@ class Passage:
         transfer = self.ferries.worker.transport.post(Op.WRITE, local, remote, *offsets)
         self.transfers.add(transfer)
         try:
-            result = await transfer
+            with (
+                self.ferries.worker.transferring(),
+                tracing.tracer().start_as_current_span(
+                    "kv_write", attributes={"kvferry.num_blocks": num_blocks}
+                ) as span,
+            ):
+                result = await transfer
+                span.set_attributes({"kvferry.num_bytes": result.nbytes, "kvferry.path": result.path.value})
         except TransportError as e:
             # Of a connection that broke, only the writer's end can prove that nothing comes any more.
             if remote.path is Path.RMA and not isinstance(e, TransferCancelled):
@@ -233,6 +244,7 @@ class Passage:
     async def _commit(self, written: Commit) -> None:
         ticket, identity = self.ticket, self.ferries.worker.identity
         assert self.first_token is not None
+        self.request.join()
         digests = await self._collect_digests()
         if digests is None:
             return

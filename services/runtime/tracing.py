@@ -6,13 +6,15 @@ import contextvars
 import importlib
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import structlog
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kvferry.errors import Error
@@ -29,8 +31,9 @@ T = TypeVar("T")
 
 def configure(service: str) -> None:
     """Installs the process's tracer provider.  Spans are exported over OTLP when OTEL_EXPORTER_OTLP_ENDPOINT is set and
-    opentelemetry-exporter-otlp-proto-grpc is installed; otherwise they only give logs and metadata their trace ids.
-    Call once per process, after logs.configure."""
+    opentelemetry-exporter-otlp-proto-grpc is installed, and are printed on stdout, each a line of JSON, when
+    OTEL_TRACES_EXPORTER is "console"; otherwise they only give logs and metadata their trace ids.  Call once per process,
+    after logs.configure."""
     provider = TracerProvider(resource=Resource.create({"service.name": f"kvferry-{service}"}))
     if endpoint := os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"):
         try:
@@ -44,7 +47,14 @@ def configure(service: str) -> None:
                 "install opentelemetry-exporter-otlp-proto-grpc",
                 endpoint=endpoint,
             )
+    if os.environ.get("OTEL_TRACES_EXPORTER") == "console":
+        provider.add_span_processor(SimpleSpanProcessor(ConsoleSpanExporter(formatter=_line)))
     trace.set_tracer_provider(provider)
+
+
+def _line(span: ReadableSpan) -> str:
+    text: str = span.to_json(indent=None)
+    return text + "\n"
 
 
 def tracer() -> trace.Tracer:
@@ -81,6 +91,24 @@ def incoming_context(metadata: Iterable[tuple[str, str | bytes]]) -> tuple[str |
     carrier = {key: value for key, value in metadata if isinstance(value, str)}
     request_id = carrier.get(REQUEST_ID_KEY, "")
     return (request_id if is_request_id(request_id) else None), _propagator.extract(carrier)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Whose trace and id go with what is done for a request by tasks that its own did not start."""
+
+    context: otel_context.Context
+    request_id: str | None
+
+    @staticmethod
+    def current() -> Request:
+        return Request(otel_context.get_current(), current_request_id())
+
+    def join(self) -> None:
+        """The current task, from here to its end, is the request's."""
+        otel_context.attach(self.context)
+        if self.request_id is not None:
+            bind_request_id(self.request_id)
 
 
 class RequestScope:

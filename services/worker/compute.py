@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from services.engine.kernels.ceilings import highest
+from services.engine.kernels.library import KernelsUnavailable
 from services.engine.kernels.packed import PackedWeights
 from services.engine.layout import KvLayout
 from services.engine.model_files import ModelFiles
 from services.engine.parallel.frames import Setup
 from services.engine.parallel.leader import LeadingRunner
 from services.engine.parallel.shard import Shard
+from services.engine.phases import Ceilings
 from services.engine.runners import (
     WarmRunner,
     create_cuda_runner,
@@ -101,6 +104,27 @@ class Compute:
         except Exception as e:
             raise ranks.broken(e) from e
         return LeadingRunner(own, ranks.tell, ranks.broken)
+
+    async def ceilings(self) -> Ceilings:
+        """Of what computes here, as told or as measured; 0 where neither can be."""
+        config = self.config
+        measured = Ceilings()
+        is_told = config.peak_tflops > 0 and config.memory_bandwidth > 0
+        if not is_told and self.regions[0].device is None and config.tp == 1:
+            measured = await asyncio.to_thread(self._measure)
+        ceilings = Ceilings(
+            config.peak_tflops * 1e12 or measured.flops_per_s, config.memory_bandwidth * 1e9 or measured.bytes_per_s
+        )
+        log.info("ceilings", flops_per_s=ceilings.flops_per_s, bytes_per_s=ceilings.bytes_per_s)
+        return ceilings
+
+    def _measure(self) -> Ceilings:
+        with pinned(self.config.compute_cpus):
+            try:
+                return highest(self.dtype, self.config.threads, weights_cache_folder(self.config.weights_cache))
+            except KernelsUnavailable as error:
+                log.warning("ceilings_unknown", reason=str(error))
+                return Ceilings()
 
     def _on_cpus(self, create: Callable[[], WarmRunner]) -> WarmRunner:
         """Blocks.  The threads that it starts are on the processors for computing; the caller's stays where it was."""

@@ -72,6 +72,15 @@ class WorkerConfig:
     weights_cache: str = option(
         "auto", help="folder that keeps packed weights for the next start: auto is ~/.cache/kvferry/weights; or none"
     )
+    peak_tflops: float = option(
+        0.0,
+        help="TFLOP/s that this worker's processors or GPUs do at most, of which its utilization (MFU) is a share; 0 "
+        "measures it at start, on CPUs and one rank only",
+        minimum=0,
+    )
+    memory_bandwidth: float = option(
+        0.0, help="GB/s that they read from memory at most, for the share of that (MBU); 0: likewise", minimum=0
+    )
     kv_memory: str = option("512MiB", help="memory of the KV pool, on all ranks together, such as 512MiB or 4GiB")
     host_kv_memory: str = option(
         "0", help="memory of the host for blocks that the KV pool evicts, which come back by a copy; 0 is off"

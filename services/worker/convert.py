@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import ConflictError, InvalidRequestError
 from services.engine.blocks import Counts
 from services.engine.hashing import HASH_NBYTES
 from services.engine.layout import KvLayout
 from services.engine.lookup import Drafter
+from services.engine.phase_book import COMPUTED, Phase, PhaseBook
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
 from services.worker.pull_terms import PullReport, Source
@@ -18,6 +20,13 @@ from services.worker.pull_terms import PullReport, Source
 _FINISH = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+
+_PHASES = {
+    Phase.PREFILL: directory_pb2.PHASE_PREFILL,
+    Phase.DECODE: directory_pb2.PHASE_DECODE,
+    Phase.TRANSFER: directory_pb2.PHASE_TRANSFER,
+    Phase.IDLE: directory_pb2.PHASE_IDLE,
 }
 
 
@@ -157,3 +166,15 @@ def to_block_counts(counts: Counts) -> common_pb2.BlockCounts:
         lent=counts.lent,
         quarantined=counts.quarantined,
     )
+
+
+def to_phase_loads(book: PhaseBook) -> list[directory_pb2.PhaseLoad]:
+    loads = []
+    for phase, name in _PHASES.items():
+        load = directory_pb2.PhaseLoad(phase=name, share=book.shares[phase], seconds=book.seconds[phase])
+        if phase in COMPUTED:
+            demand, use = book.demands[phase], book.use(phase)
+            load.flops, load.bytes = demand.flops, demand.nbytes
+            load.intensity, load.mfu, load.mbu = use.intensity, use.mfu, use.mbu
+        loads.append(load)
+    return loads

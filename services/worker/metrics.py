@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from kvferry.api.directory.v1 import directory_pb2
 from services.engine.gaps import BOUNDS_S, Gaps
+from services.engine.phase_book import COMPUTED, PhaseBook
 from services.worker.pull_terms import Outcome
 from services.worker.worker import Worker
 from transport import Path
@@ -51,6 +52,9 @@ class _WorkerCollector(Collector):
         )
         yield CounterMetricFamily("kvferry_steps", "Engine steps", value=work.steps)
         yield CounterMetricFamily("kvferry_step_seconds", "Seconds the model ran", value=work.busy_s)
+        with worker.phases() as book:
+            phases = list(_phases(book))
+        yield from phases
         yield _gap_histogram(worker.engine.gaps)
         transfer_blocks = CounterMetricFamily(
             "kvferry_transfer_blocks", "KV blocks moved by one-sided operations", labels=["direction"]
@@ -120,6 +124,56 @@ class _WorkerCollector(Collector):
         yield CounterMetricFamily(
             "kvferry_host_failed_copies", "Copies to or from the host tier that failed", value=totals.failed_copies
         )
+
+
+def _phases(book: PhaseBook) -> Iterable[Metric]:
+    seconds = CounterMetricFamily(
+        "kvferry_phase_seconds", "Seconds by what the worker did; every instant has one phase", labels=["phase"]
+    )
+    for phase, total_s in book.seconds.items():
+        seconds.add_metric([phase.value], total_s)
+    yield seconds
+    flops = CounterMetricFamily(
+        "kvferry_phase_flops", "FLOPs of the matrix products of engine steps, counted from shapes", labels=["phase"]
+    )
+    nbytes = CounterMetricFamily(
+        "kvferry_phase_bytes",
+        "Bytes that engine steps move at least between memory and processor, counted from shapes",
+        labels=["phase", "kind"],
+    )
+    intensity = GaugeMetricFamily(
+        "kvferry_phase_intensity", "FLOPs for each byte moved, over the last seconds of work", labels=["phase"]
+    )
+    mfu = GaugeMetricFamily(
+        "kvferry_phase_mfu_ratio",
+        "FLOP/s over the last seconds of work, as a share of the ceiling",
+        labels=["phase"],
+    )
+    mbu = GaugeMetricFamily(
+        "kvferry_phase_mbu_ratio",
+        "Bytes/s over the last seconds of work, as a share of the ceiling",
+        labels=["phase"],
+    )
+    for phase in COMPUTED:
+        demand, use = book.demands[phase], book.use(phase)
+        flops.add_metric([phase.value], demand.flops)
+        nbytes.add_metric([phase.value, "weights"], demand.weight_bytes)
+        nbytes.add_metric([phase.value, "kv_read"], demand.kv_read_bytes)
+        nbytes.add_metric([phase.value, "kv_written"], demand.kv_written_bytes)
+        intensity.add_metric([phase.value], use.intensity)
+        mfu.add_metric([phase.value], use.mfu)
+        mbu.add_metric([phase.value], use.mbu)
+    yield from (flops, nbytes, intensity, mfu, mbu)
+    yield GaugeMetricFamily(
+        "kvferry_ceiling_flops_per_second",
+        "FLOP/s that the machine does at most; 0 where it is not known",
+        value=book.ceilings.flops_per_s,
+    )
+    yield GaugeMetricFamily(
+        "kvferry_ceiling_bytes_per_second",
+        "Bytes/s that the machine reads at most; 0 where it is not known",
+        value=book.ceilings.bytes_per_s,
+    )
 
 
 def _gap_histogram(gaps: Gaps) -> HistogramMetricFamily:

@@ -24,6 +24,8 @@ from services.engine.host_tier import HostTier
 from services.engine.layout import KvLayout
 from services.engine.model_files import open_model
 from services.engine.parallel.shard import Shard
+from services.engine.phase_book import PhaseBook
+from services.engine.phases import ModelShape
 from services.engine.runners import (
     choose_cuda_dtype,
     choose_dtype,
@@ -154,6 +156,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
                 log_name=config.worker_id or role_name,
                 returns_early=role.kind == common_pb2.WORKER_ROLE_PREFILL,  # whose blocks no peer writes
             )  # fmt: skip
+            ceilings = await compute.ceilings()
             runner, exact = await compute.start(stack, router.on_death)
         except (Error, TransportError) as e:
             raise StartupError(str(e)) from e
@@ -174,7 +177,8 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             copier = await _host_copier(region, layout, num_blocks, num_slots)
             copies = stack.enter_context(CopyThread(copier, layout.block_nbytes))
         scheduler = Scheduler(pool, limits, HostTier(pool, num_slots))
-        engine = Engine(scheduler, runner, router, config.compute_cpus, copies)
+        phases = PhaseBook(ModelShape.of(model, dtype, layout.dtype), ceilings, time.monotonic())
+        engine = Engine(scheduler, runner, router, config.compute_cpus, copies, phases)
         identity = Identity(
             worker_id=config.worker_id or f"{role_name}-{address}",
             # Time orders incarnations for a reader of logs; the random part tells apart two of one instant.

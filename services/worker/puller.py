@@ -247,7 +247,8 @@ class Puller:
             self.remotes.release(owner)
             raise
         try:
-            return await transfer
+            with self._worker.transferring():
+                return await transfer
         except asyncio.CancelledError:
             transfer.cancel()
             raise

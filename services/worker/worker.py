@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import structlog
@@ -18,10 +19,11 @@ from services.engine.engine import Engine
 from services.engine.hashing import chain_root
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
+from services.engine.phase_book import PhaseBook
 from services.engine.scheduler import NeverFitsError, QueueFullError
 from services.engine.sequence import Sequence, SequenceId
 from services.runtime.process import ProcessIdentity
-from services.worker.convert import to_block_counts, to_layout_proto, to_sequence
+from services.worker.convert import to_block_counts, to_layout_proto, to_phase_loads, to_sequence
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
 from services.worker.pull_times import PullTimes
@@ -139,7 +141,27 @@ class Worker:
                 reason="OTHER_INCARNATION",
             )
 
+    @contextmanager
+    def transferring(self) -> Iterator[None]:
+        """While a one-sided operation of ours is under way."""
+        with self.engine.exclusive(wake=False):
+            self.engine.phases.transfer(time.monotonic())
+        try:
+            yield
+        finally:
+            with self.engine.exclusive(wake=False):
+                self.engine.phases.transferred(time.monotonic())
+
+    @contextmanager
+    def phases(self) -> Iterator[PhaseBook]:
+        """As of now; the engine waits."""
+        with self.engine.exclusive(wake=False):
+            self.engine.phases.look(time.monotonic())
+            yield self.engine.phases
+
     def load(self) -> directory_pb2.WorkerLoad:
+        with self.phases() as book:
+            phases = to_phase_loads(book)
         with self.engine.exclusive(wake=False) as scheduler:
             counts = scheduler.pool.counts()
             running, waiting = scheduler.num_running, scheduler.num_waiting
@@ -169,6 +191,7 @@ class Worker:
             pull_bytes_per_s=self.pull_times.bytes_per_s,
             pull_overhead_s=self.pull_times.overhead_s,
             num_pinnable_blocks=num_pinnable_blocks,
+            phases=phases,
         )
 
     def info(self) -> directory_pb2.WorkerInfo:
@@ -196,6 +219,7 @@ class Worker:
         """True when every block is accounted for; what differs is logged."""
         try:
             with self.engine.exclusive(wake=False) as scheduler:
+                self.engine.phases.check_integrity()
                 scheduler.check_integrity(Counter(self.pins.references()) + Counter(self.pulls.references()))
                 self.pins.check_integrity()
                 self.pulls.check_integrity()

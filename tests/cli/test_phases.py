@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvferry._phases import phases
 from kvferry.cli.bars import axis, bar
-from kvferry.cli.phases import phases
 from kvferry.cli.timeline import rows
 from kvferry.types import ChunkTimes, DecodeStats, PrefillStats, PullStats, Timeline, TransferStats, Usage
 

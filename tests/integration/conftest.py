@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "KVFERRY_ROUTING": "least-loaded",
     "KVFERRY_MIN_SHIP_TOKENS": "1",
     "KVFERRY_VERIFY_TRANSFERS": "none",
+    "OTEL_TRACES_EXPORTER": "console",  # into the members' logs: test_traces.py
 }
 SETTLE_S = 2.0
 

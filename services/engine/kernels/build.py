@@ -1,4 +1,4 @@
-"""Compiles the kernels, step.c and draw.c once for each instruction set, into build/.  Run by `make setup`:
+"""Compiles the kernels; step.c, draw.c and peak.c once for each instruction set, into build/.  Run by `make setup`:
 python -m services.engine.kernels.build"""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOURCES = tuple(sorted((*HERE.glob("*.c"), *HERE.glob("*.h"))))
 BUILD = HERE.parents[2] / "build"
 
 _FLAGS = ("-std=gnu11", "-O3", "-Wall", "-Wextra", "-Wno-sign-compare", "-fPIC", "-fno-strict-aliasing", "-pthread")
-_ONCE = ("pool", "kernels", "steps", "quantize")
+_ONCE = ("pool", "kernels", "steps", "quantize", "peaks")
 _VARIANTS = {
     "avx512bf16": ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mavx512bf16", "-mavx512vnni"),
     "avx512": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
@@ -52,6 +52,7 @@ def build() -> Path:
         for name, flags in variants.items():
             units[f"step_{name}"] = ("step.c", (*flags, f"-DKVF_STEP=kvf_step_{name}"))
             units[f"draw_{name}"] = ("draw.c", (*flags, "-ffp-contract=off", f"-DKVF_DRAW=kvf_draw_{name}"))
+            units[f"peak_{name}"] = ("peak.c", (*flags, f"-DKVF_PEAK=kvf_peak_{name}"))
         objects = [f"{folder}/{name}.o" for name in units]
         commands = [
             [compiler, *_FLAGS, *flags, "-c", str(HERE / source), "-o", object_]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_char_p, c_float, c_int, c_int64, c_long, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int, c_int64, c_long, c_void_p
 
 from services.engine.kernels.build import build
 
@@ -67,6 +67,8 @@ def load() -> ctypes.CDLL:
     library.kvf_draw_row.restype = c_int
     library.kvf_draw_row.argtypes = [c_char_p, c_void_p, c_long, *[c_void_p] * 4]
     library.kvf_count_steps.restype, library.kvf_count_steps.argtypes = None, [c_void_p, c_long, c_void_p]
+    library.kvf_measure_peaks.restype = c_int
+    library.kvf_measure_peaks.argtypes = [c_char_p, c_int, c_int, c_long, c_double, *[ctypes.POINTER(c_double)] * 2]
     return library
 
 

@@ -22,6 +22,34 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _Phase:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PhaseEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Phase.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PHASE_UNSPECIFIED: _Phase.ValueType  # 0
+    PHASE_PREFILL: _Phase.ValueType  # 1
+    """Computing prompts. A step of both is shared out by the least time that each part takes on this machine."""
+    PHASE_DECODE: _Phase.ValueType  # 2
+    """Computing answers."""
+    PHASE_TRANSFER: _Phase.ValueType  # 3
+    """One-sided operations of its own are under way and nothing is computed. What is moved while it computes takes no time."""
+    PHASE_IDLE: _Phase.ValueType  # 4
+
+class Phase(_Phase, metaclass=_PhaseEnumTypeWrapper):
+    """What a worker does at a time. Every instant has one phase."""
+
+PHASE_UNSPECIFIED: Phase.ValueType  # 0
+PHASE_PREFILL: Phase.ValueType  # 1
+"""Computing prompts. A step of both is shared out by the least time that each part takes on this machine."""
+PHASE_DECODE: Phase.ValueType  # 2
+"""Computing answers."""
+PHASE_TRANSFER: Phase.ValueType  # 3
+"""One-sided operations of its own are under way and nothing is computed. What is moved while it computes takes no time."""
+PHASE_IDLE: Phase.ValueType  # 4
+Global___Phase: typing_extensions.TypeAlias = Phase
+
 class _LeaveReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -173,6 +201,7 @@ class WorkerLoad(google.protobuf.message.Message):
     PULL_BYTES_PER_S_FIELD_NUMBER: builtins.int
     PULL_OVERHEAD_S_FIELD_NUMBER: builtins.int
     NUM_PINNABLE_BLOCKS_FIELD_NUMBER: builtins.int
+    PHASES_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -214,6 +243,10 @@ class WorkerLoad(google.protobuf.message.Message):
     """How many more blocks other workers may pin here now."""
     @property
     def blocks(self) -> kvferry.api.common.v1.common_pb2.BlockCounts: ...
+    @property
+    def phases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PhaseLoad]:
+        """Where its time goes, one of each phase."""
+
     def __init__(
         self,
         *,
@@ -236,13 +269,59 @@ class WorkerLoad(google.protobuf.message.Message):
         pull_bytes_per_s: builtins.float = ...,
         pull_overhead_s: builtins.float = ...,
         num_pinnable_blocks: builtins.int = ...,
+        phases: collections.abc.Iterable[Global___PhaseLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "phases", b"phases", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad
+
+@typing.final
+class PhaseLoad(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PHASE_FIELD_NUMBER: builtins.int
+    SHARE_FIELD_NUMBER: builtins.int
+    SECONDS_FIELD_NUMBER: builtins.int
+    FLOPS_FIELD_NUMBER: builtins.int
+    BYTES_FIELD_NUMBER: builtins.int
+    INTENSITY_FIELD_NUMBER: builtins.int
+    MFU_FIELD_NUMBER: builtins.int
+    MBU_FIELD_NUMBER: builtins.int
+    phase: Global___Phase.ValueType
+    share: builtins.float
+    """Of the last seconds, newer ones weighing more; those of all phases add up to 1."""
+    seconds: builtins.float
+    """Since start."""
+    flops: builtins.float
+    """Of prefill and decode, since start, counted from shapes: FLOPs of matrix products, and bytes of weights and KV that a
+    step needs at least.
+    """
+    bytes: builtins.float
+    intensity: builtins.float
+    """Of prefill and decode, over the last seconds of work in the phase; 0 until measured. FLOP/byte; FLOP/s and bytes/s as
+    a share of what the machine does at most, 0 where that is not known.
+    """
+    mfu: builtins.float
+    mbu: builtins.float
+    def __init__(
+        self,
+        *,
+        phase: Global___Phase.ValueType = ...,
+        share: builtins.float = ...,
+        seconds: builtins.float = ...,
+        flops: builtins.float = ...,
+        bytes: builtins.float = ...,
+        intensity: builtins.float = ...,
+        mfu: builtins.float = ...,
+        mbu: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bytes", b"bytes", "flops", b"flops", "intensity", b"intensity", "mbu", b"mbu", "mfu", b"mfu", "phase", b"phase", "seconds", b"seconds", "share", b"share"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___PhaseLoad: typing_extensions.TypeAlias = PhaseLoad
 
 @typing.final
 class WorkerState(google.protobuf.message.Message):
