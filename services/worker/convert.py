@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from kvferry.api.common.v1 import common_pb2
+from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import ConflictError, InvalidRequestError
 from services.engine.blocks import Counts
@@ -14,10 +15,18 @@ from services.engine.lookup import Drafter
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
 from services.worker.pull_terms import PullReport, Source
+from transport.reach import Reach, Way
 
 _FINISH = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: common_pb2.FINISH_REASON_LENGTH,
+}
+
+
+_PATH_KINDS = {
+    Way.SHARED_MEMORY: directory_pb2.PATH_KIND_SHARED_MEMORY,
+    Way.TCP: directory_pb2.PATH_KIND_TCP,
+    Way.RDMA: directory_pb2.PATH_KIND_RDMA,
 }
 
 
@@ -106,6 +115,10 @@ def to_layout_proto(layout: KvLayout) -> common_pb2.Layout:
         content_fingerprint=layout.content_fingerprint,
         num_ranks=layout.tp,
     )
+
+
+def to_path(reach: Reach) -> directory_pb2.TransportPath:
+    return directory_pb2.TransportPath(kind=_PATH_KINDS[reach.way], scope=reach.scope)
 
 
 def to_peer_layout(message: common_pb2.Layout, ours: KvLayout) -> KvLayout:

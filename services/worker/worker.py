@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import structlog
@@ -21,13 +21,15 @@ from services.engine.model_config import ModelConfig
 from services.engine.scheduler import NeverFitsError, QueueFullError
 from services.engine.sequence import Sequence, SequenceId
 from services.runtime.process import ProcessIdentity
-from services.worker.convert import to_block_counts, to_layout_proto, to_sequence
+from services.runtime.protocol import SPOKEN
+from services.worker.convert import to_block_counts, to_layout_proto, to_path, to_sequence
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
 from services.worker.pull_times import PullTimes
 from services.worker.pulls import PullBook
 from services.worker.transfer_times import TransferTimes
 from transport import Region, Transport
+from transport.reach import Reach
 
 log = structlog.get_logger(__name__)
 
@@ -82,6 +84,8 @@ class Worker:
     pins: PinBook
     further_regions: tuple[Region, ...] = ()
     speculates: bool = False  # where a request does not say
+    paths: tuple[Reach, ...] = ()  # by which the pool can be reached; none: not known
+    labels: Mapping[str, str] = field(default_factory=dict)
     check_role: Callable[[], None] = lambda: None
     end_streams: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
@@ -187,6 +191,10 @@ class Worker:
             layout=self.layout_proto(),
             version=__version__,
             process=identity.process.to_proto(),
+            newest_protocol=SPOKEN.newest,
+            oldest_protocol=SPOKEN.oldest,
+            paths=map(to_path, self.paths),
+            labels=self.labels,
         )
 
     def layout_proto(self) -> common_pb2.Layout:

@@ -22,6 +22,27 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _PathKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PathKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PathKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PATH_KIND_UNSPECIFIED: _PathKind.ValueType  # 0
+    PATH_KIND_SHARED_MEMORY: _PathKind.ValueType  # 1
+    """Of one host."""
+    PATH_KIND_TCP: _PathKind.ValueType  # 2
+    PATH_KIND_RDMA: _PathKind.ValueType  # 3
+
+class PathKind(_PathKind, metaclass=_PathKindEnumTypeWrapper): ...
+
+PATH_KIND_UNSPECIFIED: PathKind.ValueType  # 0
+PATH_KIND_SHARED_MEMORY: PathKind.ValueType  # 1
+"""Of one host."""
+PATH_KIND_TCP: PathKind.ValueType  # 2
+PATH_KIND_RDMA: PathKind.ValueType  # 3
+Global___PathKind: typing_extensions.TypeAlias = PathKind
+
 class _LeaveReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -77,6 +98,23 @@ class WorkerInfo(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     ROLE_FIELD_NUMBER: builtins.int
@@ -85,6 +123,10 @@ class WorkerInfo(google.protobuf.message.Message):
     LAYOUT_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     PROCESS_FIELD_NUMBER: builtins.int
+    NEWEST_PROTOCOL_FIELD_NUMBER: builtins.int
+    OLDEST_PROTOCOL_FIELD_NUMBER: builtins.int
+    PATHS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Stable across restarts."""
     incarnation: builtins.int
@@ -93,6 +135,11 @@ class WorkerInfo(google.protobuf.message.Message):
     control_address: builtins.str
     """host:port of the worker's gRPC server."""
     version: builtins.str
+    newest_protocol: builtins.int
+    """Versions of kvferry.api.worker.v1, towards gateways and workers alike: it speaks all from the oldest to the newest. Both
+    unset: version 1 alone, as before there were any others.
+    """
+    oldest_protocol: builtins.int
     @property
     def model(self) -> kvferry.api.common.v1.common_pb2.ModelInfo: ...
     @property
@@ -100,6 +147,14 @@ class WorkerInfo(google.protobuf.message.Message):
     @property
     def process(self) -> Global___ProcessIdentity:
         """Where the process runs, so that a neighbour on the same host can prove its end."""
+
+    @property
+    def paths(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TransportPath]:
+        """By which its pool can be reached, and others' from it. None: not known, taken to be any."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Where it runs, as its operator sees it: "host", "rack", "zone" or whatever else. Names and values are any text."""
 
     def __init__(
         self,
@@ -112,13 +167,41 @@ class WorkerInfo(google.protobuf.message.Message):
         layout: kvferry.api.common.v1.common_pb2.Layout | None = ...,
         version: builtins.str = ...,
         process: Global___ProcessIdentity | None = ...,
+        newest_protocol: builtins.int = ...,
+        oldest_protocol: builtins.int = ...,
+        paths: collections.abc.Iterable[Global___TransportPath] | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["layout", b"layout", "model", b"model", "process", b"process"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["control_address", b"control_address", "incarnation", b"incarnation", "layout", b"layout", "model", b"model", "process", b"process", "role", b"role", "version", b"version", "worker_id", b"worker_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["control_address", b"control_address", "incarnation", b"incarnation", "labels", b"labels", "layout", b"layout", "model", b"model", "newest_protocol", b"newest_protocol", "oldest_protocol", b"oldest_protocol", "paths", b"paths", "process", b"process", "role", b"role", "version", b"version", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerInfo: typing_extensions.TypeAlias = WorkerInfo
+
+@typing.final
+class TransportPath(google.protobuf.message.Message):
+    """A way for KV from one pool to another. Two workers share it where kind and scope are equal, also where the reader knows
+    the kind by its number alone.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    SCOPE_FIELD_NUMBER: builtins.int
+    kind: Global___PathKind.ValueType
+    scope: builtins.str
+    """How far it leads. Of shared memory the host, within one PID namespace; of RDMA the link layer; of tcp empty."""
+    def __init__(
+        self,
+        *,
+        kind: Global___PathKind.ValueType = ...,
+        scope: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["kind", b"kind", "scope", b"scope"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TransportPath: typing_extensions.TypeAlias = TransportPath
 
 @typing.final
 class ProcessIdentity(google.protobuf.message.Message):
