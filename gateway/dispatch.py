@@ -439,6 +439,7 @@ class Dispatcher:
                     fingerprint=info.layout.fingerprint,
                     host=f"{info.process.boot_id}/{info.process.pid_namespace}" if info.process.boot_id else "",
                     num_pinnable_blocks=load.num_pinnable_blocks,
+                    abilities=self._view.abilities(info.worker_id),
                 )
             )
         return found
