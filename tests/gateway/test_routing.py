@@ -187,6 +187,11 @@ def test_workers_that_say_nothing_of_it_are_of_the_first_protocol_and_take_any_p
     assert route([P0, speaking(D0, 2, 2)], spoken=Protocol(1, 2)).prefill is None
 
 
+def test_partners_of_several_kinds_are_in_the_order_of_their_ids() -> None:
+    mixed = [P0, speaking(P1, 1, 2), worker("p2", Role.PREFILL)]
+    assert list(Partners(mixed).of(D0)) == mixed
+
+
 def test_no_prefix_is_pulled_between_protocols_that_do_not_overlap() -> None:
     spoken = Protocol(1, 3)
     busy, idle = speaking(holding(D0, 125, num_requests=40), 3, 3), holding(D1, 0)

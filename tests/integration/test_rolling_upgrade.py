@@ -11,7 +11,7 @@ from itertools import count
 
 import pytest
 
-from kvferry import Client, Completion
+from kvferry import Client, Completion, HealthStatus
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterConfig, Member, Role, clone_root, plan
 from kvferry.cli.ports import pick_free
@@ -125,3 +125,12 @@ def test_the_first_version_leaves_under_load_and_no_request_fails(mixed: Running
         after = [ask(client, name) for name in NAMES[:3]]
         assert pairs(after) == {"11"}
     assert mixed.stats("decode-1").integrity_ok
+
+
+def test_a_gateway_whose_protocol_no_worker_speaks_any_more_is_not_ready(mixed: Running) -> None:
+    """After the one above: it ends another worker."""
+    mixed.local.kill("decode-1", signal.SIGTERM)
+    with Client(mixed.address) as first, Client(mixed.local.address("gateway-later")) as later:
+        mixed.wait_until(lambda: first.health() is HealthStatus.NOT_SERVING, 30, "there is nobody for it")
+        assert later.health() is HealthStatus.SERVING
+        assert pairs([ask(later, "f0")]) == {"22"}
