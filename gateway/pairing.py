@@ -6,7 +6,7 @@ were before it could be.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from gateway.candidates import Abilities, Candidate
 
@@ -34,31 +34,28 @@ def why_not_pair(prefill: Candidate, decode: Candidate) -> str:
 
 
 class Partners:
-    """The prefill workers of one view, by worker id.  Workers that are alike are compared once: most are."""
+    """The prefill workers of one view, in the order given.  Workers that are alike are compared once: most are."""
 
-    def __init__(self, workers: Iterable[Candidate]) -> None:
-        self._alike: dict[tuple[str, Abilities], list[Candidate]] = {}
+    def __init__(self, workers: Sequence[Candidate]) -> None:
+        self._workers = workers
+        self._first: dict[tuple[str, Abilities], Candidate] = {}  # of each kind
         self._known: dict[tuple[str, Abilities], Sequence[Candidate]] = {}
         for worker in workers:
-            self._alike.setdefault(_kind(worker), []).append(worker)
+            self._first.setdefault(_kind(worker), worker)
 
     def of(self, decode: Candidate) -> Sequence[Candidate]:
         """All that can write into its pool."""
         kind = _kind(decode)
         found = self._known.get(kind)
         if found is None:
-            groups = [group for group in self._alike.values() if can_pair(group[0], decode)]
-            found = groups[0] if len(groups) == 1 else sorted((w for g in groups for w in g), key=_worker_id)
-            self._known[kind] = found
+            able = {k for k, first in self._first.items() if can_pair(first, decode)}
+            all_are = len(able) == len(self._first)
+            found = self._known[kind] = self._workers if all_are else [w for w in self._workers if _kind(w) in able]
         return found
 
 
 def _kind(worker: Candidate) -> tuple[str, Abilities]:
     return worker.content_fingerprint, worker.abilities
-
-
-def _worker_id(worker: Candidate) -> str:
-    return worker.key.worker_id
 
 
 def _told(abilities: Abilities) -> str:
