@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
+from services.runtime.place import NOWHERE, Distance, Place
 from services.runtime.protocol import FIRST, Protocol
 
 
@@ -57,6 +58,15 @@ class Abilities:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferRate:
+    """What a worker measured of its writes to owners at one distance; 0 or less is not measured, as in ``Rates``."""
+
+    distance: Distance
+    bytes_per_s: float
+    round_trip_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """One worker as the gateway sees it now: what it last reported and what this gateway has sent it since."""
 
@@ -77,6 +87,8 @@ class Candidate:
     host: str = ""  # equal for workers that can map each other's pools; empty where that is not known
     num_pinnable_blocks: int = 0  # that others may pin there now
     abilities: Abilities = Abilities()
+    place: Place = NOWHERE
+    transfer_rates: tuple[TransferRate, ...] = ()
 
     def num_uncached(self, num_prompt_tokens: int) -> int:
         """Prompt tokens that it would have to compute; the last one always, for its logits."""

@@ -14,7 +14,7 @@ import grpc
 import structlog
 from prometheus_client import Counter
 
-from gateway.candidates import Candidate, Rates, Role, WorkerKey
+from gateway.candidates import Candidate, Rates, Role, TransferRate, WorkerKey
 from gateway.costs import Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.link import DecodeLink, DecodeLinks
@@ -50,6 +50,7 @@ from services.directory.index import Prefix
 from services.engine.hashing import chain_root, extend_chain
 from services.runtime.channels import Channels
 from services.runtime.failure import from_failure
+from services.runtime.place import Distance
 from services.runtime.tracing import outgoing_metadata
 
 log = structlog.get_logger(__name__)
@@ -72,6 +73,7 @@ _CONTINUED = Counter("kvferry_requests_continued", "Times that a request went on
 _LOGGED_OPTIONS = 8
 
 _NO_PREFIX = Prefix(0, 0)
+_DISTANCES: dict[int, Distance] = {distance.value: distance for distance in Distance}
 _ROLES = {common_pb2.WORKER_ROLE_PREFILL: Role.PREFILL, common_pb2.WORKER_ROLE_DECODE: Role.DECODE}
 
 
@@ -440,6 +442,12 @@ class Dispatcher:
                     host=f"{info.process.boot_id}/{info.process.pid_namespace}" if info.process.boot_id else "",
                     num_pinnable_blocks=load.num_pinnable_blocks,
                     abilities=self._view.abilities(info.worker_id),
+                    place=self._view.place(info.worker_id),
+                    transfer_rates=tuple(
+                        TransferRate(_DISTANCES[rate.distance], rate.bytes_per_s, rate.round_trip_s)
+                        for rate in load.transfer_rates
+                        if rate.distance in _DISTANCES
+                    ),
                 )
             )
         return found

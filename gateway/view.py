@@ -17,6 +17,7 @@ from kvferry.api.directory.v1 import directory_pb2
 from services.directory.index import DEFAULT_MAX_ENTRIES, HASH_NBYTES, BlockIndex, Prefix
 from services.runtime.backoff import Backoff
 from services.runtime.directories import Directories
+from services.runtime.place import Place
 from services.runtime.protocol import Protocol
 from services.runtime.tier import Tier
 
@@ -72,6 +73,7 @@ class ClusterView:
         self._clock = clock
         self._workers: dict[str, directory_pb2.WorkerState] = {}
         self._abilities: dict[str, Abilities] = {}
+        self._places: dict[str, Place] = {}
         self._index = BlockIndex(max_entries=max_index_entries)
         self._revision = 0
         self._heard_s: float | None = None
@@ -86,6 +88,10 @@ class ClusterView:
     def abilities(self, worker_id: str) -> Abilities:
         """Of a worker that is there."""
         return self._abilities[worker_id]
+
+    def place(self, worker_id: str) -> Place:
+        """Of a worker that is there."""
+        return self._places[worker_id]
 
     @property
     def revision(self) -> int:
@@ -153,7 +159,7 @@ class ClusterView:
         self._index.check_integrity()
         assert set(self._index.num_blocks_by_worker()) <= set(self._workers)
         assert self._unconfirmed <= set(self._workers)
-        assert set(self._abilities) == set(self._workers)
+        assert set(self._abilities) == set(self._places) == set(self._workers)
 
     def _present(self, worker_id: str, incarnation: int) -> directory_pb2.WorkerState | None:
         state = self._workers.get(worker_id)
@@ -171,6 +177,7 @@ class ClusterView:
             changes.append(WorkerJoined(state))
         self._workers[worker_id] = state
         self._abilities[worker_id] = _abilities(joined.info)
+        self._places[worker_id] = Place.of(joined.info.labels)
         self._unconfirmed.discard(worker_id)
         # Its blocks follow.
         self._index.cleared(worker_id)
@@ -181,6 +188,7 @@ class ClusterView:
             return []
         del self._workers[worker_id]
         del self._abilities[worker_id]
+        del self._places[worker_id]
         self._unconfirmed.discard(worker_id)
         self._index.cleared(worker_id)
         return [WorkerGone(worker_id, incarnation, reason)]

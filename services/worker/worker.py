@@ -22,7 +22,7 @@ from services.engine.scheduler import NeverFitsError, QueueFullError
 from services.engine.sequence import Sequence, SequenceId
 from services.runtime.process import ProcessIdentity
 from services.runtime.protocol import SPOKEN
-from services.worker.convert import to_block_counts, to_layout_proto, to_path, to_sequence
+from services.worker.convert import to_block_counts, to_layout_proto, to_path, to_sequence, to_transfer_rate
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
 from services.worker.pull_times import PullTimes
@@ -173,6 +173,7 @@ class Worker:
             pull_bytes_per_s=self.pull_times.bytes_per_s,
             pull_overhead_s=self.pull_times.overhead_s,
             num_pinnable_blocks=num_pinnable_blocks,
+            transfer_rates=[to_transfer_rate(*measured) for measured in self.transfer_times.by_distance()],
         )
 
     def info(self) -> directory_pb2.WorkerInfo:

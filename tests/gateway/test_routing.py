@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.candidates import Abilities, Candidate, Path, Rates, Role, WorkerKey
+from gateway.candidates import Abilities, Candidate, Path, Rates, Role, TransferRate, WorkerKey
 from gateway.costs import Costs, Demand
 from gateway.pairing import Partners, why_not_pair
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
+from services.runtime.place import Distance, Place
 from services.runtime.protocol import SPOKEN, Protocol
 
 RATES = Rates(
@@ -190,6 +191,36 @@ def test_workers_that_say_nothing_of_it_are_of_the_first_protocol_and_take_any_p
 def test_partners_of_several_kinds_are_in_the_order_of_their_ids() -> None:
     mixed = [P0, speaking(P1, 1, 2), worker("p2", Role.PREFILL)]
     assert list(Partners(mixed).of(D0)) == mixed
+    assert list(Partners([*mixed, speaking(worker("p3", Role.PREFILL), 2, 2)]).of(D0)) == mixed
+
+
+def test_a_near_owner_is_preferred_by_what_was_measured_at_that_distance() -> None:
+    """Of 500 kB blocks 32: 8 ms at 2 GB/s, 1.6 s at 10 MB/s."""
+    rates = (TransferRate(Distance.RACK, 2e9, 0.001), TransferRate(Distance.ZONE, 1e7, 0.02))
+    writer = replace(P0, place=Place("h0", "r0", "a"), transfer_rates=rates)
+    near = replace(D0, place=Place("h1", "r0", "a"), num_requests=4)
+    far = replace(D1, place=Place("h2", "r1", "a"), num_requests=3)
+    found = route([writer, near, far])
+    assert (found.decode, found.prefill) == (near, writer)
+    assert found.chosen.terms.ship_s == pytest.approx(2 * 0.001 + 32 * 500_000 / 2e9)
+    costs = Costs([writer, near, far], Demand(500, 1000))
+    assert costs.split(far, writer).terms.ship_s == pytest.approx(2 * 0.02 + 32 * 500_000 / 1e7)
+    assert names([replace(writer, transfer_rates=()), near, far]) == ("d1", "p0"), "where nobody knows better"
+
+
+def test_what_a_writer_has_not_measured_of_a_distance_others_have() -> None:
+    rates = (TransferRate(Distance.ZONE, 4e7, 0.02),)
+    knows = replace(P0, place=Place("h0", "r0", "a"), transfer_rates=rates)
+    new = replace(P1, place=Place("h1", "r1", "a"))
+    here, there = replace(D0, place=Place("h1", "r1", "a")), replace(D1, place=Place("h2", "r2", "a"))
+    costs = Costs([knows, new, here, there], Demand(500, 1000))
+    assert costs.split(there, new).terms.ship_s == pytest.approx(2 * 0.02 + 32 * 500_000 / 4e7)
+    # Of its own host nobody has measured anything: what it measured of all.
+    assert costs.split(here, new).terms.ship_s == pytest.approx(2 * 0.001 + 32 * 500_000 / 1e9)
+    broken = replace(knows, transfer_rates=(TransferRate(Distance.ZONE, float("nan"), 0.0),))
+    assert Costs([broken, there], Demand(500, 1000)).split(there, broken).terms.ship_s == pytest.approx(
+        2 * 0.001 + 32 * 500_000 / 1e9
+    )
 
 
 def test_no_prefix_is_pulled_between_protocols_that_do_not_overlap() -> None:
@@ -322,6 +353,12 @@ PATHS = st.one_of(st.none(), st.frozensets(st.sampled_from((TCP, RDMA, HERE_MEMO
 ABILITIES = st.one_of(st.just(Abilities()), st.builds(Abilities, VERSIONS, PATHS))
 
 
+NAMES = st.sampled_from(("", "1", "2"))
+PLACES = st.builds(Place, NAMES, NAMES, NAMES)
+MEASURED_TRANSFER = st.builds(TransferRate, st.sampled_from(Distance), st.floats(1e6, 1e10), st.floats(0.0, 0.1))
+TRANSFER_RATES = st.lists(MEASURED_TRANSFER, max_size=4, unique_by=lambda r: r.distance).map(tuple)
+
+
 @st.composite
 def views(draw: st.DrawFn) -> list[Candidate]:
     count = st.integers(min_value=0, max_value=60)
@@ -339,6 +376,7 @@ def views(draw: st.DrawFn) -> list[Candidate]:
                     draining=draw(st.integers(0, 5)) == 0, fingerprint=draw(st.sampled_from("xy")),
                     host=draw(st.sampled_from(("", "here", "here", "there"))),
                     num_pinnable_blocks=draw(st.integers(0, 100)), abilities=draw(ABILITIES),
+                    place=draw(PLACES), transfer_rates=draw(TRANSFER_RATES),
                 )
             )  # fmt: skip
     return found

@@ -12,6 +12,7 @@ from itertools import count
 import pytest
 
 from kvferry import Client, Completion, HealthStatus
+from kvferry.api.directory.v1 import directory_pb2
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterConfig, Member, Role, clone_root, plan
 from kvferry.cli.ports import pick_free
@@ -105,6 +106,9 @@ def test_a_gateway_that_speaks_all_pairs_nobody_wrongly(mixed: Running) -> None:
             "prefill-1": "it speaks protocol 1 to 2, decode-2 3",
         }
         by_id = {w.worker_id: w for w in client.cluster().workers}
+    (rate,) = mixed.stats("prefill-1").state.load.transfer_rates
+    assert rate.distance == directory_pb2.DISTANCE_HOST
+    assert rate.bytes_per_s > 0
     second = by_id["prefill-1"]
     assert (second.oldest_protocol, second.newest_protocol) == (1, 2)
     assert {path.kind for path in second.paths} >= {"shared-memory", "tcp"}

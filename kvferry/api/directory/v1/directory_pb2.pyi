@@ -43,6 +43,28 @@ PATH_KIND_TCP: PathKind.ValueType  # 2
 PATH_KIND_RDMA: PathKind.ValueType  # 3
 Global___PathKind: typing_extensions.TypeAlias = PathKind
 
+class _Distance:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DistanceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Distance.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DISTANCE_UNSPECIFIED: _Distance.ValueType  # 0
+    DISTANCE_HOST: _Distance.ValueType  # 1
+    DISTANCE_RACK: _Distance.ValueType  # 2
+    DISTANCE_ZONE: _Distance.ValueType  # 3
+    DISTANCE_FARTHER: _Distance.ValueType  # 4
+
+class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
+    """Between two workers: the narrowest of the labels host, rack and zone that is equal, unless a wider one differs."""
+
+DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
+DISTANCE_HOST: Distance.ValueType  # 1
+DISTANCE_RACK: Distance.ValueType  # 2
+DISTANCE_ZONE: Distance.ValueType  # 3
+DISTANCE_FARTHER: Distance.ValueType  # 4
+Global___Distance: typing_extensions.TypeAlias = Distance
+
 class _LeaveReason:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -154,7 +176,9 @@ class WorkerInfo(google.protobuf.message.Message):
 
     @property
     def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
-        """Where it runs, as its operator sees it: "host", "rack", "zone" or whatever else. Names and values are any text."""
+        """Where it runs, as its operator sees it: "host", "rack" and "zone", which distances count by, or whatever else. Names and
+        values are any text.
+        """
 
     def __init__(
         self,
@@ -256,6 +280,7 @@ class WorkerLoad(google.protobuf.message.Message):
     PULL_BYTES_PER_S_FIELD_NUMBER: builtins.int
     PULL_OVERHEAD_S_FIELD_NUMBER: builtins.int
     NUM_PINNABLE_BLOCKS_FIELD_NUMBER: builtins.int
+    TRANSFER_RATES_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -297,6 +322,12 @@ class WorkerLoad(google.protobuf.message.Message):
     """How many more blocks other workers may pin here now."""
     @property
     def blocks(self) -> kvferry.api.common.v1.common_pb2.BlockCounts: ...
+    @property
+    def transfer_rates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TransferRate]:
+        """transfer_bytes_per_s and transfer_round_trip_s, of owners at one distance each. Those that were not measured are left
+        out.
+        """
+
     def __init__(
         self,
         *,
@@ -319,13 +350,36 @@ class WorkerLoad(google.protobuf.message.Message):
         pull_bytes_per_s: builtins.float = ...,
         pull_overhead_s: builtins.float = ...,
         num_pinnable_blocks: builtins.int = ...,
+        transfer_rates: collections.abc.Iterable[Global___TransferRate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_rates", b"transfer_rates", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad
+
+@typing.final
+class TransferRate(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DISTANCE_FIELD_NUMBER: builtins.int
+    BYTES_PER_S_FIELD_NUMBER: builtins.int
+    ROUND_TRIP_S_FIELD_NUMBER: builtins.int
+    distance: Global___Distance.ValueType
+    bytes_per_s: builtins.float
+    round_trip_s: builtins.float
+    def __init__(
+        self,
+        *,
+        distance: Global___Distance.ValueType = ...,
+        bytes_per_s: builtins.float = ...,
+        round_trip_s: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bytes_per_s", b"bytes_per_s", "distance", b"distance", "round_trip_s", b"round_trip_s"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TransferRate: typing_extensions.TypeAlias = TransferRate
 
 @typing.final
 class WorkerState(google.protobuf.message.Message):
