@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import NamedTuple
+
+from services.runtime.place import NOWHERE, Distance, Place
+from services.runtime.protocol import FIRST, Protocol
 
 
 class Role(Enum):
@@ -34,6 +38,34 @@ class Rates:
     pull_overhead_s: float = 0.0
 
 
+class Path(NamedTuple):
+    """A way between pools, shared by all who have it.  ``kind`` may be one that this gateway does not know."""
+
+    kind: str
+    scope: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({self.scope})" if self.scope else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What a worker registered of how it works with others.  Constant over an incarnation.  ``paths`` None: not known,
+    taken to be any."""
+
+    protocol: Protocol = FIRST
+    paths: frozenset[Path] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRate:
+    """What a worker measured of its writes to owners at one distance; 0 or less is not measured, as in ``Rates``."""
+
+    distance: Distance
+    bytes_per_s: float
+    round_trip_s: float
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One worker as the gateway sees it now: what it last reported and what this gateway has sent it since."""
@@ -54,6 +86,9 @@ class Candidate:
     fingerprint: str = ""  # of its KV layout, block size and type included
     host: str = ""  # equal for workers that can map each other's pools; empty where that is not known
     num_pinnable_blocks: int = 0  # that others may pin there now
+    abilities: Abilities = Abilities()
+    place: Place = NOWHERE
+    transfer_rates: tuple[TransferRate, ...] = ()
 
     def num_uncached(self, num_prompt_tokens: int) -> int:
         """Prompt tokens that it would have to compute; the last one always, for its logits."""

@@ -8,6 +8,7 @@ from math import inf
 
 from gateway.candidates import Candidate, Rates, Role, WorkerKey
 from gateway.pulls import Pull, Pulls
+from services.runtime.place import Distance, Place, distance_between
 
 # For as long as no worker of the model has measured the quantity: the order of a small model on a few cores.
 PRIOR = Rates(
@@ -84,11 +85,12 @@ class _Writing:
     pull: Pull | None
     pull_s: float
     prefill_s: float
-    handover_s: float
-    bytes_per_s: float
+    place: Place
+    ways: Sequence[tuple[float, float]]  # by distance: seconds of the handover, bytes a second
 
-    def ship_s(self, num_bytes: int) -> float:
-        return self.handover_s + num_bytes / self.bytes_per_s
+    def ship_s(self, num_bytes: int, to: Place) -> float:
+        handover_s, bytes_per_s = self.ways[distance_between(self.place, to)]
+        return handover_s + num_bytes / bytes_per_s
 
 
 class Costs:
@@ -109,6 +111,7 @@ class Costs:
         self._num_steps = num_reckoned_steps(demand)
         self._rates = _completed(candidates)
         self._pulls = Pulls(candidates if pulls else (), self._rates, demand.num_prompt_tokens)
+        self._ways = _Ways(candidates)
         self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}
 
     def alone(self, decode: Candidate) -> Option:
@@ -130,7 +133,7 @@ class Costs:
             queue_s=writing.queue_s,
             pull_s=writing.pull_s,
             prefill_s=writing.prefill_s,
-            ship_s=writing.ship_s(self._num_missing_bytes(decode)),
+            ship_s=writing.ship_s(self._num_missing_bytes(decode), decode.place),
             stall_s=0.0,
             decode_s=self._decode_s(decode),
         )
@@ -151,7 +154,7 @@ class Costs:
         def rank(writer: Candidate) -> tuple[float, str]:
             w = self._writing[writer.key]
             # The same additions in the same order as a total's, so that rounding makes no other order.
-            total_s = w.queue_s + w.pull_s + w.prefill_s + w.ship_s(num_bytes) + 0.0 + decode_s
+            total_s = w.queue_s + w.pull_s + w.prefill_s + w.ship_s(num_bytes, decode.place) + 0.0 + decode_s
             return (total_s, writer.key.worker_id)
 
         return min(alone, self.split(decode, min(writers, key=rank)), key=lambda option: option.rank)
@@ -177,8 +180,8 @@ class Costs:
             pull=pull,
             pull_s=pull.pull_s if pull else 0.0,
             prefill_s=self._prefill_s(prefill, rates, pull),
-            handover_s=HANDOVER_ROUND_TRIPS * rates.transfer_round_trip_s,
-            bytes_per_s=rates.transfer_bytes_per_s,
+            place=prefill.place,
+            ways=self._ways.of(prefill, rates),
         )
 
     def _decode_s(self, decode: Candidate) -> float:
@@ -200,6 +203,38 @@ def _completed(candidates: Sequence[Candidate]) -> dict[WorkerKey, Rates]:
     fill_overhead = _Filler(candidates, lambda r: (r.pull_overhead_s,))
     fillers = (fill_prefill, fill_step, fill_bytes, fill_trip, fill_host, fill_pull, fill_overhead)
     return {c.key: Rates(*(value for filler in fillers for value in filler.of(c))) for c in candidates}
+
+
+class _Ways:
+    """How a writer reaches owners at each distance.  What it has not measured of one distance is what others measured of
+    it, on average; where nobody did, the writer's rate for all."""
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self._typical: dict[Distance, tuple[float | None, float | None]] = {}
+        for distance in Distance:
+            rates = [r for c in candidates for r in c.transfer_rates if r.distance is distance]
+            self._typical[distance] = (
+                _mean_of([r.round_trip_s for r in rates]), _mean_of([r.bytes_per_s for r in rates]),
+            )  # fmt: skip
+
+    def of(self, writer: Candidate, rates: Rates) -> list[tuple[float, float]]:
+        """By the distance's number."""
+        own = {r.distance: (_measured(r.round_trip_s), _measured(r.bytes_per_s)) for r in writer.transfer_rates}
+        ways = [(0.0, 0.0)] * (max(Distance) + 1)
+        for distance, typical in self._typical.items():
+            measured = own.get(distance, (None, None))
+            trip_s = measured[0] or typical[0] or rates.transfer_round_trip_s
+            ways[distance] = HANDOVER_ROUND_TRIPS * trip_s, measured[1] or typical[1] or rates.transfer_bytes_per_s
+        return ways
+
+
+def _measured(value: float) -> float | None:
+    return value if _is_measured((value,)) else None
+
+
+def _mean_of(values: Sequence[float]) -> float | None:
+    measured = [value for value in values if _measured(value)]
+    return sum(measured) / len(measured) if measured else None
 
 
 _Quantity = tuple[float, ...]

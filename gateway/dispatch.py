@@ -18,7 +18,7 @@ import structlog
 from prometheus_client import Counter, Gauge
 
 from gateway.admission import Objectives
-from gateway.candidates import Candidate, Rates, Role, WorkerKey
+from gateway.candidates import Candidate, Rates, Role, TransferRate, WorkerKey
 from gateway.costs import HORIZON_TOKENS, Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.line import Line, Ticket
@@ -67,6 +67,7 @@ from services.engine.hashing import chain_root, extend_chain
 from services.runtime.backoff import Backoff
 from services.runtime.channels import Channels
 from services.runtime.failure import from_failure
+from services.runtime.place import Distance
 from services.runtime.tracing import outgoing_metadata
 
 log = structlog.get_logger(__name__)
@@ -99,6 +100,7 @@ _LOGGED_OPTIONS = 8
 
 _NO_PREFIX = Prefix(0, 0)
 _NO_OBJECTIVES = Objectives()
+_DISTANCES: dict[int, Distance] = {distance.value: distance for distance in Distance}
 _ROLES = {common_pb2.WORKER_ROLE_PREFILL: Role.PREFILL, common_pb2.WORKER_ROLE_DECODE: Role.DECODE}
 
 
@@ -477,6 +479,13 @@ class Dispatcher:
                     fingerprint=info.layout.fingerprint,
                     host=f"{info.process.boot_id}/{info.process.pid_namespace}" if info.process.boot_id else "",
                     num_pinnable_blocks=load.num_pinnable_blocks,
+                    abilities=self._view.abilities(info.worker_id),
+                    place=self._view.place(info.worker_id),
+                    transfer_rates=tuple(
+                        TransferRate(_DISTANCES[rate.distance], rate.bytes_per_s, rate.round_trip_s)
+                        for rate in load.transfer_rates
+                        if rate.distance in _DISTANCES
+                    ),
                 )
             )
         return found

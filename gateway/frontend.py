@@ -21,6 +21,7 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import Error, OverloadedError
 from services.engine.model_files import ModelFiles
+from services.runtime.protocol import SPOKEN
 
 log = structlog.get_logger(__name__)
 
@@ -122,7 +123,9 @@ class Frontend:
     @property
     def ready(self) -> bool:
         return not self._draining and any(
-            w.info.role == common_pb2.WORKER_ROLE_DECODE and w.info.model.revision == self.files.config.revision
+            w.info.role == common_pb2.WORKER_ROLE_DECODE
+            and w.info.model.revision == self.files.config.revision
+            and self._view.abilities(w.info.worker_id).protocol.overlaps(SPOKEN)
             for w in self._view.workers.values()
         )
 

@@ -73,6 +73,8 @@ class Pulls:
             lacking = min(holder.num_prefix_device_blocks, usable) - on_device
             if lacking <= most:
                 break
+            if not holder.abilities.protocol.overlaps(worker.abilities.protocol):
+                continue
             if (count := min(lacking, holder.num_pinnable_blocks)) > most:
                 most, taken = count, holder
         if taken is None:
@@ -96,6 +98,8 @@ def _place(worker: Candidate) -> _Place:
 def _why_not(worker: Candidate, holder: Candidate) -> str:
     if holder.fingerprint != worker.fingerprint:
         return "its blocks have another size or type"
+    if not holder.abilities.protocol.overlaps(worker.abilities.protocol):
+        return f"it speaks protocol {holder.abilities.protocol}, the other {worker.abilities.protocol}"
     if not worker.host or holder.host != worker.host:
         return "it is on another host, and reads over a network are not safe for it yet"
     if not holder.num_pinnable_blocks:

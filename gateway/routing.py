@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
 
 from gateway.candidates import Candidate, Role, WorkerKey
 from gateway.costs import Costs, Demand, Option, num_reckoned_steps
+from gateway.pairing import Partners, why_not_pair
+from services.runtime.protocol import SPOKEN, Protocol
 
 
 class Policy(Enum):
@@ -87,56 +89,52 @@ class NoWorkerError(Exception):
 def choose_route(
     candidates: Sequence[Candidate], demand: Demand, excluded: frozenset[WorkerKey] = frozenset(), *,
     policy: Policy = Policy.KV_AWARE, min_ship_tokens: int = 0, turn: int = 0, request_id: str = "",
+    spoken: Protocol = SPOKEN,
 ) -> Route:  # fmt: skip
     """Equal arguments give equal routes, in whatever order the candidates come; equal costs go to the decode worker with
     fewer requests, then to the lowest worker ids.  A decode worker whose pool is full comes after all others.
 
     For kv-aware, whether to ship is the costs' business; a prompt of which the decode worker lacks fewer than
     ``min_ship_tokens`` is computed there under the other policies only, which know no costs.  ``turn`` counts the choices
-    for round-robin, ``request_id`` is random's seed.  Raises NoWorkerError."""
-    passed_over = tuple(sorted(_passed_over(candidates, excluded), key=lambda p: p.worker_id))
-    usable = sorted((c for c in candidates if c.key not in excluded and not c.draining), key=lambda c: c.key.worker_id)
+    for round-robin, ``request_id`` is random's seed, ``spoken`` are the gateway's protocols.  Raises NoWorkerError."""
+    refused = {c.key: why for c in candidates if (why := _why_not(c, excluded, spoken))}
+    usable = sorted((c for c in candidates if c.key not in refused), key=lambda c: c.key.worker_id)
     decoders = [c for c in usable if c.role is Role.DECODE]
     if not decoders:
         known = sum(c.role is Role.DECODE for c in candidates)
         raise NoWorkerError(
-            f"no decode worker can take the request ({known} known, all failed it or are draining)" if known else
-            "no decode worker has joined the cluster", passed_over,
+            f"no decode worker can take the request ({known} known, all failed it, are draining or speak another "
+            "protocol)" if known else "no decode worker has joined the cluster",
+            _told(refused),
         )  # fmt: skip
     costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE)
-    writers = _by_content(c for c in usable if c.role is Role.PREFILL)
-    bests = [costs.best(d, writers.get(d.content_fingerprint, ())) for d in decoders]
+    writers = [c for c in usable if c.role is Role.PREFILL]
+    partners = Partners(writers)
+    bests = [costs.best(d, partners.of(d)) for d in decoders]
     if policy is Policy.KV_AWARE:
         chosen = min(bests, key=lambda option: option.rank)
     else:
-        chosen = _Custom(policy, turn, Random(request_id)).choose(decoders, writers, costs, demand, min_ship_tokens)
-    with_it = [
-        costs.alone(chosen.decode),
-        *(costs.split(chosen.decode, w) for w in writers.get(chosen.decode.content_fingerprint, ())),
-    ]
+        chosen = _Custom(policy, turn, Random(request_id)).choose(decoders, partners, costs, demand, min_ship_tokens)
+    with_it = [costs.alone(chosen.decode), *(costs.split(chosen.decode, w) for w in partners.of(chosen.decode))]
     others = (best for best in bests if best.decode is not chosen.decode)
     options = tuple(sorted([*with_it, *others], key=lambda option: option.rank))
-    return Route(policy, demand, chosen, options, passed_over, costs.explain_pull(chosen))
+    refused |= {w.key: why for w in writers if (why := why_not_pair(w, chosen.decode))}
+    return Route(policy, demand, chosen, options, _told(refused), costs.explain_pull(chosen))
 
 
-def _by_content(workers: Iterable[Candidate]) -> dict[str, list[Candidate]]:
-    found: dict[str, list[Candidate]] = {}
-    for worker in workers:
-        found.setdefault(worker.content_fingerprint, []).append(worker)
-    return found
+def _why_not(worker: Candidate, excluded: frozenset[WorkerKey], spoken: Protocol) -> str:
+    """Why the worker serves no part of the request, wherever the others are; empty where it may."""
+    if worker.key in excluded:
+        return "failed this request"
+    if worker.draining:
+        return "draining"
+    if not worker.abilities.protocol.overlaps(spoken):
+        return f"speaks protocol {worker.abilities.protocol}, this gateway {spoken}"
+    return ""
 
 
-def _passed_over(candidates: Sequence[Candidate], excluded: frozenset[WorkerKey]) -> list[PassedOver]:
-    contents = {c.content_fingerprint for c in candidates if c.role is Role.DECODE}
-    found = []
-    for c in candidates:
-        if c.key in excluded:
-            found.append(PassedOver(c.key.worker_id, "failed this request"))
-        elif c.draining:
-            found.append(PassedOver(c.key.worker_id, "draining"))
-        elif c.role is Role.PREFILL and c.content_fingerprint not in contents:
-            found.append(PassedOver(c.key.worker_id, "its KV fits no decode worker"))
-    return found
+def _told(refused: Mapping[WorkerKey, str]) -> tuple[PassedOver, ...]:
+    return tuple(sorted((PassedOver(key.worker_id, why) for key, why in refused.items()), key=lambda p: p.worker_id))
 
 
 @dataclass(slots=True)
@@ -148,11 +146,11 @@ class _Custom:
     random: Random
 
     def choose(
-        self, decoders: Sequence[Candidate], writers: Mapping[str, Sequence[Candidate]], costs: Costs, demand: Demand,
+        self, decoders: Sequence[Candidate], partners: Partners, costs: Costs, demand: Demand,
         min_ship_tokens: int,
     ) -> Option:  # fmt: skip
         decode = self._pick([d for d in decoders if not costs.is_full(d)] or decoders)
-        able = writers.get(decode.content_fingerprint, ())
+        able = partners.of(decode)
         lacking = demand.num_prompt_tokens - decode.num_prefix_blocks * decode.block_size
         return costs.split(decode, self._pick(able)) if able and lacking >= min_ship_tokens else costs.alone(decode)
 

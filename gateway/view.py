@@ -12,10 +12,13 @@ from types import MappingProxyType
 import grpc
 import structlog
 
+from gateway.candidates import Abilities, Path
 from kvferry.api.directory.v1 import directory_pb2
 from services.directory.index import DEFAULT_MAX_ENTRIES, HASH_NBYTES, BlockIndex, Prefix
 from services.runtime.backoff import Backoff
 from services.runtime.directories import Directories
+from services.runtime.place import Place
+from services.runtime.protocol import Protocol
 from services.runtime.tier import Tier
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -26,6 +29,12 @@ _SAID_AGAIN_S = 30.0
 # Of one step of a response, which the event loop waits for; a call for few costs as much as one for some more.
 _STEP_HASHES = 2048
 _CALL_HASHES = 16
+
+_PATH_KINDS: dict[int, str] = {
+    directory_pb2.PATH_KIND_SHARED_MEMORY: "shared memory",
+    directory_pb2.PATH_KIND_TCP: "tcp",
+    directory_pb2.PATH_KIND_RDMA: "RDMA",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,8 @@ class ClusterView:
         self._grace_s = grace_s
         self._clock = clock
         self._workers: dict[str, directory_pb2.WorkerState] = {}
+        self._abilities: dict[str, Abilities] = {}
+        self._places: dict[str, Place] = {}
         self._index = BlockIndex(max_entries=max_index_entries)
         self._revision = 0
         self._heard_s: float | None = None
@@ -73,6 +84,14 @@ class ClusterView:
     def workers(self) -> Mapping[str, directory_pb2.WorkerState]:
         """By worker_id."""
         return MappingProxyType(self._workers)
+
+    def abilities(self, worker_id: str) -> Abilities:
+        """Of a worker that is there."""
+        return self._abilities[worker_id]
+
+    def place(self, worker_id: str) -> Place:
+        """Of a worker that is there."""
+        return self._places[worker_id]
 
     @property
     def revision(self) -> int:
@@ -140,6 +159,7 @@ class ClusterView:
         self._index.check_integrity()
         assert set(self._index.num_blocks_by_worker()) <= set(self._workers)
         assert self._unconfirmed <= set(self._workers)
+        assert set(self._abilities) == set(self._places) == set(self._workers)
 
     def _present(self, worker_id: str, incarnation: int) -> directory_pb2.WorkerState | None:
         state = self._workers.get(worker_id)
@@ -156,6 +176,8 @@ class ClusterView:
         if known is None or known.info.incarnation != incarnation:
             changes.append(WorkerJoined(state))
         self._workers[worker_id] = state
+        self._abilities[worker_id] = _abilities(joined.info)
+        self._places[worker_id] = Place.of(joined.info.labels)
         self._unconfirmed.discard(worker_id)
         # Its blocks follow.
         self._index.cleared(worker_id)
@@ -165,6 +187,8 @@ class ClusterView:
         if self._present(worker_id, incarnation) is None:
             return []
         del self._workers[worker_id]
+        del self._abilities[worker_id]
+        del self._places[worker_id]
         self._unconfirmed.discard(worker_id)
         self._index.cleared(worker_id)
         return [WorkerGone(worker_id, incarnation, reason)]
@@ -228,6 +252,11 @@ async def watch(
             finally:
                 call.cancel()
             await asyncio.sleep(backoff.next_s())
+
+
+def _abilities(info: directory_pb2.WorkerInfo) -> Abilities:
+    paths = frozenset(Path(_PATH_KINDS.get(path.kind, f"kind {path.kind}"), path.scope) for path in info.paths)
+    return Abilities(Protocol.said(info.oldest_protocol, info.newest_protocol), paths or None)
 
 
 def _told(age_s: float) -> float | None:

@@ -20,6 +20,11 @@ _ROLES = {
     common_pb2.WORKER_ROLE_PREFILL: types.WorkerRole.PREFILL,
     common_pb2.WORKER_ROLE_DECODE: types.WorkerRole.DECODE,
 }
+_PATH_KINDS: dict[int, str] = {
+    directory_pb2.PATH_KIND_SHARED_MEMORY: "shared-memory",
+    directory_pb2.PATH_KIND_TCP: "tcp",
+    directory_pb2.PATH_KIND_RDMA: "rdma",
+}
 _HEALTH = {1: types.HealthStatus.SERVING, 2: types.HealthStatus.NOT_SERVING}
 
 _US = 1e-6
@@ -323,6 +328,10 @@ def _worker(message: directory_pb2.WorkerState) -> types.Worker:
         num_host_blocks=load.num_host_blocks,
         num_host_slots=load.num_host_slots,
         phases=_phases(load.phases) if load.phases else None,
+        oldest_protocol=info.oldest_protocol or info.newest_protocol or 1,
+        newest_protocol=info.newest_protocol or 1,
+        paths=tuple(types.TransportPath(_PATH_KINDS.get(path.kind, "unknown"), path.scope) for path in info.paths),
+        labels=dict(info.labels),
     )
 
 

@@ -277,11 +277,24 @@ class Phases:
 
 
 @dataclass(frozen=True, slots=True)
+class TransportPath:
+    """A way for KV between pools: "shared-memory", "tcp", "rdma", or "unknown" to this version.  Two workers share it where
+    ``scope`` is equal too: the host, or the link layer."""
+
+    kind: str
+    scope: str
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """One worker as the gateway sees it.  Rates are tokens per second over its last seconds of work, 0 until
     measured; ``num_queued_prefill_tokens`` counts prompt tokens accepted and not yet computed.  Pinned blocks, which
     other workers read under ``num_pins`` leases, are among the active ones.  The host's memory holds ``num_host_blocks``
-    besides, of the ``num_host_slots`` that it has room for.  ``phases`` is None of a worker that does not tell."""
+    besides, of the ``num_host_slots`` that it has room for.
+
+    It speaks with gateways and other workers by the protocols from the oldest to the newest; ``paths`` are ways to its
+    pool, empty where they are not known; ``labels`` say where it runs.  ``phases`` is None
+    of a worker that does not tell."""
 
     worker_id: str
     incarnation: int
@@ -301,6 +314,10 @@ class Worker:
     num_pinned_blocks: int
     num_host_blocks: int
     num_host_slots: int
+    oldest_protocol: int
+    newest_protocol: int
+    paths: tuple[TransportPath, ...]
+    labels: Mapping[str, str]
     phases: Phases | None = None
 
 

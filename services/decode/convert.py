@@ -8,6 +8,7 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
 from services.decode.reservations import DecodeStream, Writer
 from services.decode.tickets import Ticket, WriterId
+from services.runtime.place import PLACE_LABELS
 from services.runtime.process import ProcessIdentity
 from services.worker.convert import to_pull_stats, to_us
 from services.worker.worker import Worker
@@ -40,6 +41,7 @@ def to_ticket_proto(ticket: Ticket, stream: DecodeStream, worker: Worker) -> wor
         expires_in_ms=max(1, int((ticket.expires_s - time.monotonic()) * 1000)),
         verify=ticket.verify,
         further_regions=[region.descriptor for region in worker.further_regions],
+        owner_labels={name: value for name, value in worker.labels.items() if name in PLACE_LABELS},
     )
 
 

@@ -30,6 +30,7 @@ from services.prefill.logbook import ChunkTimes, Logbook
 from services.prefill.pieces import Pieces, Placement, pieces
 from services.prefill.readiness import reached
 from services.runtime import tracing
+from services.runtime.place import Distance, Place, distance_between
 from services.worker.convert import to_pull_stats, to_token, to_us
 from services.worker.pull_terms import PullReport
 from services.worker.remotes import Owner
@@ -86,6 +87,11 @@ class Passage:
     owner_lost: bool = False
     # Of a connection that broke, bytes may still be on their way.
     may_still_arrive: bool = False
+
+    @property
+    def distance(self) -> Distance:
+        """To the pool's owner."""
+        return distance_between(Place.of(self.ferries.worker.labels), Place.of(self.ticket.owner_labels))
 
     @property
     def log(self) -> structlog.stdlib.BoundLogger:
@@ -224,7 +230,7 @@ class Passage:
         self.num_bytes += result.nbytes
         self.path = result.path
         self.ferries.worker.traffic.bytes_written += result.nbytes
-        self.ferries.worker.transfer_times.wrote(result.nbytes, result.busy_s)
+        self.ferries.worker.transfer_times.wrote(result.nbytes, result.busy_s, self.distance)
 
     def _require_going(self) -> None:
         if self.ferry.state is not FerryState.WRITING:
@@ -279,7 +285,8 @@ class Passage:
         if self.ferry.state is not FerryState.COMMITTING:
             return  # stopped meanwhile, and the owner told so
         self.verify_s += answer.verify_us / 1e6
-        self.ferries.worker.transfer_times.answered(time.monotonic() - asked_s - answer.verify_us / 1e6)
+        elapsed_s = time.monotonic() - asked_s - answer.verify_us / 1e6
+        self.ferries.worker.transfer_times.answered(elapsed_s, self.distance)
         self.ferry.committed()
         self.outbox.put_nowait(self._committed(written.num_blocks))
         self._release()

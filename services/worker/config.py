@@ -12,6 +12,7 @@ from services.engine.kernels.cache import default_folder
 from services.runtime.config import option
 from services.runtime.cpus import Cpus, parse_cpus, require_allowed
 from services.runtime.logs import LogLevel
+from services.worker.labels import parse_labels
 from services.worker.share import Share
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -37,6 +38,9 @@ class WorkerConfig:
         ("127.0.0.1:8472",), help="host:port of the cache directory, or of several that share a store"
     )
     worker_id: str = option("", help="name that stays the same across restarts (default: role and address)")
+    label: tuple[str, ...] = option(
+        (), help="where this worker runs, such as zone=a or rack=12, repeated; host is its name unless it is given"
+    )
     model: str = option(
         "smollm2-135m-instruct",
         help="a .gguf file, a Hugging Face directory or id, or a name that ships with a package",
@@ -118,6 +122,10 @@ class WorkerConfig:
             Share.parse(self.verify_transfers)
         except ValueError as e:
             raise ValueError(f"--verify-transfers: {e}") from e
+        try:
+            parse_labels(self.label)
+        except ValueError as e:
+            raise ValueError(f"--label: {e}") from e
         try:
             cpus = self.compute_cpus
             require_allowed(cpus)

@@ -15,7 +15,9 @@ from services.engine.lookup import Drafter
 from services.engine.phase_book import COMPUTED, Phase, PhaseBook
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
+from services.runtime.place import Distance
 from services.worker.pull_terms import PullReport, Source
+from transport.reach import Reach, Way
 
 _FINISH = {
     FinishReason.STOP: common_pb2.FINISH_REASON_STOP,
@@ -27,6 +29,21 @@ _PHASES = {
     Phase.DECODE: directory_pb2.PHASE_DECODE,
     Phase.TRANSFER: directory_pb2.PHASE_TRANSFER,
     Phase.IDLE: directory_pb2.PHASE_IDLE,
+}
+
+
+_PATH_KINDS = {
+    Way.SHARED_MEMORY: directory_pb2.PATH_KIND_SHARED_MEMORY,
+    Way.TCP: directory_pb2.PATH_KIND_TCP,
+    Way.RDMA: directory_pb2.PATH_KIND_RDMA,
+}
+
+
+_DISTANCES = {
+    Distance.HOST: directory_pb2.DISTANCE_HOST,
+    Distance.RACK: directory_pb2.DISTANCE_RACK,
+    Distance.ZONE: directory_pb2.DISTANCE_ZONE,
+    Distance.FARTHER: directory_pb2.DISTANCE_FARTHER,
 }
 
 
@@ -115,6 +132,14 @@ def to_layout_proto(layout: KvLayout) -> common_pb2.Layout:
         content_fingerprint=layout.content_fingerprint,
         num_ranks=layout.tp,
     )
+
+
+def to_path(reach: Reach) -> directory_pb2.TransportPath:
+    return directory_pb2.TransportPath(kind=_PATH_KINDS[reach.way], scope=reach.scope)
+
+
+def to_transfer_rate(distance: Distance, bytes_per_s: float, round_trip_s: float) -> directory_pb2.TransferRate:
+    return directory_pb2.TransferRate(distance=_DISTANCES[distance], bytes_per_s=bytes_per_s, round_trip_s=round_trip_s)
 
 
 def to_peer_layout(message: common_pb2.Layout, ours: KvLayout) -> KvLayout:

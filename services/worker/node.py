@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import platform
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -45,6 +46,7 @@ from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbyte
 from services.worker.device import choose_devices
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
+from services.worker.labels import parse_labels
 from services.worker.metrics import publish_metrics
 from services.worker.pins import PinBook
 from services.worker.puller import Puller
@@ -53,6 +55,7 @@ from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
 from transport import Region, TransportError
 from transport import create as create_transport
+from transport.reach import look_at_reach
 
 if TYPE_CHECKING:
     pass
@@ -187,6 +190,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             control_address=address,
             process=this_process(),
         )
+        paths = look_at_reach(on_gpu=on_gpu)
         log.info(
             "pool",
             num_blocks=num_blocks,
@@ -194,12 +198,14 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             layout=layout.fingerprint,
             huge_pages=region.huge_pages,
             num_host_blocks=num_slots,
+            paths=[f"{path.way}:{path.scope}" for path in paths],
         )
         pins = PinBook(pool, max_blocks=limits.max_pinned, max_pins=MAX_PINS)
         speculates = config.speculate is Speculate.ON or (config.speculate is Speculate.AUTO and exact)
         yield Worker(
             identity, model, layout, transport, region, engine, router, pins,
-            further_regions=tuple(further_regions), speculates=speculates,
+            further_regions=tuple(further_regions), speculates=speculates, paths=paths,
+            labels={"host": platform.node(), **parse_labels(config.label)},
         )  # fmt: skip
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,13 +23,22 @@ from services.engine.phase_book import PhaseBook
 from services.engine.scheduler import NeverFitsError, QueueFullError
 from services.engine.sequence import Sequence, SequenceId
 from services.runtime.process import ProcessIdentity
-from services.worker.convert import to_block_counts, to_layout_proto, to_phase_loads, to_sequence
+from services.runtime.protocol import SPOKEN
+from services.worker.convert import (
+    to_block_counts,
+    to_layout_proto,
+    to_path,
+    to_phase_loads,
+    to_sequence,
+    to_transfer_rate,
+)
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
 from services.worker.pull_times import PullTimes
 from services.worker.pulls import PullBook
 from services.worker.transfer_times import TransferTimes
 from transport import Region, Transport
+from transport.reach import Reach
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +93,8 @@ class Worker:
     pins: PinBook
     further_regions: tuple[Region, ...] = ()
     speculates: bool = False  # where a request does not say
+    paths: tuple[Reach, ...] = ()  # by which the pool can be reached; none: not known
+    labels: Mapping[str, str] = field(default_factory=dict)
     check_role: Callable[[], None] = lambda: None
     end_streams: Callable[[], None] = lambda: None
     traffic: Traffic = field(default_factory=Traffic)
@@ -192,6 +203,7 @@ class Worker:
             pull_overhead_s=self.pull_times.overhead_s,
             num_pinnable_blocks=num_pinnable_blocks,
             phases=phases,
+            transfer_rates=[to_transfer_rate(*measured) for measured in self.transfer_times.by_distance()],
         )
 
     def info(self) -> directory_pb2.WorkerInfo:
@@ -210,6 +222,10 @@ class Worker:
             layout=self.layout_proto(),
             version=__version__,
             process=identity.process.to_proto(),
+            newest_protocol=SPOKEN.newest,
+            oldest_protocol=SPOKEN.oldest,
+            paths=map(to_path, self.paths),
+            labels=self.labels,
         )
 
     def layout_proto(self) -> common_pb2.Layout:

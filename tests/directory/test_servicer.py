@@ -98,6 +98,20 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     return detail.reason
 
 
+async def test_what_a_directory_does_not_know_it_passes_on(serving: Serving) -> None:
+    """Labels and paths of any kind, and fields of a later version."""
+    worker = info()
+    worker.labels["planet"] = "\N{EARTH GLOBE EUROPE-AFRICA}"
+    worker.paths.add(kind=99, scope="?")  # type: ignore[arg-type]
+    worker.newest_protocol = 7
+    worker.MergeFromString(b"\xca\x3e\x03new")  # field 1001
+    async with serving() as (stub, _, _):
+        await register(stub, worker)
+        joined = (await read(stub.Watch(directory_pb2.WatchRequest(), timeout=20))).events[0].joined.info
+    assert joined == worker
+    assert b"new" in joined.SerializeToString()
+
+
 async def test_the_life_of_a_worker_as_a_watcher_sees_it(serving: Serving) -> None:
     async with serving() as (stub, _, _):
         watch = stub.Watch(directory_pb2.WatchRequest(), timeout=20)

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.candidates import Candidate, Rates, Role, WorkerKey
+from gateway.candidates import Abilities, Candidate, Path, Rates, Role, TransferRate, WorkerKey
 from gateway.costs import Costs, Demand
+from gateway.pairing import Partners, why_not_pair
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
+from services.runtime.place import Distance, Place
+from services.runtime.protocol import SPOKEN, Protocol
 
 RATES = Rates(
     prefill_tokens_per_s=1000.0, step_base_s=0.02, step_per_sequence_s=0.002, transfer_bytes_per_s=1e9,
@@ -34,11 +37,11 @@ D0, D1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE)
 
 def route(
     candidates: Sequence[Candidate], num_tokens: int = 500, excluded: tuple[Candidate, ...] = (),
-    policy: Policy = Policy.KV_AWARE, turn: int = 0, request_id: str = "r",
+    policy: Policy = Policy.KV_AWARE, turn: int = 0, request_id: str = "r", spoken: Protocol = SPOKEN,
 ) -> Route:  # fmt: skip
     chosen = choose_route(
         candidates, Demand(num_tokens, 1000), frozenset(c.key for c in excluded), policy=policy, min_ship_tokens=32,
-        turn=turn, request_id=request_id,
+        turn=turn, request_id=request_id, spoken=spoken,
     )  # fmt: skip
     assert chosen.chosen in chosen.options
     assert chosen.decode.key.worker_id in chosen.reason
@@ -126,7 +129,114 @@ def test_unequal_content_is_never_paired() -> None:
     assert names([replace(P0, content_fingerprint="other"), P1, D0]) == ("d0", "p1")
     found = route([replace(P0, content_fingerprint="other"), D0])
     assert found.prefill is None
-    assert [(p.worker_id, p.why) for p in found.passed_over] == [("p0", "its KV fits no decode worker")]
+    assert [(p.worker_id, p.why) for p in found.passed_over] == [("p0", "its KV does not fit d0")]
+
+
+TCP, RDMA, HERE_MEMORY = Path("tcp", ""), Path("RDMA", "InfiniBand"), Path("shared memory", "here")
+
+
+def speaking(candidate: Candidate, oldest: int, newest: int) -> Candidate:
+    return replace(candidate, abilities=replace(candidate.abilities, protocol=Protocol(oldest, newest)))
+
+
+def reached_by(candidate: Candidate, *paths: Path) -> Candidate:
+    return replace(candidate, abilities=replace(candidate.abilities, paths=frozenset(paths)))
+
+
+def why(found: Route) -> dict[str, str]:
+    return {p.worker_id: p.why for p in found.passed_over}
+
+
+def test_workers_of_protocols_that_do_not_overlap_are_never_paired() -> None:
+    old, both, new = speaking(P0, 1, 1), speaking(P1, 1, 2), speaking(worker("p2", Role.PREFILL), 3, 3)
+    spoken = Protocol(1, 3)
+    found = route([old, both, new, speaking(D0, 1, 1)], spoken=spoken)
+    assert {o.prefill.key.worker_id for o in found.options if o.prefill} == {"p0", "p1"}
+    assert why(found) == {"p2": "it speaks protocol 3, d0 1"}
+    found = route([old, both, new, speaking(D0, 2, 3)], spoken=spoken)
+    assert {o.prefill.key.worker_id for o in found.options if o.prefill} == {"p1", "p2"}
+    assert why(found) == {"p0": "it speaks protocol 1, d0 2 to 3"}
+
+
+def test_a_gateway_passes_over_workers_whose_protocol_it_does_not_speak() -> None:
+    old, new = speaking(D0, 1, 1), speaking(D1, 3, 3)
+    found = route([P0, replace(old, num_requests=50), new], spoken=Protocol(1, 2))
+    assert found.decode.key == D0.key
+    assert why(found) == {"d1": "speaks protocol 3, this gateway 1 to 2"}
+    with pytest.raises(NoWorkerError, match=r"1 known, all failed it, are draining or speak another protocol") as error:
+        route([P0, new], spoken=Protocol(1, 2))
+    assert [p.worker_id for p in error.value.passed_over] == ["d1"]
+    assert route([P0, speaking(D1, 2, 9)], spoken=Protocol(1, 2)).decode.key == D1.key
+
+
+def test_workers_without_a_common_path_are_never_paired() -> None:
+    here, apart = reached_by(P0, HERE_MEMORY, RDMA), reached_by(P1, TCP)
+    assert route([here, apart, reached_by(D0, HERE_MEMORY)]).prefill == here
+    found = route([here, apart, reached_by(D0, replace_scope(HERE_MEMORY, "there"), TCP)])
+    assert found.prefill == apart
+    assert why(found) == {
+        "p0": "no path leads from it to d0: it has RDMA (InfiniBand) and shared memory (here), the other "
+        "shared memory (there) and tcp"
+    }
+    assert route([reached_by(P0, replace_scope(RDMA, "Ethernet")), reached_by(D0, RDMA)]).prefill is None
+
+
+def test_workers_that_say_nothing_of_it_are_of_the_first_protocol_and_take_any_path() -> None:
+    assert P0.abilities == Abilities(Protocol(1, 1), None)
+    for decode in (reached_by(D0, RDMA), reached_by(speaking(D0, 1, 7), TCP), D0):
+        assert route([P0, decode]).prefill == P0
+    assert route([P0, speaking(D0, 2, 2)], spoken=Protocol(1, 2)).prefill is None
+
+
+def test_partners_of_several_kinds_are_in_the_order_of_their_ids() -> None:
+    mixed = [P0, speaking(P1, 1, 2), worker("p2", Role.PREFILL)]
+    assert list(Partners(mixed).of(D0)) == mixed
+    assert list(Partners([*mixed, speaking(worker("p3", Role.PREFILL), 2, 2)]).of(D0)) == mixed
+
+
+def test_a_near_owner_is_preferred_by_what_was_measured_at_that_distance() -> None:
+    """Of 500 kB blocks 32: 8 ms at 2 GB/s, 1.6 s at 10 MB/s."""
+    rates = (TransferRate(Distance.RACK, 2e9, 0.001), TransferRate(Distance.ZONE, 1e7, 0.02))
+    writer = replace(P0, place=Place("h0", "r0", "a"), transfer_rates=rates)
+    near = replace(D0, place=Place("h1", "r0", "a"), num_requests=4)
+    far = replace(D1, place=Place("h2", "r1", "a"), num_requests=3)
+    found = route([writer, near, far])
+    assert (found.decode, found.prefill) == (near, writer)
+    assert found.chosen.terms.ship_s == pytest.approx(2 * 0.001 + 32 * 500_000 / 2e9)
+    costs = Costs([writer, near, far], Demand(500, 1000))
+    assert costs.split(far, writer).terms.ship_s == pytest.approx(2 * 0.02 + 32 * 500_000 / 1e7)
+    assert names([replace(writer, transfer_rates=()), near, far]) == ("d1", "p0"), "where nobody knows better"
+
+
+def test_what_a_writer_has_not_measured_of_a_distance_others_have() -> None:
+    rates = (TransferRate(Distance.ZONE, 4e7, 0.02),)
+    knows = replace(P0, place=Place("h0", "r0", "a"), transfer_rates=rates)
+    new = replace(P1, place=Place("h1", "r1", "a"))
+    here, there = replace(D0, place=Place("h1", "r1", "a")), replace(D1, place=Place("h2", "r2", "a"))
+    costs = Costs([knows, new, here, there], Demand(500, 1000))
+    assert costs.split(there, new).terms.ship_s == pytest.approx(2 * 0.02 + 32 * 500_000 / 4e7)
+    # Of its own host nobody has measured anything: what it measured of all.
+    assert costs.split(here, new).terms.ship_s == pytest.approx(2 * 0.001 + 32 * 500_000 / 1e9)
+    broken = replace(knows, transfer_rates=(TransferRate(Distance.ZONE, float("nan"), 0.0),))
+    assert Costs([broken, there], Demand(500, 1000)).split(there, broken).terms.ship_s == pytest.approx(
+        2 * 0.001 + 32 * 500_000 / 1e9
+    )
+
+
+def test_no_prefix_is_pulled_between_protocols_that_do_not_overlap() -> None:
+    spoken = Protocol(1, 3)
+    busy, idle = speaking(holding(D0, 125, num_requests=40), 3, 3), holding(D1, 0)
+    found = route([busy, idle], num_tokens=2048, spoken=spoken)
+    assert (found.decode.key, found.chosen.pull) == (D1.key, None)
+    assert found.pull_reason == "does not pull from d0: it speaks protocol 3, the other 1"
+    second = holding(worker("d2", Role.DECODE), 100, num_requests=40)
+    found = route([busy, second, idle], num_tokens=2048, spoken=spoken)
+    assert found.chosen.pull is not None
+    assert found.chosen.pull.holder == second
+
+
+def replace_scope(path: Path, scope: str) -> Path:
+    return path._replace(scope=scope)
 
 
 def test_unequal_block_sizes_are_counted_each_in_its_own() -> None:
@@ -238,6 +348,17 @@ MEASURED = st.floats(min_value=1e-4, max_value=1e4)
 ANY_RATES = st.builds(Rates, *(st.one_of(st.just(0.0), MEASURED) for _ in range(8)))
 
 
+VERSIONS = st.sampled_from((*[Protocol(1, 1)] * 4, Protocol(1, 2), Protocol(2, 2), Protocol(2, 3), Protocol(3, 3)))
+PATHS = st.one_of(st.none(), st.frozensets(st.sampled_from((TCP, RDMA, HERE_MEMORY)), min_size=1))
+ABILITIES = st.one_of(st.just(Abilities()), st.builds(Abilities, VERSIONS, PATHS))
+
+
+NAMES = st.sampled_from(("", "1", "2"))
+PLACES = st.builds(Place, NAMES, NAMES, NAMES)
+MEASURED_TRANSFER = st.builds(TransferRate, st.sampled_from(Distance), st.floats(1e6, 1e10), st.floats(0.0, 0.1))
+TRANSFER_RATES = st.lists(MEASURED_TRANSFER, max_size=4, unique_by=lambda r: r.distance).map(tuple)
+
+
 @st.composite
 def views(draw: st.DrawFn) -> list[Candidate]:
     count = st.integers(min_value=0, max_value=60)
@@ -254,7 +375,8 @@ def views(draw: st.DrawFn) -> list[Candidate]:
                     num_prefix_host_blocks=draw(st.integers(0, num_prefix_blocks)), rates=draw(ANY_RATES),
                     draining=draw(st.integers(0, 5)) == 0, fingerprint=draw(st.sampled_from("xy")),
                     host=draw(st.sampled_from(("", "here", "here", "there"))),
-                    num_pinnable_blocks=draw(st.integers(0, 100)),
+                    num_pinnable_blocks=draw(st.integers(0, 100)), abilities=draw(ABILITIES),
+                    place=draw(PLACES), transfer_rates=draw(TRANSFER_RATES),
                 )
             )  # fmt: skip
     return found
@@ -381,22 +503,76 @@ def test_the_best_is_the_best_of_all(view: list[Candidate], num_tokens: int) -> 
         assert costs.best(decode, writers) == min(every, key=lambda option: option.rank)
 
 
-@given(views(), st.integers(1, 800), st.sampled_from(Policy), st.integers(0, 9), st.data())
+@given(views(), st.integers(1, 800), st.sampled_from(Policy), st.integers(0, 9), VERSIONS, st.data())
 def test_equal_views_give_equal_routes_to_those_who_can(
-    view: list[Candidate], num_tokens: int, policy: Policy, turn: int, data: st.DataObject
+    view: list[Candidate], num_tokens: int, policy: Policy, turn: int, spoken: Protocol, data: st.DataObject
 ) -> None:
     excluded = tuple(data.draw(st.sets(st.sampled_from(view), max_size=2)))
-    settings = {"excluded": excluded, "policy": policy, "turn": turn}
+    settings = {"excluded": excluded, "policy": policy, "turn": turn, "spoken": spoken}
     found = try_route(view, num_tokens, **settings)
     assert try_route(data.draw(st.permutations(view)), num_tokens, **settings) == found
     if found is None:
-        assert all(c.draining or c in excluded for c in view if c.role is Role.DECODE)
+        for c in view:
+            speaks = c.abilities.protocol.overlaps(spoken)
+            assert c.role is not Role.DECODE or c.draining or c in excluded or not speaks
         return
     for option in found.options:
         for c in (option.decode, option.prefill):
-            assert c is None or (not c.draining and c not in excluded)
-        assert option.prefill is None or option.prefill.content_fingerprint == option.decode.content_fingerprint
+            assert c is None or (not c.draining and c not in excluded and share_a_version(c.abilities.protocol, spoken))
+        assert option.prefill is None or fit(option.prefill, option.decode)
+        if pull := option.pull:
+            reader = option.prefill or option.decode
+            assert share_a_version(pull.holder.abilities.protocol, reader.abilities.protocol)
+    told = {p.worker_id for p in found.passed_over}
+    for c in view:
+        can = c.key not in {e.key for e in excluded} and not c.draining
+        can = can and share_a_version(c.abilities.protocol, spoken)
+        can = can and (c.role is Role.DECODE or fit(c, found.decode))
+        assert (c.key.worker_id in told) is not can, "who is not compared is told of, with a reason"
+    with_it = {o.prefill.key.worker_id for o in found.options if o.decode == found.decode and o.prefill}
+    assert with_it == {c.key.worker_id for c in view if c.role is Role.PREFILL} - told
     ranks = [option.rank for option in found.options]
     assert ranks == sorted(ranks)
     if policy is Policy.KV_AWARE:
         assert found.chosen == found.options[0]
+
+
+def share_a_version(a: Protocol, b: Protocol) -> bool:
+    return bool(set(range(a.oldest, a.newest + 1)) & set(range(b.oldest, b.newest + 1)))
+
+
+def fit(prefill: Candidate, decode: Candidate) -> bool:
+    """The rule, from its definition."""
+    a, b = prefill.abilities, decode.abilities
+    shared = a.paths is None or b.paths is None or any(path in b.paths for path in a.paths)
+    return (
+        prefill.content_fingerprint == decode.content_fingerprint and share_a_version(a.protocol, b.protocol) and shared
+    )
+
+
+@given(views(), st.data())
+def test_partners_are_those_who_fit_and_whoever_does_not_has_a_reason(
+    view: list[Candidate], data: st.DataObject
+) -> None:
+    prefills = sorted((c for c in view if c.role is Role.PREFILL), key=lambda c: c.key.worker_id)
+    partners = Partners(prefills)
+    for decode in data.draw(st.permutations([c for c in view if c.role is Role.DECODE])):
+        assert list(partners.of(decode)) == [p for p in prefills if fit(p, decode)]
+        for p in prefills:
+            assert bool(why_not_pair(p, decode)) is not fit(p, decode)
+            # Who learns to speak or to reach more loses no partner.
+            newest = p.abilities.protocol.newest + data.draw(st.integers(0, 2))
+            abler = speaking(p, p.abilities.protocol.oldest, newest)
+            if abler.abilities.paths is not None:
+                abler = reached_by(abler, *abler.abilities.paths, data.draw(st.sampled_from((TCP, RDMA))))
+            assert fit(p, decode) <= (not why_not_pair(abler, decode))
+
+
+@given(VERSIONS, VERSIONS)
+def test_protocols_overlap_where_they_share_a_version(a: Protocol, b: Protocol) -> None:
+    assert a.overlaps(b) is b.overlaps(a) is share_a_version(a, b)
+
+
+def test_what_was_not_said_of_a_protocol() -> None:
+    assert [str(Protocol.said(*said)) for said in ((0, 0), (0, 3), (2, 3))] == ["1", "3", "2 to 3"]
+    assert not Protocol.said(3, 2).overlaps(Protocol(1, 9)), "nonsense is spoken by nobody"

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from gateway import view as view_module
+from gateway.candidates import Abilities, Path
 from gateway.decisions import DecisionBook
 from gateway.doorkeeper import Doorkeeper
 from gateway.metrics import ViewCollector
@@ -27,6 +28,8 @@ from services.directory.index import Prefix
 from services.directory.servicer import _response
 from services.directory.state import ClusterState
 from services.directory.watching import Changes, split
+from services.runtime.place import Place
+from services.runtime.protocol import Protocol
 from services.runtime.server import bind, create_server, running
 
 
@@ -270,6 +273,26 @@ def test_a_tier_of_later_versions_is_passed_over() -> None:
     view.apply(response(5, joined("a"), stored("a", 1), unknown, on_host, snapshot=True))
     assert view.longest_prefix([block(1), block(2)]) == {"a": Prefix(1, 1)}
     assert view.longest_prefix([block(3)]) == {"a": Prefix(1, 0)}
+
+
+def test_what_a_worker_registered_is_known_for_as_long_as_it_is_there() -> None:
+    view, new = ClusterView(), joined("new")
+    info = new.joined.info
+    info.oldest_protocol, info.newest_protocol = 2, 3
+    info.paths.add(kind=directory_pb2.PATH_KIND_SHARED_MEMORY, scope="h")
+    info.paths.add(kind=77)  # type: ignore[arg-type]
+    info.labels.update(zone="a", host="h1")
+    view.apply(response(5, joined("old"), new, snapshot=True))
+    assert view.abilities("old") == Abilities()
+    paths = frozenset({Path("shared memory", "h"), Path("kind 77", "")})
+    assert view.abilities("new") == Abilities(Protocol(2, 3), paths)
+    assert (view.place("old"), view.place("new")) == (Place(), Place("h1", "", "a"))
+    view.apply(response(6, joined("new", 2)))
+    assert (view.abilities("new"), view.place("new")) == (Abilities(), Place())
+    view.apply(response(7, left("new", 2)))
+    view.check_integrity()
+    with pytest.raises(KeyError):
+        view.abilities("new")
 
 
 def test_a_full_view_says_how_much_it_left_out() -> None:

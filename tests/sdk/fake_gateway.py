@@ -109,6 +109,10 @@ def describe_cluster() -> inference_pb2.DescribeClusterResponse:
                     fingerprint="f", block_size_tokens=16, block_nbytes=1_474_560, dtype="float32"
                 ),
                 version="0.1.0",
+                newest_protocol=3,
+                oldest_protocol=2,
+                paths=[directory_pb2.TransportPath(kind=directory_pb2.PATH_KIND_SHARED_MEMORY, scope="here")],
+                labels={"zone": "a"},
             ),
             load=directory_pb2.WorkerLoad(
                 blocks=common_pb2.BlockCounts(total=100, free=60, active=20, cached=15, lent=4, quarantined=1),

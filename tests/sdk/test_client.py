@@ -350,6 +350,9 @@ def test_cluster_is_described_in_full(client: kvferry.Client) -> None:
     assert (prefill.draining, decode.draining) == (False, True)
     assert (prefill.num_pins, prefill.num_pinned_blocks) == (2, 7)
     assert (prefill.num_host_blocks, prefill.num_host_slots) == (321, 400)
+    assert (prefill.oldest_protocol, prefill.newest_protocol) == (2, 3)
+    assert prefill.paths == (kvferry.TransportPath("shared-memory", "here"),)
+    assert prefill.labels == {"zone": "a"}
 
 
 def test_unary_calls_are_retried_when_unavailable_only(client: kvferry.Client, gateway: FakeGateway) -> None:

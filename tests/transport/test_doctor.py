@@ -46,7 +46,7 @@ MAPPED = Trial("default", "^sysv,cma,xpmem,knem", Path.MAPPED, "", "1.22.0", Tru
 OVER_TCP = replace(MAPPED, title="tcp", expected=Path.RMA, path=Path.RMA)
 FACTS = Facts(HOST, UCX, "", (MAPPED, OVER_TCP))
 
-PORT = RdmaPort("mlx5_0", 1, "ACTIVE", "400 Gb/sec (4X NDR)")
+PORT = RdmaPort("mlx5_0", 1, "ACTIVE", "400 Gb/sec (4X NDR)", "InfiniBand")
 RDMA_HOST = replace(HOST, rdma_ports=(PORT,), rdma_permitted=True, locked_limit_nbytes=None)
 RC = Offer("rc_mlx5", "mlx5_0:1", ("host",))
 RDMA_UCX = Ucx("/usr", False, ("cma", "ib", "rdmacm"), (*TCP, RC))
@@ -204,6 +204,7 @@ def test_what_the_kernel_writes_is_read(tmp_path: File) -> None:
     port.mkdir(parents=True)
     (port / "state").write_text("4: ACTIVE\n")
     (port / "rate").write_text("400 Gb/sec (4X NDR)\n")
+    (port / "link_layer").write_text("InfiniBand\n")
     assert rdma_ports(tmp_path) == (PORT,)
     assert rdma_ports(tmp_path / "none") == ()
 

@@ -30,12 +30,14 @@ class Ucx:
 
 @dataclass(frozen=True, slots=True)
 class RdmaPort:
-    """As in /sys/class/infiniband; ``state`` such as ACTIVE, ``rate`` such as "100 Gb/sec (4X EDR)"."""
+    """As in /sys/class/infiniband; ``state`` such as ACTIVE, ``rate`` such as "100 Gb/sec (4X EDR)", ``link_layer``
+    InfiniBand or Ethernet."""
 
     device: str
     port: int
     state: str
     rate: str
+    link_layer: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ def look_at_host(environment: Mapping[str, str]) -> Host:
         hidepid=hidepid(_text(Path("/proc/self/mounts"))),
         variables={name: environment[name] for name in sorted(environment) if name.startswith("UCX_")},
         rdma_ports=rdma_ports(Path("/sys/class/infiniband")),
-        rdma_permitted=any(os.access(path, os.R_OK | os.W_OK) for path in Path("/dev/infiniband").glob("uverbs*")),
+        rdma_permitted=rdma_permitted(),
         cuda_devices=tuple(sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))),
     )
 
@@ -39,9 +39,14 @@ def rdma_ports(directory: Path) -> tuple[RdmaPort, ...]:
             port=int(port.name),
             state=_text(port / "state").rpartition(": ")[2],
             rate=_text(port / "rate"),
+            link_layer=_text(port / "link_layer"),
         )
         for port in sorted(directory.glob("*/ports/*"))
     )
+
+
+def rdma_permitted() -> bool:
+    return any(os.access(path, os.R_OK | os.W_OK) for path in Path("/dev/infiniband").glob("uverbs*"))
 
 
 def chosen(choices: str) -> str:

@@ -22,6 +22,27 @@ else:
 
 DESCRIPTOR: google.protobuf.descriptor.FileDescriptor
 
+class _PathKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _PathKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PathKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    PATH_KIND_UNSPECIFIED: _PathKind.ValueType  # 0
+    PATH_KIND_SHARED_MEMORY: _PathKind.ValueType  # 1
+    """Of one host."""
+    PATH_KIND_TCP: _PathKind.ValueType  # 2
+    PATH_KIND_RDMA: _PathKind.ValueType  # 3
+
+class PathKind(_PathKind, metaclass=_PathKindEnumTypeWrapper): ...
+
+PATH_KIND_UNSPECIFIED: PathKind.ValueType  # 0
+PATH_KIND_SHARED_MEMORY: PathKind.ValueType  # 1
+"""Of one host."""
+PATH_KIND_TCP: PathKind.ValueType  # 2
+PATH_KIND_RDMA: PathKind.ValueType  # 3
+Global___PathKind: typing_extensions.TypeAlias = PathKind
+
 class _Phase:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -49,6 +70,28 @@ PHASE_TRANSFER: Phase.ValueType  # 3
 """One-sided operations of its own are under way and nothing is computed. What is moved while it computes takes no time."""
 PHASE_IDLE: Phase.ValueType  # 4
 Global___Phase: typing_extensions.TypeAlias = Phase
+
+class _Distance:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DistanceEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Distance.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DISTANCE_UNSPECIFIED: _Distance.ValueType  # 0
+    DISTANCE_HOST: _Distance.ValueType  # 1
+    DISTANCE_RACK: _Distance.ValueType  # 2
+    DISTANCE_ZONE: _Distance.ValueType  # 3
+    DISTANCE_FARTHER: _Distance.ValueType  # 4
+
+class Distance(_Distance, metaclass=_DistanceEnumTypeWrapper):
+    """Between two workers: the narrowest of the labels host, rack and zone that is equal, unless a wider one differs."""
+
+DISTANCE_UNSPECIFIED: Distance.ValueType  # 0
+DISTANCE_HOST: Distance.ValueType  # 1
+DISTANCE_RACK: Distance.ValueType  # 2
+DISTANCE_ZONE: Distance.ValueType  # 3
+DISTANCE_FARTHER: Distance.ValueType  # 4
+Global___Distance: typing_extensions.TypeAlias = Distance
 
 class _LeaveReason:
     ValueType = typing.NewType("ValueType", builtins.int)
@@ -105,6 +148,23 @@ class WorkerInfo(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class LabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     WORKER_ID_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     ROLE_FIELD_NUMBER: builtins.int
@@ -113,6 +173,10 @@ class WorkerInfo(google.protobuf.message.Message):
     LAYOUT_FIELD_NUMBER: builtins.int
     VERSION_FIELD_NUMBER: builtins.int
     PROCESS_FIELD_NUMBER: builtins.int
+    NEWEST_PROTOCOL_FIELD_NUMBER: builtins.int
+    OLDEST_PROTOCOL_FIELD_NUMBER: builtins.int
+    PATHS_FIELD_NUMBER: builtins.int
+    LABELS_FIELD_NUMBER: builtins.int
     worker_id: builtins.str
     """Stable across restarts."""
     incarnation: builtins.int
@@ -121,6 +185,11 @@ class WorkerInfo(google.protobuf.message.Message):
     control_address: builtins.str
     """host:port of the worker's gRPC server."""
     version: builtins.str
+    newest_protocol: builtins.int
+    """Versions of kvferry.api.worker.v1, towards gateways and workers alike: it speaks all from the oldest to the newest. Both
+    unset: version 1 alone, as before there were any others.
+    """
+    oldest_protocol: builtins.int
     @property
     def model(self) -> kvferry.api.common.v1.common_pb2.ModelInfo: ...
     @property
@@ -128,6 +197,16 @@ class WorkerInfo(google.protobuf.message.Message):
     @property
     def process(self) -> Global___ProcessIdentity:
         """Where the process runs, so that a neighbour on the same host can prove its end."""
+
+    @property
+    def paths(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TransportPath]:
+        """By which its pool can be reached, and others' from it. None: not known, taken to be any."""
+
+    @property
+    def labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Where it runs, as its operator sees it: "host", "rack" and "zone", which distances count by, or whatever else. Names and
+        values are any text.
+        """
 
     def __init__(
         self,
@@ -140,13 +219,41 @@ class WorkerInfo(google.protobuf.message.Message):
         layout: kvferry.api.common.v1.common_pb2.Layout | None = ...,
         version: builtins.str = ...,
         process: Global___ProcessIdentity | None = ...,
+        newest_protocol: builtins.int = ...,
+        oldest_protocol: builtins.int = ...,
+        paths: collections.abc.Iterable[Global___TransportPath] | None = ...,
+        labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["layout", b"layout", "model", b"model", "process", b"process"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["control_address", b"control_address", "incarnation", b"incarnation", "layout", b"layout", "model", b"model", "process", b"process", "role", b"role", "version", b"version", "worker_id", b"worker_id"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["control_address", b"control_address", "incarnation", b"incarnation", "labels", b"labels", "layout", b"layout", "model", b"model", "newest_protocol", b"newest_protocol", "oldest_protocol", b"oldest_protocol", "paths", b"paths", "process", b"process", "role", b"role", "version", b"version", "worker_id", b"worker_id"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerInfo: typing_extensions.TypeAlias = WorkerInfo
+
+@typing.final
+class TransportPath(google.protobuf.message.Message):
+    """A way for KV from one pool to another. Two workers share it where kind and scope are equal, also where the reader knows
+    the kind by its number alone.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    SCOPE_FIELD_NUMBER: builtins.int
+    kind: Global___PathKind.ValueType
+    scope: builtins.str
+    """How far it leads. Of shared memory the host, within one PID namespace; of RDMA the link layer; of tcp empty."""
+    def __init__(
+        self,
+        *,
+        kind: Global___PathKind.ValueType = ...,
+        scope: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["kind", b"kind", "scope", b"scope"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TransportPath: typing_extensions.TypeAlias = TransportPath
 
 @typing.final
 class ProcessIdentity(google.protobuf.message.Message):
@@ -202,6 +309,7 @@ class WorkerLoad(google.protobuf.message.Message):
     PULL_OVERHEAD_S_FIELD_NUMBER: builtins.int
     NUM_PINNABLE_BLOCKS_FIELD_NUMBER: builtins.int
     PHASES_FIELD_NUMBER: builtins.int
+    TRANSFER_RATES_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -247,6 +355,12 @@ class WorkerLoad(google.protobuf.message.Message):
     def phases(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___PhaseLoad]:
         """Where its time goes, one of each phase."""
 
+    @property
+    def transfer_rates(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TransferRate]:
+        """transfer_bytes_per_s and transfer_round_trip_s, of owners at one distance each. Those that were not measured are left
+        out.
+        """
+
     def __init__(
         self,
         *,
@@ -270,10 +384,11 @@ class WorkerLoad(google.protobuf.message.Message):
         pull_overhead_s: builtins.float = ...,
         num_pinnable_blocks: builtins.int = ...,
         phases: collections.abc.Iterable[Global___PhaseLoad] | None = ...,
+        transfer_rates: collections.abc.Iterable[Global___TransferRate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "phases", b"phases", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_round_trip_s", b"transfer_round_trip_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "phases", b"phases", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_rates", b"transfer_rates", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad
@@ -322,6 +437,28 @@ class PhaseLoad(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PhaseLoad: typing_extensions.TypeAlias = PhaseLoad
+
+@typing.final
+class TransferRate(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DISTANCE_FIELD_NUMBER: builtins.int
+    BYTES_PER_S_FIELD_NUMBER: builtins.int
+    ROUND_TRIP_S_FIELD_NUMBER: builtins.int
+    distance: Global___Distance.ValueType
+    bytes_per_s: builtins.float
+    round_trip_s: builtins.float
+    def __init__(
+        self,
+        *,
+        distance: Global___Distance.ValueType = ...,
+        bytes_per_s: builtins.float = ...,
+        round_trip_s: builtins.float = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["bytes_per_s", b"bytes_per_s", "distance", b"distance", "round_trip_s", b"round_trip_s"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___TransferRate: typing_extensions.TypeAlias = TransferRate
 
 @typing.final
 class WorkerState(google.protobuf.message.Message):

@@ -31,6 +31,23 @@ class Ticket(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class OwnerLabelsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.str
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.str = ...,
+        ) -> None: ...
+        _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["key", b"key", "value", b"value"]
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
     TRANSFER_ID_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
     EPOCH_FIELD_NUMBER: builtins.int
@@ -47,6 +64,7 @@ class Ticket(google.protobuf.message.Message):
     EXPIRES_IN_MS_FIELD_NUMBER: builtins.int
     VERIFY_FIELD_NUMBER: builtins.int
     FURTHER_REGIONS_FIELD_NUMBER: builtins.int
+    OWNER_LABELS_FIELD_NUMBER: builtins.int
     transfer_id: builtins.str
     request_id: builtins.str
     epoch: builtins.int
@@ -76,6 +94,10 @@ class Ticket(google.protobuf.message.Message):
     def further_regions(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
         """The other ranks' regions, in order: as many as the layout says. Blocks have the same numbers in all of them."""
 
+    @property
+    def owner_labels(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.str]:
+        """Its host, rack and zone, as far as it has been told, for the writer's measurements."""
+
     def __init__(
         self,
         *,
@@ -95,10 +117,11 @@ class Ticket(google.protobuf.message.Message):
         expires_in_ms: builtins.int = ...,
         verify: builtins.bool = ...,
         further_regions: collections.abc.Iterable[builtins.bytes] | None = ...,
+        owner_labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["layout", b"layout"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "epoch", b"epoch", "expires_in_ms", b"expires_in_ms", "first_block_index", b"first_block_index", "further_regions", b"further_regions", "layout", b"layout", "num_prompt_tokens", b"num_prompt_tokens", "owner_control_address", b"owner_control_address", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "region", b"region", "request_id", b"request_id", "transfer_id", b"transfer_id", "verify", b"verify", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "epoch", b"epoch", "expires_in_ms", b"expires_in_ms", "first_block_index", b"first_block_index", "further_regions", b"further_regions", "layout", b"layout", "num_prompt_tokens", b"num_prompt_tokens", "owner_control_address", b"owner_control_address", "owner_id", b"owner_id", "owner_incarnation", b"owner_incarnation", "owner_labels", b"owner_labels", "region", b"region", "request_id", b"request_id", "transfer_id", b"transfer_id", "verify", b"verify", "writer_id", b"writer_id", "writer_incarnation", b"writer_incarnation"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___Ticket: typing_extensions.TypeAlias = Ticket
