@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvferry._version import __version__
+from kvferry.cli.bench import bench
 from kvferry.cli.chat import chat
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
@@ -39,6 +40,7 @@ def _root(
       kvferry chat               talk to it, from another terminal
       kvferry status --watch     see what it does
       kvferry explain ID         why a request went where it did
+      kvferry bench              put load on it, and see what its clients would feel
       kvferry drain WORKER       let a worker finish what it has, before it is ended
       kvferry doctor             what this host gives, and what to change
       kvferry key TENANT         an API key, for a gateway that wants them
@@ -59,7 +61,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, drain, doctor, key):
+    for command in (demo, serve, generate, chat, status, explain, bench, drain, doctor, key):
         app.command()(command)
     return app
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_all_is_sorted_complete_and_real() -> None:
     public = {name for name in vars(kvferry) if not name.startswith("_")}
-    submodules = {"aio", "api", "cli", "client", "errors", "types", "annotations"}
+    submodules = {"aio", "api", "bench", "cli", "client", "errors", "types", "annotations"}
     assert set(kvferry.__all__) == (public - submodules) | {"__version__"}
     assert kvferry.__all__ == sorted(kvferry.__all__)
 

@@ -1,0 +1,1 @@
+"""Load for a gateway, and what its clients would have felt: behind ``kvferry bench``.  Needs the light client only."""
