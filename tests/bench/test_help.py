@@ -12,7 +12,19 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    "bench", ["transport", "overlap", "pull", "engine", "engine.speculation", "system", "directory", "gateway", "gpu"]
+    "bench",
+    [
+        "transport",
+        "overlap",
+        "pull",
+        "engine",
+        "engine.speculation",
+        "system",
+        "directory",
+        "routing",
+        "gateway",
+        "gpu",
+    ],
 )
 def test_a_bench_says_what_it_measures(bench: str) -> None:
     done = subprocess.run(

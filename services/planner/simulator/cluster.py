@@ -1,0 +1,226 @@
+"""A cluster in virtual time: simulated workers, and a gateway that routes with the real rules.  Pure.
+
+``Cluster.run`` is the whole story: a request arrives, is routed by a view that is as old as ``ViewDelays`` say, is computed
+where that says, moves to its decode worker where it was computed elsewhere, and ends; then its caller may ask again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from gateway.candidates import Candidate
+from gateway.costs import Demand
+from gateway.routing import Policy, choose_route
+from services.engine.blocks import CacheChange, OutOfBlocksError
+from services.engine.hashing import extend_chain
+from services.engine.scheduler import QueueFullError
+from services.engine.sequence import Event, Started, TokenDrawn
+from services.planner.simulator.arrivals import Arrival, Served
+from services.planner.simulator.cost_model import CostModel
+from services.planner.simulator.events import EventQueue
+from services.planner.simulator.worker import ROOT, Load, SimulatedWorker, WorkerSpec
+
+# After a worker had no room: what it asks its callers to wait (services/worker/worker.py).
+RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ViewDelays:
+    """``events_s`` from a change of a cache, or a load report, to the gateway's view; a load is reported at most once in
+    ``report_every_s``.  Zeros: the gateway sees everything as it is."""
+
+    events_s: float = 0.01
+    report_every_s: float = 1.0
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Of one worker, by the gateway; ``num_requests`` and ``prefill_tokens`` are what it sent there and did not see end."""
+
+    load: Load
+    hashes: set[bytes] = field(default_factory=set)
+    num_requests: int = 0
+    prefill_tokens: int = 0
+    reported_s: float = -1e9
+    report_due: bool = False
+
+
+@dataclass(slots=True)
+class _Request:
+    arrival: Arrival
+    served: Served
+    hashes: list[bytes]
+    decode: SimulatedWorker | None = None
+    prefill: SimulatedWorker | None = None
+    lent: list[int] = field(default_factory=list)
+    prefill_tokens: int = 0
+    answer: list[int] = field(default_factory=list)
+    started: bool = False
+
+
+class Cluster:
+    """One run: not to be used twice.  All workers have one block size."""
+
+    def __init__(
+        self, specs: Sequence[WorkerSpec], costs: CostModel, policy: Policy, delays: ViewDelays | None = None,
+        min_ship_tokens: int = 32,
+    ) -> None:  # fmt: skip
+        self.queue = EventQueue()
+        self.workers = [SimulatedWorker(s, costs, self.queue, self._on_events, self._on_changes) for s in specs]
+        self._by_key = {w.key: w for w in self.workers}
+        self._seen = {w.key: _Seen(w.load()) for w in self.workers}
+        self._costs, self._policy, self._delays = costs, policy, delays or ViewDelays()
+        self._min_ship_tokens = min_ship_tokens
+        self._block_size = specs[0].limits.block_size
+        self._requests: dict[str, _Request] = {}
+        self._served: list[Served] = []
+        self._turn = 0
+
+    def run(self, arrivals: Iterable[Arrival]) -> list[Served]:
+        """Until all that arrived have been answered, in the order in which they ended.  Raises NoWorkerError and
+        NeverFitsError."""
+        for arrival in arrivals:
+            self._expect(arrival)
+        self.queue.run()
+        assert not self._requests, f"{len(self._requests)} requests were never answered"
+        return self._served
+
+    def check_integrity(self) -> None:
+        """After a run: raises AssertionError where something is still held or counted."""
+        for worker in self.workers:
+            worker.scheduler.check_integrity()
+            assert worker.scheduler.num_sequences == 0, f"{worker.spec.worker_id} still has requests"
+        for seen in self._seen.values():
+            assert seen.num_requests == seen.prefill_tokens == 0, "the gateway still counts requests"
+
+    def _expect(self, arrival: Arrival) -> None:
+        request = _Request(
+            arrival,
+            Served(arrival.id, arrival.at_s, len(arrival.prompt), arrival.num_output),
+            extend_chain(ROOT, arrival.prompt, self._block_size),
+        )
+        self.queue.at(arrival.at_s, lambda: self._begin(request))
+
+    def _begin(self, request: _Request) -> None:
+        arrival = request.arrival
+        self._requests[arrival.id] = request
+        route = choose_route(
+            [self._candidate(w, request.hashes) for w in self.workers],
+            Demand(len(arrival.prompt), arrival.num_output),
+            policy=self._policy,
+            min_ship_tokens=self._min_ship_tokens,
+            turn=self._turn,
+            request_id=arrival.id,
+        )
+        self._turn += 1
+        decode = self._by_key[route.decode.key]
+        prefill = self._by_key[route.prefill.key] if route.prefill else None
+        answering = decode.sequence(arrival.id, arrival.prompt, arrival.num_output)
+        try:
+            if prefill is None:
+                decode.scheduler.add(answering)
+            else:
+                _, request.lent = decode.scheduler.reserve(answering)
+                try:
+                    prefill.scheduler.add(prefill.sequence(arrival.id, arrival.prompt, 1, prefill_only=True))
+                except QueueFullError:
+                    decode.scheduler.abort(answering.id)
+                    decode.scheduler.pool.quarantine(request.lent)
+                    decode.scheduler.pool.restore(request.lent)  # nobody has begun to write
+                    raise
+        except (OutOfBlocksError, QueueFullError):
+            request.served.num_retries += 1
+            self.queue.after(RETRY_S, lambda: self._begin(request))
+            return
+        request.decode, request.prefill = decode, prefill
+        request.prefill_tokens = route.num_uncached_tokens
+        for worker in filter(None, (decode, prefill)):
+            self._seen[worker.key].num_requests += 1
+        self._seen[(prefill or decode).key].prefill_tokens += request.prefill_tokens
+        for worker in filter(None, (decode, prefill)):
+            self._touch(worker)
+            worker.wake()
+
+    def _candidate(self, worker: SimulatedWorker, hashes: Sequence[bytes]) -> Candidate:
+        seen = self._seen[worker.key]
+        num_prefix = next((i for i, h in enumerate(hashes) if h not in seen.hashes), len(hashes))
+        is_true = self._delays.report_every_s == 0
+        load = worker.load() if is_true else seen.load
+        return worker.candidate(load, seen.num_requests, seen.prefill_tokens, num_prefix)
+
+    def _on_events(self, worker: SimulatedWorker, events: list[Event]) -> None:
+        self._touch(worker)
+        for event in events:
+            request = self._requests[event.id]
+            match event:
+                case Started() if not request.started:
+                    request.started = True
+                    request.served.num_cached = event.num_cached
+                case TokenDrawn() if worker is request.prefill:
+                    self._ship(request, event)
+                case TokenDrawn():
+                    self._answer(request, event)
+
+    def _ship(self, request: _Request, event: TokenDrawn) -> None:
+        """The prompt is computed elsewhere, and all but its last chunk was written meanwhile."""
+        assert request.prefill is not None
+        spec = request.prefill.spec
+        chunk = -(-spec.limits.max_step_tokens // self._block_size)
+        transfer_s = self._costs.transfer_s(min(len(request.lent), chunk) * spec.block_nbytes)
+        self.queue.after(transfer_s, lambda: self._arrive(request, event))
+
+    def _arrive(self, request: _Request, event: TokenDrawn) -> None:
+        decode, prefill = request.decode, request.prefill
+        assert decode is not None
+        assert prefill is not None
+        prefill.wrote()
+        prefill.scheduler.abort(event.id)
+        self._seen[prefill.key].num_requests -= 1
+        events = decode.scheduler.deliver(event.id, request.lent, event.drawn)
+        self._touch(prefill)
+        self._on_events(decode, events)
+        prefill.wake()
+        decode.wake()
+
+    def _answer(self, request: _Request, event: TokenDrawn) -> None:
+        assert request.decode is not None
+        if not request.answer:
+            request.served.first_s = self.queue.now_s
+            self._seen[(request.prefill or request.decode).key].prefill_tokens -= request.prefill_tokens
+        request.answer.append(event.drawn.token_id)
+        if event.finish is None:
+            return
+        request.served.ended_s = self.queue.now_s
+        self._seen[request.decode.key].num_requests -= 1
+        del self._requests[request.arrival.id]
+        self._served.append(request.served)
+        if (again := request.arrival.then(self.queue.now_s, request.answer)) is not None:
+            self._expect(again)
+
+    def _on_changes(self, worker: SimulatedWorker, changes: list[CacheChange]) -> None:
+        def see() -> None:
+            hashes = self._seen[worker.key].hashes
+            for change in changes:
+                (hashes.add if change.stored else hashes.discard)(change.hash)
+
+        self.queue.after(self._delays.events_s, see)
+
+    def _touch(self, worker: SimulatedWorker) -> None:
+        """Its load has changed: a report is due, if none is."""
+        seen = self._seen[worker.key]
+        if seen.report_due:
+            return
+        seen.report_due = True
+        self.queue.at(
+            max(self.queue.now_s, seen.reported_s + self._delays.report_every_s), lambda: self._report(worker)
+        )
+
+    def _report(self, worker: SimulatedWorker) -> None:
+        seen, load = self._seen[worker.key], worker.load()
+        seen.report_due, seen.reported_s = False, self.queue.now_s
+
+        def see() -> None:
+            seen.load = load
+
+        self.queue.after(self._delays.events_s, see)

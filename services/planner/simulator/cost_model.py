@@ -1,0 +1,49 @@
+"""How long workers compute and move bytes.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from services.engine.scheduler import Plan
+
+# What a step's seconds are made of, in the order of CostModel's first fields.
+Shares = tuple[float, float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Seconds: of a step, of each prompt token in it, of each pair of a prompt token and one that it attends to, of each
+    sequence that decodes and each token of its context; of a message to another worker and back."""
+
+    step_s: float
+    prefill_token_s: float
+    attention_pair_s: float
+    decode_sequence_s: float
+    decode_context_token_s: float
+    round_trip_s: float
+    transfer_bytes_per_s: float
+
+    def plan_s(self, plan: Plan) -> float:
+        prices = (self.step_s, self.prefill_token_s, self.attention_pair_s, self.decode_sequence_s,
+                  self.decode_context_token_s)  # fmt: skip
+        return sum(
+            n * s for n, s in zip(shares((len(e.token_ids), e.start) for e in plan.entries), prices, strict=True)
+        )
+
+    def transfer_s(self, num_bytes: int) -> float:
+        """From the last chunk's end to the answer to the commit: two messages and back, and the bytes still to move."""
+        return 2 * self.round_trip_s + num_bytes / self.transfer_bytes_per_s
+
+
+def shares(entries: Iterable[tuple[int, int]]) -> Shares:
+    """``entries``: (number of tokens, position of the first) of each sequence of a step.  One token decodes."""
+    tokens = pairs = sequences = context = 0.0
+    for count, start in entries:
+        if count == 1:
+            sequences += 1
+            context += start + 1
+        else:
+            tokens += count
+            pairs += count * (start + count / 2)
+    return (1.0, tokens, pairs, sequences, context)

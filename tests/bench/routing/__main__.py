@@ -1,0 +1,144 @@
+"""make bench-routing: what routing policies make of loads with shared prefixes, on four workers, in virtual time.
+
+The gateway's rules, the schedulers and the pools are the real ones; how long a step takes is a line through measured steps
+of the real engine on this machine.  ``informed`` is kv-aware with a view that is never old.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from gateway.candidates import Role
+from gateway.routing import Policy
+from services.engine.scheduler import Limits
+from services.planner.simulator.arrivals import Served
+from services.planner.simulator.cluster import Cluster, ViewDelays
+from services.planner.simulator.cost_model import CostModel
+from services.planner.simulator.worker import WorkerSpec
+from tests.bench.routing.loads import LOADS
+from tests.bench.terminal import say
+
+INFORMED = "informed"
+NAMES = [*(policy.value for policy in Policy), INFORMED]
+SHAPES = {"2+2": (2, 2), "0+4": (0, 4)}  # prefill and decode workers
+HIT_GOAL, TTFT_GOAL, INFORMED_GOAL = 2.0, 0.6, 1.05
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    hit_rate: float
+    ttft_s: float
+    ttft_p90_s: float
+    itl_s: float
+
+
+def specs(shape: str, num_blocks: int, block_nbytes: int) -> list[WorkerSpec]:
+    limits = Limits(block_size=16, context_length=8192)
+    roles = [Role.PREFILL] * SHAPES[shape][0] + [Role.DECODE] * SHAPES[shape][1]
+    return [WorkerSpec(f"w{n}", role, num_blocks, block_nbytes, limits) for n, role in enumerate(roles)]
+
+
+def figures(served: Sequence[Served]) -> Figures:
+    ttfts = sorted(s.ttft_s for s in served)
+    return Figures(
+        hit_rate=sum(s.num_cached for s in served) / sum(s.num_prompt for s in served),
+        ttft_s=statistics.fmean(ttfts),
+        ttft_p90_s=ttfts[int(0.9 * len(ttfts))],
+        itl_s=statistics.fmean(s.itl_s for s in served),
+    )
+
+
+def simulate(name: str, load: str, rate: float, seed: int, workers: Sequence[WorkerSpec], costs: CostModel) -> Figures:
+    policy = Policy.KV_AWARE if name == INFORMED else Policy(name)
+    cluster = Cluster(workers, costs, policy, ViewDelays(0.0, 0.0) if name == INFORMED else ViewDelays())
+    served = cluster.run(LOADS[load](rate, seed))
+    cluster.check_integrity()
+    return figures(served)
+
+
+def interval(values: Sequence[float]) -> str:
+    half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.fmean(values):.3f} ± {half:.3f}"
+
+
+def rows(where: str, found: dict[str, list[Figures]]) -> list[dict[str, object]]:
+    """Ratios within a seed, then their mean."""
+
+    def row(work: str, peer: str, quantity: str, goal: float, unit: str) -> dict[str, object]:
+        ours = [getattr(f, quantity) for f in found[Policy.KV_AWARE.value]]
+        theirs = [getattr(f, quantity) for f in found[peer]]
+        ratio = statistics.fmean(a / max(b, 1e-9) for a, b in zip(ours, theirs, strict=True))
+        return {
+            "work": f"{where}, {work}", "ours": statistics.fmean(ours), "peer": statistics.fmean(theirs),
+            "ratio": round(ratio, 3), "goal": goal, "unit": unit,
+        }  # fmt: skip
+
+    return [
+        row("hit rate to round-robin's", "round-robin", "hit_rate", HIT_GOAL, "share"),
+        row("TTFT to round-robin's", "round-robin", "ttft_s", TTFT_GOAL, "s"),
+        row("TTFT to an informed one's", INFORMED, "ttft_s", INFORMED_GOAL, "s"),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench-routing", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="of each step that is measured")
+    parser.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0], help="requests/s")
+    parser.add_argument("--blocks", type=int, default=1024, help="of 16 tokens, on each worker")
+    parser.add_argument(
+        "--costs", type=Path, help="a cost model: read where the file is there, else measured and written"
+    )
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    console = Console()
+    costs, block_nbytes = _costs(console, args.costs, args.rounds)
+    told: list[dict[str, object]] = []
+    for load in LOADS:
+        for shape in SHAPES:
+            workers = specs(shape, args.blocks, block_nbytes)
+            for rate in args.rates:
+                where = f"{load}, {shape}, {rate:g}/s"
+                found = {
+                    name: [simulate(name, load, rate, seed, workers, costs) for seed in range(args.seeds)]
+                    for name in NAMES
+                }
+                console.print(_table(where, found))
+                told += rows(where, found)
+    for row in told:
+        say(console, f"{row['work']}: {row['ratio']} (goal {row['goal']})")
+    if args.json:
+        args.json.write_text(json.dumps(told, indent=1))
+
+
+def _costs(console: Console, path: Path | None, rounds: int) -> tuple[CostModel, int]:
+    if path is not None and path.exists():
+        read = json.loads(path.read_text())
+        return CostModel(**read["costs"]), read["block_nbytes"]
+    from tests.bench.routing.fit import measure  # with torch, which the rest does without
+
+    costs, block_nbytes, error = measure(rounds)
+    say(console, f"measured: {costs}; the median step is off by {error:.1%}")
+    if path is not None:
+        path.write_text(json.dumps({"costs": asdict(costs), "block_nbytes": block_nbytes}))
+    return costs, block_nbytes
+
+
+def _table(where: str, found: dict[str, list[Figures]]) -> Table:
+    table = Table("policy", "hit rate", "TTFT s", "TTFT p90 s", "ITL s", title=where)
+    for name, each in found.items():
+        table.add_row(name, *(interval([getattr(f, q) for f in each]) for q in Figures.__slots__))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Loads that share prefixes: chats that grow, and prompts behind a few system prompts.  Drawn by a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+from services.planner.simulator.arrivals import Arrival
+from services.planner.simulator.worker import VOCABULARY
+
+
+def _tokens(random: Random, count: int) -> tuple[int, ...]:
+    return tuple(random.randrange(VOCABULARY) for _ in range(count))
+
+
+@dataclass(frozen=True, slots=True)
+class Chats:
+    """Conversations begin as a Poisson process; each turn brings the whole history and some more, after a pause."""
+
+    num_chats: int = 40
+    num_turns: int = 6
+    first_tokens: int = 300
+    turn_tokens: int = 80
+    output_tokens: int = 40
+    think_s: float = 8.0
+
+    @property
+    def num_requests(self) -> int:
+        return self.num_chats * self.num_turns
+
+    def arrivals(self, rate: float, seed: int) -> Iterator[Arrival]:
+        """``rate``: requests/s, roughly: conversations/s times turns."""
+        random, at_s = Random(seed), 0.0
+        for chat in range(self.num_chats):
+            at_s += random.expovariate(rate / self.num_turns)
+            own = Random(f"{seed}/{chat}")
+            first = _tokens(own, round(self.first_tokens * own.uniform(0.5, 1.5)))
+            yield self._turn(own, f"c{chat}", 0, at_s, first)
+
+    def _turn(self, own: Random, chat: str, turn: int, at_s: float, prompt: tuple[int, ...]) -> Arrival:
+        def then(ended_s: float, answer: list[int]) -> Arrival | None:
+            if turn + 1 == self.num_turns:
+                return None
+            more = _tokens(own, round(self.turn_tokens * own.uniform(0.5, 1.5)))
+            next_s = ended_s + own.expovariate(1 / self.think_s)
+            return self._turn(own, chat, turn + 1, next_s, (*prompt, *answer, *more))
+
+        return Arrival(f"{chat}t{turn}", at_s, prompt, self.output_tokens, then)
+
+
+@dataclass(frozen=True, slots=True)
+class SystemPrompts:
+    """Each request has one of several system prompts, by Zipf's law, and its own question."""
+
+    num_requests: int = 240
+    num_prompts: int = 24
+    prompt_tokens: int = 800
+    question_tokens: int = 60
+    output_tokens: int = 40
+
+    def arrivals(self, rate: float, seed: int) -> Iterator[Arrival]:
+        random, at_s = Random(seed), 0.0
+        prompts = [_tokens(random, self.prompt_tokens) for _ in range(self.num_prompts)]
+        weights = [1 / (rank + 1) for rank in range(self.num_prompts)]
+        for number in range(self.num_requests):
+            at_s += random.expovariate(rate)
+            question = _tokens(random, round(self.question_tokens * random.uniform(0.5, 1.5)))
+            yield Arrival(f"r{number}", at_s, (*random.choices(prompts, weights)[0], *question), self.output_tokens)
+
+
+Load = Callable[[float, int], Iterator[Arrival]]
+LOADS: dict[str, Load] = {"chats": Chats().arrivals, "system prompts": SystemPrompts().arrivals}

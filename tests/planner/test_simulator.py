@@ -1,0 +1,83 @@
+"""A cluster in virtual time: the same seed the same run, nothing lost, and policies told apart."""
+
+from __future__ import annotations
+
+import pytest
+
+from gateway.candidates import Role
+from gateway.routing import Policy
+from services.engine.scheduler import Limits
+from services.planner.simulator.arrivals import Arrival, Served
+from services.planner.simulator.cluster import Cluster, ViewDelays
+from services.planner.simulator.cost_model import CostModel
+from services.planner.simulator.worker import WorkerSpec
+from tests.bench.routing.loads import Chats, SystemPrompts
+
+COSTS = CostModel(0.01, 0.001, 1e-7, 0.002, 1e-6, 0.001, 1e9)
+CHATS = Chats(num_chats=8, num_turns=3, first_tokens=150, output_tokens=8)
+SHAPES = [(2, 2), (0, 4)]
+
+
+def cluster(policy: Policy, shape: tuple[int, int], num_blocks: int = 400) -> Cluster:
+    roles = [Role.PREFILL] * shape[0] + [Role.DECODE] * shape[1]
+    limits = Limits(block_size=16, context_length=4096)
+    return Cluster([WorkerSpec(f"w{n}", r, num_blocks, 300_000, limits) for n, r in enumerate(roles)], COSTS, policy)
+
+
+def hit_rate(served: list[Served]) -> float:
+    return sum(s.num_cached for s in served) / sum(s.num_prompt for s in served)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("policy", Policy)
+@pytest.mark.parametrize("num_blocks", [60, 400])
+def test_every_request_is_answered_once_and_nothing_stays(
+    policy: Policy, shape: tuple[int, int], num_blocks: int
+) -> None:
+    """With 60 blocks a worker preempts, evicts and turns away."""
+    simulated = cluster(policy, shape, num_blocks)
+    served = simulated.run(CHATS.arrivals(4.0, seed=1))
+    simulated.check_integrity()
+    assert sorted(s.id for s in served) == sorted(f"c{c}t{t}" for c in range(8) for t in range(3))
+    assert all(s.arrived_s < s.first_s <= s.ended_s for s in served)
+
+
+def test_a_seed_gives_a_run() -> None:
+    one, same, other = (cluster(Policy.KV_AWARE, (2, 2)).run(CHATS.arrivals(4.0, seed)) for seed in (1, 1, 2))
+    assert one == same != other
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_who_looks_at_prefixes_finds_more(shape: tuple[int, int]) -> None:
+    load = SystemPrompts(num_requests=60, num_prompts=20, prompt_tokens=400, output_tokens=4)
+    aware, blind = (
+        hit_rate(cluster(policy, shape, 120).run(load.arrivals(2.0, seed=3)))
+        for policy in (Policy.KV_AWARE, Policy.ROUND_ROBIN)
+    )
+    assert aware > 1.2 * blind
+
+
+def test_a_request_alone_takes_what_its_steps_take() -> None:
+    """A step of 256 prompt tokens, one of 44, and 2 of decoding."""
+    (served,) = cluster(Policy.KV_AWARE, (0, 4)).run([Arrival("a", 1.0, tuple(range(300)), 3)])
+    prefill_s = 2 * 0.01 + 300 * 0.001 + (256 * 128 + 44 * (256 + 22)) * 1e-7
+    assert served.ttft_s == pytest.approx(prefill_s)
+    assert served.ended_s - served.first_s == pytest.approx(2 * (0.01 + 0.002) + (301 + 302) * 1e-6)
+
+
+def test_a_prompt_that_comes_again_goes_where_it_is_cached() -> None:
+    load = [Arrival(f"{n}", 10.0 * n, tuple(range(1000)), 2) for n in range(8)]
+    assert [s.num_cached for s in cluster(Policy.KV_AWARE, (0, 4)).run(load)] == [0, *[992] * 7]
+
+
+def test_a_cache_that_is_not_seen_yet_draws_nobody() -> None:
+    """The other prompt keeps its worker busy, and the view of the cache comes before the third request or after it."""
+    load = [Arrival("a", 0.0, tuple(range(1000)), 2), Arrival("b", 3.0, tuple(range(5000, 5400)), 2),
+            Arrival("c", 3.001, tuple(range(1000)), 2)]  # fmt: skip
+    limits = Limits(block_size=16, context_length=4096)
+    specs = [WorkerSpec(f"w{n}", Role.DECODE, 400, 300_000, limits) for n in range(2)]
+    cached = {}
+    for events_s in (0.01, 100.0):
+        simulated = Cluster(specs, COSTS, Policy.KV_AWARE, ViewDelays(events_s=events_s))
+        cached[events_s] = {s.id: s.num_cached for s in simulated.run(load)}["c"]
+    assert cached == {0.01: 992, 100.0: 0}
