@@ -10,7 +10,8 @@ from contextlib import aclosing
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
-from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.dispatch import Dispatcher
+from gateway.job import Job, Trace
 from gateway.quotas import QuotaBook
 from gateway.recent import EndedRequest, RecentRequests
 from gateway.tenants import Tenant

@@ -10,7 +10,8 @@ from contextlib import aclosing, asynccontextmanager
 import grpc
 import pytest
 
-from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.dispatch import Dispatcher
+from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
 from gateway.pace import Pace
 from gateway.retry_budget import RetryBudget
@@ -245,8 +246,8 @@ async def fail_once_begun(played: Played, answer: Answer) -> None:
 async def test_an_answer_that_has_begun_outlives_more_attempts_than_one_that_has_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gateway.dispatch.FORGIVE_S", (0.02, 0.02))
-    monkeypatch.setattr("gateway.dispatch.RETRY_BACKOFF_S", (0.001, 0.01))
+    monkeypatch.setattr("gateway.run.FORGIVE_S", (0.02, 0.02))
+    monkeypatch.setattr("gateway.run.RETRY_BACKOFF_S", (0.001, 0.01))
     async with dispatching(max_attempts=1) as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
         await fail_once_begun(played, answer)
         more = begin(answer)
@@ -263,7 +264,7 @@ async def test_an_answer_that_has_begun_outlives_more_attempts_than_one_that_has
 async def test_beyond_the_budget_who_has_begun_waits_and_who_has_not_is_told_to_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("gateway.dispatch.FORGIVE_S", (0.02, 0.02))
+    monkeypatch.setattr("gateway.run.FORGIVE_S", (0.02, 0.02))
     async with dispatching(max_attempts=9, retry_ratio=0) as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
         dispatcher._budget = RetryBudget(0.0, floor_per_s=0.1)  # one
         spent = dispatcher._budget.spend(time.monotonic())

@@ -8,7 +8,8 @@ from typing import Any
 
 import grpc
 
-from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.dispatch import Dispatcher
+from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
 from gateway.routing import Policy
 from gateway.view import ClusterView

@@ -9,7 +9,8 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from gateway.admission import Objectives
-from gateway.dispatch import Dispatcher, Job, Trace
+from gateway.dispatch import Dispatcher
+from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
 from gateway.routing import Policy
 from gateway.tenants import Tenant
@@ -101,6 +102,8 @@ async def test_they_go_by_tenant_and_by_priority_within_one() -> None:
             played.say(token(handle, 0), finished(handle))
             handle, name = await next_open(played)
             order.append(name)
+            await asyncio.sleep(0.05)
+            assert played.sent.empty(), "one at a time"
         # a was served before b came, so b begins even with a; then they take turns.
         assert order in (["a2", "b1", "a1", "a3"], ["b1", "a2", "a1", "a3"])
         played.say(token(handle, 0), finished(handle))

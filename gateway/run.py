@@ -1,0 +1,104 @@
+"""The moving parts of one request in the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from gateway.candidates import Candidate
+from gateway.job import Job, Trace
+from gateway.line import Ticket
+from gateway.pace import Pace
+from gateway.request import Event, TokenCame
+from gateway.retry_budget import Slice
+from gateway.routing import Route
+from kvferry.errors import DeadlineError
+from services.runtime.backoff import Backoff
+
+# When nobody else is there, workers that failed it are tried again after so long, and then ever more seldom.
+FORGIVE_S = (2.0, 6.0)
+# The first retry follows at once; of those that get no further, each waits longer for the next.
+RETRY_BACKOFF_S = (0.1, 2.0)
+
+
+class Cancellable(Protocol):
+    def cancel(self) -> None: ...
+
+
+class Run:
+    """Where a request's events wait, and what goes on for it."""
+
+    def __init__(self, job: Job, trace: Trace, pace: Pace) -> None:
+        self.whole_job = job
+        self.job = job  # of the attempt
+        self.sent: list[int] = []
+        self.trace = trace
+        self.retrying_since_s: float | None = None  # without a token meanwhile
+        self.backoff = Backoff(*RETRY_BACKOFF_S)
+        self.grudge = Backoff(*FORGIVE_S)
+        self.spent: Slice | None = None  # of the retry budget, until it has paid
+        self.routed = False
+        self.ticket: Ticket[Run] | None = None  # while it waits in the line
+        self._pace = pace
+        self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
+        self.decodes: dict[int, Cancellable] = {}  # by attempt
+        self.timers: list[asyncio.TimerHandle] = []
+        self.events: deque[Event | DeadlineError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._is_woken = False
+        self._is_paced = False
+
+    @property
+    def route(self) -> Route:
+        assert self.trace.route is not None, "streams open after routing"
+        return self.trace.route
+
+    @property
+    def prefill(self) -> Candidate:
+        assert self.route.prefill is not None, "a ticket comes when a writer was named"
+        return self.route.prefill
+
+    def put(self, event: Event | DeadlineError) -> None:
+        """Tokens after the first wait for the pace, everything else is for now."""
+        self.events.append(event)
+        if not isinstance(event, TokenCame) or event.token.index == 0:
+            self._wake()
+            return
+        if not self._is_paced and not self._is_woken:
+            self._is_paced = True
+            self._pace.add(self._wake)
+
+    def later(self, delay_s: float, act: Callable[[], None]) -> None:
+        self.timers.append(asyncio.get_running_loop().call_later(delay_s, act))
+
+    def put_later(self, delay_s: float, event: Event | DeadlineError) -> None:
+        self.later(delay_s, partial(self.put, event))
+
+    async def wait(self) -> None:
+        """Until there are events to be seen to.  One task waits."""
+        if not self._is_woken:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._is_woken = False
+
+    def _wake(self) -> None:
+        self._is_paced, self._is_woken = False, True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def cancel(self, attempt: int) -> None:
+        if task := self.tasks.get(attempt):
+            task.cancel()
+        if decode := self.decodes.get(attempt):
+            decode.cancel()
+
+    async def end(self) -> None:
+        """Cancels whatever goes on."""
+        for timer in self.timers:
+            timer.cancel()
+        for attempt in self.tasks.keys() | self.decodes.keys():
+            self.cancel(attempt)
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
