@@ -9,10 +9,11 @@ from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
+from services.runtime.tls import TlsOptions
 
 
 @dataclass(frozen=True, slots=True)
-class GatewayConfig:
+class GatewayConfig(TlsOptions):
     """The front door: gRPC and OpenAI-compatible HTTP, routed over the cluster's workers."""
 
     listen: str = option("127.0.0.1:8470", help="host:port of the gRPC server")

@@ -11,17 +11,22 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from services.runtime.startup import cannot_listen
+from services.runtime.tls import Certificates
 
 # What a request may still take to say goodbye, once its grace is over and it was cancelled.
 _CANCELLED_S = 2.0
 
 
 class HttpServer:
-    """Serves ``app`` in the loop that calls ``start``.  Signals are left to the process; ``start`` and ``stop`` are called
-    once each, in this order."""
+    """Serves ``app`` in the loop that calls ``start``, over TLS where there are ``certificates``.  Signals are left to the
+    process; ``start`` and ``stop`` are called once each, in this order."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, certificates: Certificates | None = None) -> None:
         config = uvicorn.Config(app, lifespan="off", ws="none", access_log=False, log_config=None, server_header=False)
+        if certificates is not None:
+            # Its own options would read the files once, and never again.
+            config.load()
+            config.ssl = certificates.web_context()
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 

@@ -12,6 +12,7 @@ from opentelemetry import trace
 
 from kvferry import errors
 from services.runtime import tracing
+from services.runtime.handlers import rebuilt
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -47,15 +48,7 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _wrap(handler: _Handler, method: str) -> _Handler:
-    if handler.request_streaming and handler.response_streaming:
-        behaviour, make = _streaming(handler.stream_stream, method), grpc.stream_stream_rpc_method_handler
-    elif handler.request_streaming:
-        behaviour, make = _unary(handler.stream_unary, method), grpc.stream_unary_rpc_method_handler
-    elif handler.response_streaming:
-        behaviour, make = _streaming(handler.unary_stream, method), grpc.unary_stream_rpc_method_handler
-    else:
-        behaviour, make = _unary(handler.unary_unary, method), grpc.unary_unary_rpc_method_handler
-    return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+    return rebuilt(handler, lambda given: _unary(given, method), lambda given: _streaming(given, method), _tolerant)
 
 
 def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:

@@ -35,7 +35,7 @@ from services.runtime.channels import Channels
 from services.runtime.membership import Membership
 from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
-from services.runtime.server import add_standard_services, bind, create_server, running, split_address
+from services.runtime.server import add_standard_services, bind, create_inner_server, running, split_address
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
 from services.worker.compute import Compute
@@ -78,14 +78,20 @@ class Role:
 async def run_worker(config: WorkerConfig, role: Role) -> None:
     """Serves until cancelled; then drains, within ``config.drain_timeout_s``.  Raises StartupError."""
     async with AsyncExitStack() as stack:
-        server = create_server()
-        port = bind(server, config.listen)
+        certificates = config.certificates(config.listen)
+        server, credentials = create_inner_server(certificates)
+        port = bind(server, config.listen, credentials=credentials)
         host, _ = split_address(config.listen)
         stack.enter_context(serve_metrics(config.metrics_port))
         worker = await stack.enter_async_context(_worker(config, role, f"{host}:{port}"))
-        channels = await stack.enter_async_context(Channels())
+        channels = await stack.enter_async_context(Channels(certificates))
         membership = Membership(
-            config.directory, worker.info(), worker.load, _snapshot(worker), lease_ttl_s=config.lease_ttl_s
+            config.directory,
+            worker.info(),
+            worker.load,
+            _snapshot(worker),
+            lease_ttl_s=config.lease_ttl_s,
+            certificates=certificates,
         )
         worker.router.tell_directory = lambda changes: _publish(membership, changes)
         puller = await stack.enter_async_context(Puller(worker, channels))
