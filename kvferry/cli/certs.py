@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvferry.cli import output
+from kvferry.cli.service_tls import CertificateRole
 
 DEFAULT_DAYS = 90
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
-
-
-class CertificateRole(Enum):
-    GATEWAY = "gateway"
-    WORKER = "worker"
-    DIRECTORY = "directory"
-    OPERATOR = "operator"
-
-    @property
-    def dns_name(self) -> str:
-        """What a service reads the role from."""
-        return f"{self.value}.kvferry.internal"
 
 
 _Days = Annotated[int, typer.Option(min=1, max=825, help="How long they are valid.")]

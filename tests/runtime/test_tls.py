@@ -43,11 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def directory(shown: Certificates) -> AsyncIterator[str]:
+async def directory(shown: Certificates, address: str = "127.0.0.1:0") -> AsyncIterator[str]:
     store = MemoryStore(max_events=1000, max_index_entries=1000)
     server, credentials = create_inner_server(shown)
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(store), server)
-    port = bind(server, "127.0.0.1:0", credentials=credentials)
+    port = bind(server, address, credentials=credentials)
     async with running(server, grace_s=0), store:
         yield f"127.0.0.1:{port}"
 
@@ -129,6 +129,20 @@ async def test_changed_files_are_taken_over_by_server_and_channel_alike(tmp_path
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         await stub.Deregister(directory_pb2.DeregisterRequest(lease_id=lease), timeout=10)
         assert isinstance(await watch.read(), directory_pb2.WatchResponse)
+
+
+async def test_a_channel_finds_a_server_again_that_has_another_authority(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    make_authority(folder)
+    shown = certificates(folder, Role.WORKER)
+    async with directory(certificates(folder, Role.DIRECTORY)) as address:
+        channel = open_channel(address, certificates=shown, peer=Role.DIRECTORY)
+        stub = directory_pb2_grpc.DirectoryServiceStub(channel)
+        assert (await stub.Register(REGISTER, timeout=10)).lease_id
+    folder.rename(tmp_path / "former")
+    make_authority(folder)
+    async with channel, directory(certificates(folder, Role.DIRECTORY), address):
+        assert (await stub.Register(REGISTER, timeout=10, wait_for_ready=True)).lease_id
 
 
 def test_files_that_do_not_belong_together_leave_what_was_read(tmp_path: Path) -> None:
