@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -38,6 +39,7 @@ from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_inner_server, running, split_address
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
+from services.runtime.tls import is_loopback
 from services.worker.compute import Compute
 from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes
 from services.worker.device import choose_devices
@@ -131,6 +133,9 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         else:
             compiled = config.kernels is Kernels.COMPILED and config.tp == 1
             dtype = await asyncio.to_thread(choose_dtype, model, config.dtype, compiled=compiled)
+        if is_loopback(split_address(config.listen)[0]):
+            # UCX would listen on every interface; who does not reach the gRPC server has no business with the pool.
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
         transport = create_transport("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e
