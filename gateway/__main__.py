@@ -50,7 +50,7 @@ async def run_gateway(config: GatewayConfig) -> None:
     StartupError."""
     async with AsyncExitStack() as stack:
         certificates = config.certificates(config.listen, config.http_listen)
-        server = create_server()
+        server = create_server(write_timeout_s=config.write_timeout_s)
         # Clients show keys, not certificates.
         credentials = certificates.server_credentials(require_client=False) if certificates else None
         bind(server, config.listen, credentials=credentials)
@@ -97,7 +97,8 @@ async def run_gateway(config: GatewayConfig) -> None:
         for name in ("", *names):
             await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)
-        limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s)
+        limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s,
+                            write_timeout_s=config.write_timeout_s)  # fmt: skip
         http = HttpServer(
             create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper), certificates
         )

@@ -36,6 +36,7 @@ class GatewayConfig(TlsOptions):
     )
     stall_timeout_s: float = option(120.0, help="a worker silent for so long has failed", minimum=0.1)
     max_request_s: float = option(600.0, help="longest time for one request", minimum=0.1)
+    write_timeout_s: float = option(30.0, help="a client that reads nothing for so long loses its stream", minimum=0.1)
     max_body_nbytes: int = option(2 * 1024 * 1024, help="largest HTTP request body", minimum=1024)
     max_index_entries: int = option(
         DEFAULT_MAX_ENTRIES,

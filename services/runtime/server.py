@@ -39,13 +39,16 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 def create_server(
-    *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), max_concurrent_rpcs: int | None = None
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_concurrent_rpcs: int | None = None,
+    write_timeout_s: float | None = None,
 ) -> grpc.aio.Server:
     """A server that maps errors as RequestInterceptor says; ``interceptors`` run inside of it.  Add servicers, then
     ``add_standard_services``, then ``bind``, then enter ``running``.  Calls beyond ``max_concurrent_rpcs`` are refused
-    with RESOURCE_EXHAUSTED."""
+    with RESOURCE_EXHAUSTED, and calls whose client takes nothing for ``write_timeout_s`` are ended."""
     return grpc.aio.server(
-        interceptors=(RequestInterceptor(), *interceptors),
+        interceptors=(RequestInterceptor(write_timeout_s), *interceptors),
         options=_OPTIONS,
         maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
