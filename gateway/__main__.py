@@ -52,15 +52,18 @@ async def run_gateway(config: GatewayConfig) -> None:
     """Serves until cancelled; then lets running requests finish, within ``config.drain_timeout_s``.  Raises
     StartupError."""
     async with AsyncExitStack() as stack:
-        server = create_server()
-        bind(server, config.listen)
+        certificates = config.certificates(config.listen, config.http_listen)
+        server = create_server(write_timeout_s=config.write_timeout_s)
+        # Clients show keys, not certificates.
+        credentials = certificates.server_credentials(require_client=False) if certificates else None
+        bind(server, config.listen, credentials=credentials)
         try:
             files = await asyncio.to_thread(open_model, config.model)
             view = ClusterView(max_index_entries=config.max_index_entries)
             doorkeeper = Doorkeeper(read_keys(config.api_keys) if config.api_keys else None)
         except (Error, IndexUnavailable, KeyFileError) as e:
             raise StartupError(str(e)) from e
-        channels = await stack.enter_async_context(Channels())
+        channels = await stack.enter_async_context(Channels(certificates))
         prometheus_client.REGISTRY.register(ViewCollector(view))
         links = await stack.enter_async_context(DecodeLinks(channels))
         dispatcher = Dispatcher(
@@ -99,13 +102,14 @@ async def run_gateway(config: GatewayConfig) -> None:
         for name in ("", *names):
             await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
         vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)
-        limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s)
+        limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s,
+                            write_timeout_s=config.write_timeout_s)  # fmt: skip
         dashboard = Dashboard(
             view, frontend.recent, model=files.config.name,
             in_flight=lambda: frontend.num_in_flight, total=lambda: frontend.num_requests_total,
         )  # fmt: skip
         app = create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper, dashboard=dashboard)
-        http = HttpServer(app)
+        http = HttpServer(app, certificates)
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await http.start(*split_address(config.http_listen), flag="--http-listen")
         stack.push_async_callback(http.stop, SERVER_GRACE_S)
@@ -116,7 +120,7 @@ async def run_gateway(config: GatewayConfig) -> None:
             membership_changed.set()
             dispatcher.members_changed(changes)
 
-        following = watch(view, config.directory, on_change=on_change)
+        following = watch(view, config.directory, on_change=on_change, certificates=certificates)
         tasks = [background.create_task(following), background.create_task(report_health())]
         if config.api_keys:
             tasks.append(background.create_task(follow(doorkeeper, config.api_keys)))

@@ -9,10 +9,11 @@ from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
+from services.runtime.tls import TlsOptions
 
 
 @dataclass(frozen=True, slots=True)
-class GatewayConfig:
+class GatewayConfig(TlsOptions):
     """The front door: gRPC and OpenAI-compatible HTTP, routed over the cluster's workers."""
 
     listen: str = option("127.0.0.1:8470", help="host:port of the gRPC server")
@@ -58,6 +59,7 @@ class GatewayConfig:
     )
     stall_timeout_s: float = option(120.0, help="a worker silent for so long has failed", minimum=0.1)
     max_request_s: float = option(600.0, help="longest time for one request", minimum=0.1)
+    write_timeout_s: float = option(30.0, help="a client that reads nothing for so long loses its stream", minimum=0.1)
     max_body_nbytes: int = option(2 * 1024 * 1024, help="largest HTTP request body", minimum=1024)
     max_index_entries: int = option(
         DEFAULT_MAX_ENTRIES,

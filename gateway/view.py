@@ -20,6 +20,7 @@ from services.runtime.directories import Directories
 from services.runtime.place import Place
 from services.runtime.protocol import Protocol
 from services.runtime.tier import Tier
+from services.runtime.tls import Certificates
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -211,13 +212,17 @@ class ClusterView:
 
 
 async def watch(
-    view: ClusterView, directory_addresses: tuple[str, ...], *, on_change: Callable[[list[Change]], None] | None = None
+    view: ClusterView,
+    directory_addresses: tuple[str, ...],
+    *,
+    on_change: Callable[[list[Change]], None] | None = None,
+    certificates: Certificates | None = None,
 ) -> None:
     """Keeps ``view`` fresh until cancelled: follows one of the directories, resumes where it was after a loss, at another
     if there are several, and tries again for ever with a capped backoff; meanwhile the log says now and then how old the
     view is.  ``on_change`` hears who came and went and must not raise or block."""
     backoff = Backoff()
-    async with Directories(directory_addresses) as directories:
+    async with Directories(directory_addresses, certificates=certificates) as directories:
         said_s: float | None = None  # when the log last said that the directory is lost
         while True:
             directory = directories.current

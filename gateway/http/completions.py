@@ -23,7 +23,7 @@ from gateway.http.shapes import Head, Shape, timeline_content
 from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
-from kvferry.errors import Error, InternalError, InvalidRequestError, NotFoundError, UnavailableError
+from kvferry.errors import DeadlineError, Error, InternalError, InvalidRequestError, NotFoundError, UnavailableError
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -68,7 +68,7 @@ class Completions:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arrived_s = asyncio.get_running_loop().time()
         headers = Headers(scope=scope)
-        reply = _Reply(scope, receive, send)
+        reply = _Reply(scope, receive, send, self._limits.write_timeout_s)
         try:
             deadline_s = arrived_s + self._timeout_s(headers)
             async with until(deadline_s):
@@ -127,10 +127,11 @@ class Completions:
 class _Reply:
     """The response to one request, and how far it has come."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, write_timeout_s: float) -> None:
         self._scope = scope
         self._receive = receive
         self._send = send
+        self._write_timeout_s = write_timeout_s
         self.begun = False
         self._streams = False
         self.request_id: str = scope["state"]["request_id"]
@@ -142,11 +143,17 @@ class _Reply:
         await json_response(content)(self._scope, self._receive, self._send)
 
     async def write(self, events: bytes) -> None:
-        """Sends server-sent events.  Waits while the client does not read."""
+        """Sends server-sent events.  Waits while the client does not read, but not for ever: then raises DeadlineError."""
         if not self.begun:
             self.begun = self._streams = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._send({"type": "http.response.body", "body": events, "more_body": True})
+        except TimeoutError:
+            raise DeadlineError(
+                f"nothing of the answer was read for {self._write_timeout_s:g} s", reason="CLIENT_TOO_SLOW"
+            ) from None
 
     async def end(self, events: bytes) -> None:
         await self.write(events)

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
     """``default_timeout_s`` holds where a request names none in x-request-timeout; one above ``max_timeout_s`` is
-    refused.  A request's time begins with its head's arrival and ends with the last byte of its answer."""
+    refused.  A request's time begins with its head's arrival and ends with the last byte of its answer.  A client that
+    reads nothing of its stream for ``write_timeout_s`` loses it."""
 
     max_body_nbytes: int = 2 * 1024 * 1024
     default_timeout_s: float = 300.0
     max_timeout_s: float = 3600.0
+    write_timeout_s: float = 30.0

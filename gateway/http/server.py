@@ -11,17 +11,27 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from services.runtime.startup import cannot_listen
+from services.runtime.tls import Certificates
 
 # What a request may still take to say goodbye, once its grace is over and it was cancelled.
 _CANCELLED_S = 2.0
+MAX_HEAD_NBYTES = 64 * 1024
 
 
 class HttpServer:
-    """Serves ``app`` in the loop that calls ``start``.  Signals are left to the process; ``start`` and ``stop`` are called
-    once each, in this order."""
+    """Serves ``app`` in the loop that calls ``start``, over TLS where there are ``certificates``.  Signals are left to the
+    process; ``start`` and ``stop`` are called once each, in this order."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        config = uvicorn.Config(app, lifespan="off", ws="none", access_log=False, log_config=None, server_header=False)
+    def __init__(self, app: ASGIApp, certificates: Certificates | None = None) -> None:
+        # httptools, which uvicorn would prefer where it is installed, bounds no head.
+        config = uvicorn.Config(
+            app, http="h11", lifespan="off", ws="none", access_log=False, log_config=None, server_header=False,
+            h11_max_incomplete_event_size=MAX_HEAD_NBYTES,
+        )  # fmt: skip
+        if certificates is not None:
+            # Its own options would read the files once, and never again.
+            config.load()
+            config.ssl = certificates.web_context()
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 

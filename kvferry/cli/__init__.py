@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvferry._version import __version__
+from kvferry.cli import certs
 from kvferry.cli.bench import bench
 from kvferry.cli.chat import chat
 from kvferry.cli.demo import demo
@@ -44,6 +45,7 @@ def _root(
       kvferry drain WORKER       let a worker finish what it has, before it is ended
       kvferry doctor             what this host gives, and what to change
       kvferry key TENANT         an API key, for a gateway that wants them
+      kvferry certs init DIR     certificates, for services that do not share a machine
 
     The gateway to talk to is --address, or KVFERRY_ADDRESS, or 127.0.0.1:8470. Exit codes: 0 fine, 1 failed, 2 wrong
     usage, 130 interrupted.
@@ -63,6 +65,7 @@ def make_app(*, rich: bool) -> typer.Typer:
     app.callback()(_root)
     for command in (demo, serve, generate, chat, status, explain, bench, drain, doctor, key):
         app.command()(command)
+    app.add_typer(certs.app, name="certs")
     return app
 
 

@@ -21,6 +21,7 @@ HELP = "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an
 def chat(
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
+    tls_ca: options.TlsCa = None,
     timeout: options.Timeout = None,
     model: options.ModelName = "",
     system: Annotated[str | None, typer.Option(help="A system message to begin with.", show_default=False)] = None,
@@ -46,7 +47,11 @@ def chat(
     interactive = sys.stdin.isatty()
     opening = [ChatMessage("system", system)] if system is not None else []
     history = list(opening)
-    with output.failures(address), Client(address, api_key=api_key) as client, ExitStack() as stack:
+    with (
+        output.failures(address),
+        Client(address, api_key=api_key, tls=options.client_tls(tls_ca)) as client,
+        ExitStack() as stack,
+    ):
         ctrl_c = stack.enter_context(CtrlC()) if interactive else None
         if interactive:
             model = model or client.models()[0].name

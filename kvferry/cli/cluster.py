@@ -21,6 +21,7 @@ import grpc
 
 from kvferry.cli import leash
 from kvferry.cli.members import ClusterConfig, ClusterError, Member, clone_root, plan
+from kvferry.cli.service_tls import open_service_channel
 
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 SERVING = b"\x08\x01"
@@ -230,7 +231,8 @@ class LocalCluster:
             raise ClusterError(f"{name} was not running in time")
         if address is None:
             return pid
-        with grpc.insecure_channel(address, _HEALTH_OPTIONS) as channel:
+        member = child.member
+        with open_service_channel(address, member.tls, member.certificate_role, _HEALTH_OPTIONS) as channel:
             method: grpc.UnaryStreamMultiCallable[bytes, bytes] = channel.unary_stream(HEALTH_WATCH)
             watch = method(b"", timeout=max(deadline - time.monotonic(), 0.001), wait_for_ready=True)
             with self._lock:

@@ -20,6 +20,7 @@ def explain(
     request_id: Annotated[str, typer.Argument(help="As the answer, the HTTP header or the log names it.")],
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
+    tls_ca: options.TlsCa = None,
     timeout: options.Timeout = None,
     as_json: options.Json = False,
 ) -> None:
@@ -35,7 +36,7 @@ def explain(
     Example:
       kvferry explain 5f0c6c1e
     """
-    with output.failures(address), Client(address, api_key=api_key) as client:
+    with output.failures(address), Client(address, api_key=api_key, tls=options.client_tls(tls_ca)) as client:
         decisions = client.explain_route(request_id, timeout=timeout)
         if as_json:
             output.print_json({"request_id": request_id, "decisions": list(map(dataclasses.asdict, decisions))})

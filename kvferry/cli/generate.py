@@ -15,6 +15,7 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from stdin.")],
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
+    tls_ca: options.TlsCa = None,
     timeout: options.Timeout = None,
     model: options.ModelName = "",
     max_tokens: options.MaxTokens = None,
@@ -37,7 +38,7 @@ def generate(
       kvferry generate "Once upon a time" --temperature 0.8 --seed 1 --timeline
       cat notes.txt | kvferry generate - --max-tokens 64 --json
     """
-    with output.failures(address), Client(address, api_key=api_key) as client:
+    with output.failures(address), Client(address, api_key=api_key, tls=options.client_tls(tls_ca)) as client:
         text = sys.stdin.read() if prompt == "-" else prompt
         with client.generate(
             text,

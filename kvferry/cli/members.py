@@ -6,15 +6,18 @@ import enum
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import kvferry
 from kvferry.cli import ports
+from kvferry.cli.service_tls import CertificateFolder, CertificateRole
+from kvferry.types import TlsConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_GRPC_PORT = 8470
 DEFAULT_HTTP_PORT = 8471
+_TLS_VARIABLES = ("KVFERRY_TLS_CERT", "KVFERRY_TLS_KEY", "KVFERRY_TLS_CA")
 
 
 class Role(enum.Enum):
@@ -44,13 +47,19 @@ class Member:
     metrics_url: str | None = None
     cwd: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
+    tls: TlsConfig | None = None  # what its health service is asked with
+
+    @property
+    def certificate_role(self) -> CertificateRole:
+        return CertificateRole.WORKER if self.role in (Role.PREFILL, Role.DECODE) else CertificateRole(self.role.value)
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
     """What to start.  Ports 0 are picked free; ``prefill_tp`` is the ranks of each prefill worker; ``threads`` per rank,
     None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left
-    over; a role's dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only
+    over; ``tls`` is a folder of ``kvferry certs init``, and ``insecure`` allows a ``host`` beyond the loopback without; a
+    role's dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only
     gateways listen on ``host``, all else on the loopback; those after the first on ports that are picked free."""
 
     model: str = DEFAULT_MODEL
@@ -73,6 +82,8 @@ class ClusterConfig:
     host_kv_memory: str | None = None
     speculate: str | None = None
     api_keys: Path | None = None
+    tls: Path | None = None
+    insecure: bool = False
     log_level: str = "info"
 
 
@@ -99,7 +110,9 @@ def clone_root(what: str = "a cluster", command: str = "make serve") -> Path:
 
 
 def plan(config: ClusterConfig, root: Path) -> Plan:
-    """Decides ports and command lines; starts nothing.  Raises PortError when a port that clients see is taken."""
+    """Decides ports and command lines; starts nothing.  Raises PortError when a port that clients see is taken, and
+    ClusterError for a host or a folder of certificates that will not do."""
+    _check_safe(config)
     for port, flag in ((config.grpc_port, "--grpc-port"), (config.http_port, "--http-port")):
         if port:
             ports.check_free(config.host, port, flag)
@@ -113,11 +126,17 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
     directory = ports.join(ports.LOOPBACK, next(free))
     client_host = ports.reachable(config.host)
     doors = [(grpc_port, http_port), *((next(free), next(free)) for _ in range(1, config.num_gateways))]
-    http_urls = [f"http://{ports.join(client_host, http)}" for _, http in doors]
+    http_urls = [f"{'http' if config.tls is None else 'https'}://{ports.join(client_host, http)}" for _, http in doors]
+    certificates = None if config.tls is None else CertificateFolder(config.tls.resolve())
 
     def member(role: Role, name: str, module: str, health: str, flags: dict[str, str], metrics_url: str) -> Member:
-        command = (sys.executable, "-m", module, *(part for flag in flags.items() for part in flag))
-        return Member(name, role, command, health, metrics_url, cwd=root, environment={"PYTHONUNBUFFERED": "1"})
+        # What a client's environment says of TLS is not for the services.
+        environment = {"PYTHONUNBUFFERED": "1", **dict.fromkeys(_TLS_VARIABLES, "")}
+        made = Member(name, role, (), health, metrics_url, cwd=root, environment=environment)
+        if certificates is not None:
+            flags = {**flags, **certificates.flags(made.certificate_role)}
+            made = replace(made, tls=certificates.operator())
+        return replace(made, command=(sys.executable, "-m", module, *(part for flag in flags.items() for part in flag)))
 
     def metrics(port: int) -> str:
         return f"http://{ports.join(ports.LOOPBACK, port)}/metrics"
@@ -175,9 +194,22 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
             gateway_flags["--api-keys"] = str(config.api_keys.resolve())
         name = "gateway" if config.num_gateways == 1 else f"gateway-{index}"
         health, metrics_url = ports.join(client_host, grpc_port), f"{http_urls[index]}/metrics"
-        members.append(member(Role.GATEWAY, name, "gateway", health, gateway_flags, metrics_url))
+        gateway = member(Role.GATEWAY, name, "gateway", health, gateway_flags, metrics_url)
+        if config.insecure:
+            gateway = replace(gateway, environment={**gateway.environment, "KVFERRY_INSECURE": "on"})
+        members.append(gateway)
     grpc_address = ",".join(ports.join(client_host, grpc) for grpc, _ in doors)
     return Plan(tuple(members), grpc_address, http_urls[0])
+
+
+def _check_safe(config: ClusterConfig) -> None:
+    if config.tls is not None and (missing := CertificateFolder(config.tls).missing()):
+        raise ClusterError(f"--tls: there is no {missing[0]}; make a folder with `kvferry certs init`")
+    if config.tls is None and not config.insecure and not ports.is_loopback(config.host):
+        raise ClusterError(
+            f"others than this machine reach {config.host}, and without TLS keys and prompts travel in the clear; give "
+            "--tls, or say --insecure"
+        )
 
 
 def _share_out(cores: list[int], threads: list[int], pin: bool | None) -> list[str]:

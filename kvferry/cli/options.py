@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from kvferry.types import TlsConfig
+
 
 class LogLevel(enum.Enum):
     DEBUG = "debug"
@@ -50,6 +52,15 @@ Timeout = Annotated[
 ]
 ModelName = Annotated[
     str, typer.Option("--model", help="Model to ask for; the gateway's only one by default.", rich_help_panel=_TALK)
+]
+TlsCa = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="KVFERRY_TLS_CA",
+        help="Use TLS, and believe the authority in this PEM file.",
+        show_default=False,
+        rich_help_panel=_TALK,
+    ),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(help="Most tokens to generate.", show_default=False, rich_help_panel=_SAMPLE)
@@ -147,6 +158,25 @@ ApiKeys = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+ServeTls = Annotated[
+    Path | None,
+    typer.Option(
+        "--tls",
+        exists=True,
+        file_okay=False,
+        help="Folder of certificates (kvferry certs init makes it): services then let in nobody but each other.",
+        show_default=False,
+        rich_help_panel=_RUN,
+    ),
+]
+Insecure = Annotated[
+    bool,
+    typer.Option(
+        "--insecure",
+        help="Let the gateway listen beyond this machine without TLS: keys and prompts travel in the clear.",
+        rich_help_panel=_RUN,
+    ),
+]
 HostKvMemory = Annotated[
     str | None,
     typer.Option(
@@ -159,3 +189,7 @@ LogDir = Annotated[
                  rich_help_panel=_RUN),
 ]  # fmt: skip
 Level = Annotated[LogLevel, typer.Option("--log-level", help="How much they log.", rich_help_panel=_RUN)]
+
+
+def client_tls(ca: Path | None) -> TlsConfig | None:
+    return None if ca is None else TlsConfig(root_certificates=ca)

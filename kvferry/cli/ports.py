@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -51,6 +52,14 @@ def check_free(host: str, port: int, flag: str) -> None:
             else:
                 reason = f"port {port} on {host} cannot be listened on: {error.strerror}"
             raise PortError(reason) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches ``host``.  Names other than localhost are not resolved, and are not."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def join(host: str, port: int) -> str:

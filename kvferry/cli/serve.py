@@ -12,6 +12,7 @@ from kvferry.cli.interrupts import Interrupts
 from kvferry.cli.members import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, DEFAULT_MODEL, ClusterConfig
 from kvferry.cli.ports import LOOPBACK
 from kvferry.cli.progress import StartProgress
+from kvferry.cli.service_tls import CertificateFolder
 from kvferry.client import DEFAULT_ADDRESS, Client
 
 
@@ -39,6 +40,8 @@ def serve(
     host_kv_memory: options.HostKvMemory = None,
     speculate: options.WorkersSpeculate = None,
     api_keys: options.ApiKeys = None,
+    tls: options.ServeTls = None,
+    insecure: options.Insecure = False,
     log_dir: options.LogDir = None,
     log_level: options.Level = options.LogLevel.INFO,
 ) -> None:
@@ -51,6 +54,7 @@ def serve(
     Examples:
       kvferry serve
       kvferry serve --prefill 2 --decode 2 --kv-memory 1GiB
+      kvferry serve --tls certs --host 0.0.0.0
       kvferry serve --model ./model.gguf --dtype bfloat16 --http-port 8000
       kvferry serve --prefill-dtype float32 --decode-dtype bfloat16 --decode-block-size 32
     """
@@ -76,6 +80,8 @@ def serve(
         host_kv_memory=host_kv_memory,
         speculate=None if speculate is None else speculate.value,
         api_keys=api_keys,
+        tls=tls,
+        insecure=insecure,
         log_level=log_level.value,
     )
     progress = StartProgress()
@@ -108,12 +114,16 @@ def stop(cluster: LocalCluster) -> None:
 
 def _announce(cluster: LocalCluster, config: ClusterConfig) -> None:
     model, key, with_key = config.model, "", ""
+    ca = None if config.tls is None else CertificateFolder(config.tls).ca
     if config.api_keys is None:
-        with Client(cluster.grpc_address) as client:
+        with Client(cluster.grpc_address, tls=options.client_tls(ca)) as client:
             model = client.models()[0].name
     else:
         key = ' -H "authorization: Bearer $KVFERRY_API_KEY"'
         with_key = ", with a key in KVFERRY_API_KEY"
+    if ca is not None:
+        key += f" --cacert {ca}"
+        with_key += f"{' and' if with_key else ', with'} KVFERRY_TLS_CA={ca}"
     address = "" if cluster.grpc_address == DEFAULT_ADDRESS else f" --address {cluster.grpc_address}"
     metrics = "\n".join(
         f"  {'metrics' if first else '':9}{member.metrics_url}  ({member.name})"

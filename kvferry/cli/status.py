@@ -40,6 +40,7 @@ _PHASE_NUMERIC = frozenset(range(1, len(PHASE_HEADINGS)))
 def status(
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
+    tls_ca: options.TlsCa = None,
     timeout: options.Timeout = None,
     watch: Annotated[bool, typer.Option("--watch", help="Show it again and again until Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks with --watch.")] = 1.0,
@@ -61,7 +62,7 @@ def status(
       kvferry status --watch
       kvferry status --json | jq '.workers[].blocks'
     """
-    with output.failures(address), Client(address, api_key=api_key) as client:
+    with output.failures(address), Client(address, api_key=api_key, tls=options.client_tls(tls_ca)) as client:
         if not watch:
             _show(client.cluster(timeout=timeout), as_json)
             return

@@ -22,7 +22,7 @@ from services.runtime.metrics import serve_metrics
 from services.runtime.server import (
     add_standard_services,
     bind,
-    create_server,
+    create_inner_server,
     run_until_stopped,
     running,
     split_address,
@@ -43,11 +43,11 @@ async def serve(settings: DirectoryConfig) -> None:
     except IndexUnavailable as error:
         raise StartupError(str(error)) from error
     store = open_store(settings)
-    server = create_server()
+    server, credentials = create_inner_server(settings.certificates(settings.listen))
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(store), server)
     health = await add_standard_services(server, [_SERVICE_NAME])
     await _set_health(health, False)
-    port = bind(server, settings.listen)
+    port = bind(server, settings.listen, credentials=credentials)
     host = split_address(settings.listen)[0]
     prometheus_client.REGISTRY.register(DirectoryCollector(store))
     # The store is left before the server, so its watches have ended when the server waits for its calls.

@@ -8,13 +8,14 @@ from pathlib import Path
 from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
+from services.runtime.tls import TlsOptions
 
 MEMORY = "memory"
 _SCHEMES = ("redis://", "rediss://", "unix://")
 
 
 @dataclass(frozen=True, slots=True)
-class DirectoryConfig:
+class DirectoryConfig(TlsOptions):
     """The cache directory: who is alive, and who holds which KV blocks."""
 
     listen: str = option("127.0.0.1:8472", help="host:port of the gRPC server")

@@ -6,10 +6,13 @@ from typing import Any
 
 import grpc
 
+from services.runtime.access import Role
+from services.runtime.renewed_channel import RenewedChannel
 from services.runtime.server import MAX_MESSAGE_NBYTES
+from services.runtime.tls import Certificates
 from services.runtime.tracing import outgoing_metadata
 
-_OPTIONS: tuple[tuple[str, int], ...] = (
+_OPTIONS: tuple[tuple[str, int | str], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
     # A peer whose host is gone is noticed within 8 s, and a service that restarts is found again within 2 s.
@@ -27,11 +30,20 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 )
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A plaintext channel to ``address`` (host:port).  Connects when first used, reconnects for ever with a backoff
-    from 100 ms to 2 s.  Every call made through it sends the caller's request id and trace context.  The caller closes
-    it.  Must be called within the event loop that uses it."""
-    return _Channel(grpc.aio.insecure_channel(address, options=_OPTIONS))
+def open_channel(
+    address: str, *, certificates: Certificates | None = None, peer: Role | None = None
+) -> grpc.aio.Channel:
+    """A channel to ``address`` (host:port), in the clear without ``certificates``; with them, to none but who shows the
+    certificate of a ``peer``, wherever it runs.  Connects when first used, reconnects for ever with a backoff from 100 ms
+    to 2 s.  Every call made through it sends the caller's request id and trace context.  The caller closes it.  Must be
+    called within the event loop that uses it."""
+    if certificates is None:
+        return _Channel(grpc.aio.insecure_channel(address, options=_OPTIONS))
+    assert peer is not None, "what the peer's certificate must say"
+    options = (*_OPTIONS, ("grpc.ssl_target_name_override", peer.dns_name))
+    return _Channel(
+        RenewedChannel(certificates, lambda pem: grpc.aio.secure_channel(address, pem.channel_credentials, options))
+    )
 
 
 class _Channel(grpc.aio.Channel):

@@ -7,20 +7,24 @@ from types import TracebackType
 
 import grpc
 
+from services.runtime.access import Role
 from services.runtime.channel import open_channel
+from services.runtime.tls import Certificates
 
 
 class Channels:
-    """Opens a channel to an address once and hands it out again.  Closes them all on leaving the context.  Owned by one
-    event loop."""
+    """Opens a channel to an address once and hands it out again.  Closes them all on leaving the context.  With
+    ``certificates`` all are to services of the role ``peer``.  Owned by one event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, certificates: Certificates | None = None, *, peer: Role = Role.WORKER) -> None:
+        self._certificates = certificates
+        self._peer = peer
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     def get(self, address: str) -> grpc.aio.Channel:
         channel = self._channels.get(address)
         if channel is None:
-            channel = self._channels[address] = open_channel(address)
+            channel = self._channels[address] = open_channel(address, certificates=self._certificates, peer=self._peer)
         return channel
 
     async def __aenter__(self) -> Channels:

@@ -9,7 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from kvferry.api.directory.v1 import directory_pb2_grpc
+from services.runtime.access import Role
 from services.runtime.channels import Channels
+from services.runtime.tls import Certificates
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +25,18 @@ class Directories:
     with any of them, so that a cluster's members spread.  Opens channels when they are used and closes them on leaving.
     Owned by one event loop."""
 
-    def __init__(self, addresses: tuple[str, ...], *, choose: Callable[[int], int] = random.randrange) -> None:
+    def __init__(
+        self,
+        addresses: tuple[str, ...],
+        *,
+        certificates: Certificates | None = None,
+        choose: Callable[[int], int] = random.randrange,
+    ) -> None:
         if not addresses:
             raise ValueError("at least one directory must be named")
         self._addresses = addresses
         self._number = choose(len(addresses))
-        self._channels = Channels()
+        self._channels = Channels(certificates, peer=Role.DIRECTORY)
 
     @property
     def current(self) -> Directory:

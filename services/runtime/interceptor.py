@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -12,6 +13,7 @@ from opentelemetry import trace
 
 from kvferry import errors
 from services.runtime import tracing
+from services.runtime.handlers import rebuilt
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -34,8 +36,12 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     - any other exception is logged with its traceback and becomes INTERNAL, its text kept from the caller;
     - cancellation and context.abort() pass through;
     - a streaming handler is closed as soon as its call ends, also when it was suspended at a yield;
+    - a call whose client takes no response for ``write_timeout_s`` ends with DEADLINE_EXCEEDED, reason CLIENT_TOO_SLOW;
     - request id and trace context of the caller hold within the handler.
     """
+
+    def __init__(self, write_timeout_s: float | None = None) -> None:
+        self._write_timeout_s = write_timeout_s
 
     async def intercept_service(
         self,
@@ -43,19 +49,16 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
         handler = await continuation(handler_call_details)
-        return handler if handler is None else _wrap(handler, handler_call_details.method)
+        return handler if handler is None else _wrap(handler, handler_call_details.method, self._write_timeout_s)
 
 
-def _wrap(handler: _Handler, method: str) -> _Handler:
-    if handler.request_streaming and handler.response_streaming:
-        behaviour, make = _streaming(handler.stream_stream, method), grpc.stream_stream_rpc_method_handler
-    elif handler.request_streaming:
-        behaviour, make = _unary(handler.stream_unary, method), grpc.stream_unary_rpc_method_handler
-    elif handler.response_streaming:
-        behaviour, make = _streaming(handler.unary_stream, method), grpc.unary_stream_rpc_method_handler
-    else:
-        behaviour, make = _unary(handler.unary_unary, method), grpc.unary_unary_rpc_method_handler
-    return make(behaviour, _tolerant(handler.request_deserializer), handler.response_serializer)
+def _wrap(handler: _Handler, method: str, write_timeout_s: float | None) -> _Handler:
+    return rebuilt(
+        handler,
+        lambda given: _unary(given, method),
+        lambda given: _streaming(given, method, write_timeout_s),
+        _tolerant,
+    )
 
 
 def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
@@ -79,7 +82,9 @@ def _unary(behaviour: Callable[[Any, _Context], Awaitable[Any]], method: str) ->
     return handle
 
 
-def _streaming(behaviour: Callable[[Any, _Context], Any], method: str) -> Callable[[Any, _Context], Awaitable[None]]:
+def _streaming(
+    behaviour: Callable[[Any, _Context], Any], method: str, write_timeout_s: float | None
+) -> Callable[[Any, _Context], Awaitable[None]]:
     # Writes by itself instead of being a generator: gRPC would leave a generator that is suspended at a yield when its
     # call is cancelled to the garbage collector, and what it holds with it.
     async def handle(request: Any, context: _Context) -> None:
@@ -90,9 +95,17 @@ def _streaming(behaviour: Callable[[Any, _Context], Any], method: str) -> Callab
                 return
             async with aclosing(responses):
                 async for response in responses:
-                    await context.write(response)
+                    await _write(context, response, write_timeout_s)
 
     return handle
+
+
+async def _write(context: _Context, response: Any, timeout_s: float | None) -> None:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.write(response)
+    except TimeoutError:
+        raise errors.DeadlineError(f"no response was taken for {timeout_s} s", reason="CLIENT_TOO_SLOW") from None
 
 
 def _decoded(request: Any, method: str) -> Any:

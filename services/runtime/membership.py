@@ -15,6 +15,7 @@ from services.runtime.backoff import Backoff
 from services.runtime.directories import Directories, Directory
 from services.runtime.journal import BlockJournal, snapshot_events
 from services.runtime.tier import Tier
+from services.runtime.tls import Certificates
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -56,8 +57,9 @@ class Membership:
         *,
         lease_ttl_s: float = 6.0,
         max_pending_hashes: int = 1 << 18,
+        certificates: Certificates | None = None,
     ) -> None:
-        self._directories = Directories(directory_addresses)
+        self._directories = Directories(directory_addresses, certificates=certificates)
         self._info = info
         self._load = load
         self._snapshot = snapshot

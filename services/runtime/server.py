@@ -16,8 +16,10 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from services.runtime.access import RoleInterceptor
 from services.runtime.interceptor import RequestInterceptor
 from services.runtime.startup import StartupError, cannot_listen
+from services.runtime.tls import Certificates
 
 MAX_MESSAGE_NBYTES = 16 * 1024 * 1024
 
@@ -37,16 +39,27 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
 
 
 def create_server(
-    *, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), max_concurrent_rpcs: int | None = None
+    *,
+    interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    max_concurrent_rpcs: int | None = None,
+    write_timeout_s: float | None = None,
 ) -> grpc.aio.Server:
     """A server that maps errors as RequestInterceptor says; ``interceptors`` run inside of it.  Add servicers, then
     ``add_standard_services``, then ``bind``, then enter ``running``.  Calls beyond ``max_concurrent_rpcs`` are refused
-    with RESOURCE_EXHAUSTED."""
+    with RESOURCE_EXHAUSTED, and calls whose client takes nothing for ``write_timeout_s`` are ended."""
     return grpc.aio.server(
-        interceptors=(RequestInterceptor(), *interceptors),
+        interceptors=(RequestInterceptor(write_timeout_s), *interceptors),
         options=_OPTIONS,
         maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
+
+
+def create_inner_server(certificates: Certificates | None) -> tuple[grpc.aio.Server, grpc.ServerCredentials | None]:
+    """A server for other services alone, and what to ``bind`` it with: with ``certificates`` callers must show one of their
+    own, and may what RoleInterceptor lets their role do."""
+    if certificates is None:
+        return create_server(), None
+    return create_server(interceptors=[RoleInterceptor()]), certificates.server_credentials(require_client=True)
 
 
 async def add_standard_services(server: grpc.aio.Server, service_names: Iterable[str]) -> health.aio.HealthServicer:
@@ -70,13 +83,17 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def bind(server: grpc.aio.Server, address: str, *, flag: str = "--listen") -> int:
-    """Opens ``address`` ("host:port", port 0 picks one) and returns the port.  Raises StartupError, naming ``flag`` as
-    the remedy, when that cannot be done."""
+def bind(
+    server: grpc.aio.Server, address: str, *, credentials: grpc.ServerCredentials | None = None, flag: str = "--listen"
+) -> int:
+    """Opens ``address`` ("host:port", port 0 picks one), in the clear without ``credentials``, and returns the port.
+    Raises StartupError, naming ``flag`` as the remedy, when that cannot be done."""
     host, port = split_address(address)
     _probe(host, port, address, flag)
     try:
-        return server.add_insecure_port(address)
+        return (
+            server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
+        )
     except RuntimeError as error:
         raise StartupError(f"cannot listen on {address}; choose another with {flag}") from error
 

@@ -12,6 +12,7 @@ from services.engine.kernels.cache import default_folder
 from services.runtime.config import option
 from services.runtime.cpus import Cpus, parse_cpus, require_allowed
 from services.runtime.logs import LogLevel
+from services.runtime.tls import TlsOptions
 from services.worker.labels import parse_labels
 from services.worker.share import Share
 
@@ -30,7 +31,7 @@ class Speculate(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerConfig:
+class WorkerConfig(TlsOptions):
     """A worker: the model, a KV pool that other workers can reach, and a gRPC server that says who may write into it."""
 
     listen: str = option("127.0.0.1:0", help="host:port of the gRPC server; port 0 picks a free one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import secrets
 import time
@@ -38,9 +39,10 @@ from services.runtime.channels import Channels
 from services.runtime.membership import Membership
 from services.runtime.metrics import serve_metrics
 from services.runtime.process import this_process
-from services.runtime.server import add_standard_services, bind, create_server, running, split_address
+from services.runtime.server import add_standard_services, bind, create_inner_server, running, split_address
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
+from services.runtime.tls import is_loopback
 from services.worker.compute import Compute
 from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes
 from services.worker.device import choose_devices
@@ -83,14 +85,20 @@ class Role:
 async def run_worker(config: WorkerConfig, role: Role) -> None:
     """Serves until cancelled; then drains, within ``config.drain_timeout_s``.  Raises StartupError."""
     async with AsyncExitStack() as stack:
-        server = create_server()
-        port = bind(server, config.listen)
+        certificates = config.certificates(config.listen)
+        server, credentials = create_inner_server(certificates)
+        port = bind(server, config.listen, credentials=credentials)
         host, _ = split_address(config.listen)
         stack.enter_context(serve_metrics(config.metrics_port))
         worker = await stack.enter_async_context(_worker(config, role, f"{host}:{port}"))
-        channels = await stack.enter_async_context(Channels())
+        channels = await stack.enter_async_context(Channels(certificates))
         membership = Membership(
-            config.directory, worker.info(), worker.load, _snapshot(worker), lease_ttl_s=config.lease_ttl_s
+            config.directory,
+            worker.info(),
+            worker.load,
+            _snapshot(worker),
+            lease_ttl_s=config.lease_ttl_s,
+            certificates=certificates,
         )
         worker.router.tell_directory = lambda changes: _publish(membership, changes)
         puller = await stack.enter_async_context(Puller(worker, channels))
@@ -130,6 +138,9 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         else:
             compiled = config.kernels is Kernels.COMPILED and config.tp == 1
             dtype = await asyncio.to_thread(choose_dtype, model, config.dtype, compiled=compiled)
+        if is_loopback(split_address(config.listen)[0]):
+            # UCX would listen on every interface; who does not reach the gRPC server has no business with the pool.
+            os.environ.setdefault("UCX_NET_DEVICES", "lo")
         transport = create_transport("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e

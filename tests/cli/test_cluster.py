@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from kvferry.cli.cluster import Died, Event, LocalCluster, Ready, Restarted, Sto
 from kvferry.cli.members import ClusterConfig, ClusterError, Member, Role, plan
 from kvferry.cli.ports import PortError, check_free, pick_free
 from kvferry.cli.progress import _Doing
+from tests.certificates import make_authority
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = Timing(start_s=20, stop_s=10, backoff_s=0.05, max_backoff_s=0.2, steady_s=60)
@@ -294,6 +296,7 @@ def test_plan_wires_the_members_to_each_other() -> None:
         grpc_port=0,
         http_port=0,
         host="0.0.0.0",
+        insecure=True,
         dtype="bfloat16",
         kv_memory="64MiB",
         host_kv_memory="1GiB",
@@ -328,6 +331,22 @@ def test_a_plan_with_two_gateways_names_both_addresses() -> None:
     flags = [dict(zip(m.command[3::2], m.command[4::2], strict=True)) for m in gateways]
     assert len({f[flag] for f in flags for flag in ("--listen", "--http-listen")}) == 4
     assert [m.metrics_url for m in gateways] == [f"http://{f['--http-listen']}/metrics" for f in flags]
+
+
+def test_beyond_this_machine_the_gateway_wants_certificates(tmp_path: Path) -> None:
+    open_to_all = ClusterConfig(grpc_port=0, http_port=0, host="0.0.0.0")
+    with pytest.raises(ClusterError, match=r"others than this machine reach 0\.0\.0\.0.*--insecure"):
+        plan(open_to_all, ROOT)
+    with pytest.raises(ClusterError, match=r"--tls: there is no .*ca\.pem.*kvferry certs init"):
+        plan(replace(open_to_all, tls=tmp_path), ROOT)
+    make_authority(tmp_path)
+    planned = plan(replace(open_to_all, tls=tmp_path), ROOT)
+    assert planned.http_url.startswith("https://")
+    for member, role in zip(planned.members, ("directory", "worker", "worker", "gateway"), strict=True):
+        flags = dict(zip(member.command[3::2], member.command[4::2], strict=True))
+        assert flags["--tls-cert"] == str(tmp_path / f"{role}.pem")
+        assert flags["--tls-key"] == str(tmp_path / f"{role}.key")
+        assert flags["--tls-ca"] == str(tmp_path / "ca.pem")
 
 
 def test_each_role_may_have_blocks_of_its_own() -> None:

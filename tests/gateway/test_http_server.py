@@ -7,7 +7,7 @@ import json
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import httpx
@@ -124,6 +124,40 @@ async def test_the_deadline_ends_the_generation_for_a_client_that_does_not_read(
         await front_door.idle.wait()
         assert front_door.num_yielded > 0
         assert front_door.closed_by_its_task
+
+
+async def test_a_client_that_stops_reading_loses_its_stream_long_before_the_deadline() -> None:
+    front_door = Endless()
+    async with serving(front_door, limits=HttpLimits(write_timeout_s=0.3)) as port, asking(port, body(True)):
+        await front_door.idle.wait()
+        assert front_door.num_yielded > 0
+        assert front_door.closed_by_its_task
+
+
+async def test_a_client_that_reads_slowly_keeps_its_stream() -> None:
+    """The bound is on each write, not on the whole."""
+    front_door = ScriptedFrontDoor(started(), *(chunk("x" * 100_000, [0]) for _ in range(100)), finished())
+    limits = HttpLimits(write_timeout_s=1.0)
+    async with serving(front_door, limits=limits) as port, asking(port, body(True)) as reader:
+        seen = b""
+        while b"[DONE]" not in seen:
+            seen = seen[-16:] + await reader.read(500_000)
+            await asyncio.sleep(0.02)
+
+
+async def test_heads_and_nested_bodies_are_bounded() -> None:
+    front_door = ScriptedFrontDoor(started(), finished())
+    async with serving(front_door) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        with suppress(httpx.TransportError):  # closed while the client still sends
+            much = {"x-much": "x" * 2_000_000}
+            assert (await client.post(CHAT, content=body(False), headers=much)).status_code == 400
+        assert not front_door.requests
+        for depth in (300, 100_000):
+            deep = b'{"model": "m", "messages": ' + b"[" * depth + b"]" * depth + b"}"
+            response = await client.post(CHAT, content=deep)
+            assert response.status_code == 400
+            assert "recursion" in response.json()["error"]["message"]
+        assert not front_door.requests
 
 
 async def test_a_finished_request_is_not_taken_for_a_hang_up() -> None:

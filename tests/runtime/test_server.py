@@ -74,8 +74,10 @@ class Handlers:
 
 
 @asynccontextmanager
-async def serving(handlers: Handlers) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
-    server = create_server()
+async def serving(
+    handlers: Handlers, write_timeout_s: float | None = None
+) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
+    server = create_server(write_timeout_s=write_timeout_s)
 
     def as_text(cls: Any) -> dict[str, Any]:
         return {"request_deserializer": cls.FromString, "response_serializer": cls.SerializeToString}
@@ -96,6 +98,32 @@ async def serving(handlers: Handlers) -> AsyncIterator[tuple[grpc.aio.Channel, i
     port = bind(server, "127.0.0.1:0")
     async with running(server, grace_s=0), open_channel(f"127.0.0.1:{port}") as channel:
         yield channel, port
+
+
+async def to_the_end(call: Any) -> None:
+    async for _ in call:
+        pass
+
+
+async def test_a_client_that_takes_nothing_loses_its_stream() -> None:
+    ended = asyncio.Event()
+
+    class Endless(Handlers):
+        async def stream(self, request: Any, context: Any) -> AsyncIterator[Any]:
+            try:
+                while True:
+                    yield Text(value="x" * 100_000)
+            finally:
+                ended.set()
+
+    async with serving(Endless(), write_timeout_s=0.3) as (channel, _):
+        call = stream(channel)(Text(value=""), timeout=60)
+        await asyncio.wait_for(ended.wait(), 20)
+        assert not call.done()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await to_the_end(call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert details_of(caught.value)[0].reason == "CLIENT_TOO_SLOW"
 
 
 def unary(channel: grpc.aio.Channel, method: str = "Unary", raw: bool = False) -> Any:

@@ -1,0 +1,132 @@
+"""A cluster whose services show each other certificates."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import httpx
+import pytest
+
+from kvferry import Client, PermissionDeniedError, TlsConfig, UnavailableError, errors
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.members import clone_root
+from kvferry.cli.service_tls import CertificateFolder, CertificateRole, open_service_channel
+from tests.certificates import make_authority
+from tests.integration.conftest import Running, started
+
+MARKER = "zanzibarquokka"
+PROMPT = f"Say {MARKER} and then tell me about the sea. " + "The wind blows and the ship sails on. " * 20
+
+
+@dataclass(frozen=True, slots=True)
+class Guarded:
+    local: LocalCluster
+    folder: CertificateFolder
+
+    @property
+    def client_tls(self) -> TlsConfig:
+        return TlsConfig(root_certificates=self.folder.ca)
+
+    def stub(self, name: str, tls: TlsConfig | None) -> tuple[grpc.Channel, worker_pb2_grpc.WorkerServiceStub]:
+        channel = open_service_channel(self.local.address(name), tls, CertificateRole.WORKER)
+        return channel, worker_pb2_grpc.WorkerServiceStub(channel)
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    folder = make_authority(tmp_path_factory.mktemp("certs"))
+    with started(tmp_path_factory.mktemp("logs"), kv_memory="64MiB", tls=folder, log_level="debug") as running:
+        yield Guarded(running.local, CertificateFolder(folder))
+
+
+def test_answers_are_those_of_a_cluster_in_the_clear_and_no_log_tells_them(
+    guarded: Guarded, cluster: Running, client: Client
+) -> None:
+    with Client(guarded.local.grpc_address, tls=guarded.client_tls) as secret:
+        answer = secret.generate(PROMPT, max_tokens=12, temperature=0, ignore_eos=True).result()
+        assert (
+            answer.token_ids
+            == client.generate(PROMPT, max_tokens=12, temperature=0, ignore_eos=True).result().token_ids
+        )
+        workers = {w.worker_id: w for w in secret.cluster().workers}
+        assert set(workers) == {"prefill-0", "decode-0"}
+    body = {"model": "smollm2-135m-instruct", "prompt": PROMPT, "max_tokens": 2, "temperature": 0}
+    done = httpx.post(
+        f"{guarded.local.http_url}/v1/completions",
+        json=body,
+        verify=ssl.create_default_context(cafile=guarded.folder.ca),
+        timeout=60,
+    )
+    assert done.status_code == 200
+    assert done.json()["usage"]["completion_tokens"] == 2
+    logs = {path.name: path.read_text() for path in guarded.local.log_dir.glob("*.log")}
+    assert len(logs) == 4
+    assert all(text for text in logs.values())
+    assert not [name for name, text in logs.items() if MARKER in text]
+
+
+def test_without_a_certificate_no_port_answers(guarded: Guarded) -> None:
+    for tls in (None, guarded.client_tls):
+        for name in ("prefill-0", "decode-0"):
+            channel, stub = guarded.stub(name, tls)
+            with channel, pytest.raises(grpc.RpcError) as caught:
+                stub.GetStats(worker_pb2.GetStatsRequest(), timeout=10)
+            assert isinstance(errors.from_rpc_error(caught.value), UnavailableError)
+    with Client(guarded.local.grpc_address, max_attempts=1) as plain, pytest.raises(UnavailableError):
+        plain.models()
+
+
+def test_a_gateways_certificate_does_not_drain_a_worker(guarded: Guarded) -> None:
+    certificate, key = guarded.folder.pair(CertificateRole.GATEWAY)
+    gateway = TlsConfig(guarded.folder.ca, private_key=key, certificate_chain=certificate)
+    channel, stub = guarded.stub("prefill-0", gateway)
+    with channel, pytest.raises(grpc.RpcError) as caught:
+        stub.Drain(worker_pb2.DrainRequest(), timeout=10)
+    error = errors.from_rpc_error(caught.value)
+    assert isinstance(error, PermissionDeniedError)
+    assert "is for operator" in error.message
+
+
+def test_nothing_listens_beyond_the_loopback(guarded: Guarded) -> None:
+    """UCX's own ports included."""
+    for member in guarded.local.members:
+        addresses = listening(guarded.local.pid(member.name))
+        assert addresses, member.name
+        assert all(address.is_loopback for address in addresses), (member.name, addresses)
+
+
+def listening(pid: int | None) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """Where sockets of the process accept TCP connections (proc(5))."""
+    links = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(descriptor.readlink().name)
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            local, state = fields[1], fields[3]
+            if state == "0A" and f"socket:[{fields[9]}]" in links:
+                words = bytes.fromhex(local.partition(":")[0])
+                in_order = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                address = ipaddress.ip_address(in_order)
+                found.append(getattr(address, "ipv4_mapped", None) or address)
+    return found
+
+
+def test_an_operator_drains_a_worker(guarded: Guarded) -> None:
+    certificate, key = guarded.folder.pair(CertificateRole.OPERATOR)
+    command = [sys.executable, "-m", "kvferry.cli", "drain", "prefill-0", "--address", guarded.local.grpc_address]
+    tls = ["--tls-ca", str(guarded.folder.ca), "--tls-cert", str(certificate), "--tls-key", str(key)]
+    done = subprocess.run([*command, *tls], cwd=clone_root(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "holds nothing for anybody" in done.stderr
