@@ -73,7 +73,7 @@ def sentence(error: kvferry.Error, address: str | None) -> str:
     if isinstance(error, kvferry.UnavailableError) and error.message.startswith("failed to connect"):
         return (
             f"no gateway answers at {address}; start a cluster with `kvferry serve`, or name another gateway with "
-            "--address"
+            "--address, or the authority of its certificate with --tls-ca"
         )
     if isinstance(error, kvferry.UnavailableError) and "errors resolving" in error.message:
         return f"{address} is no address that can be found; write host:port, such as 127.0.0.1:8470, without http://"

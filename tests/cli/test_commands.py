@@ -207,7 +207,7 @@ def test_no_gateway_is_one_sentence_that_says_what_to_do(command: list[str]) -> 
     assert done.stdout == ""
     assert done.stderr == (
         f"kvferry: no gateway answers at {address}; start a cluster with `kvferry serve`, or name another gateway "
-        "with --address\n"
+        "with --address, or the authority of its certificate with --tls-ca\n"
     )
 
 
