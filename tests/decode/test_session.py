@@ -254,7 +254,8 @@ async def test_over_grpc_a_lost_call_gives_everything_back_and_a_shutdown_ends_i
         await drain(worker)
         assert num_free(worker) == NUM_BLOCKS
         worker.end_streams()
-        assert await idle.read() is grpc.aio.EOF
+        while await idle.read() is not grpc.aio.EOF:  # a step more may have been made before it was heard
+            pass
         with suppress(asyncio.CancelledError):
             await lost.code()
     await server.stop(None)
