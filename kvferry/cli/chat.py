@@ -98,10 +98,10 @@ def _show(stream: Stream, ctrl_c: CtrlC | None) -> None:
     """Prints the answer as it comes.  With somebody at the keyboard Ctrl-C stops it, and what came until then is the
     answer."""
     try:
-        with nullcontext() if ctrl_c is None else ctrl_c.allowed():
+        with nullcontext() if ctrl_c is None else ctrl_c.calling(stream.close):
             for chunk in stream:
                 print(chunk.text, end="", flush=True)
-    except KeyboardInterrupt:
+    except kvferry.CancelledError:
         if ctrl_c is None:
             raise
         print(" [stopped]", end="")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -60,6 +61,7 @@ class CtrlC:
 
     def __init__(self) -> None:
         self._armed = False
+        self._act: Callable[[], None] | None = None
 
     def __enter__(self) -> Self:
         self._previous = signal.signal(signal.SIGINT, self._interrupt)
@@ -71,6 +73,16 @@ class CtrlC:
         signal.signal(signal.SIGINT, self._previous)
 
     @contextmanager
+    def calling(self, act: Callable[[], None]) -> Iterator[None]:
+        """Meanwhile Ctrl-C raises nothing, and the first one calls ``act`` on a thread of its own: an exception from
+        nowhere may leave gRPC's locks taken, and a later call would wait for ever."""
+        self._act = act
+        try:
+            yield
+        finally:
+            self._act = None
+
+    @contextmanager
     def allowed(self) -> Iterator[None]:
         self._armed = True
         try:
@@ -79,5 +91,8 @@ class CtrlC:
             self._armed = False
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
-        if self._armed:
+        if (act := self._act) is not None:
+            self._act = None
+            Thread(target=act, name="interrupt", daemon=True).start()
+        elif self._armed:
             raise KeyboardInterrupt
