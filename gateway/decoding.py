@@ -36,7 +36,6 @@ class Decoding:
         self._run = run
         self._attempt = attempt
         self._link = link
-        self._worker_id = run.route.decode.key.worker_id
         self._pending = pending
         self._stall_timeout_s = stall_timeout_s
         self._heard_s = time.monotonic()
@@ -76,7 +75,7 @@ class Decoding:
         match event.WhichOneof("event"):
             case "token":
                 if self._counted is not None:
-                    self._pending.computed(self._run.route.decode.key, self._counted)
+                    self._pending.computed(self.key, self._counted)
                 self._run.put(TokenCame(self._attempt, Stream.DECODE, event.token))
             case "ticket":
                 self._keep_promise()
@@ -90,7 +89,7 @@ class Decoding:
                 self._fail(from_failure(event.failure))
 
     def on_lost(self, error: Error) -> None:
-        self._fail(as_lost(error, self._worker_id))
+        self._fail(as_lost(error, self.key.worker_id))
 
     def cancel(self) -> None:
         self._end()
@@ -105,11 +104,11 @@ class Decoding:
             self._watch(left_s)
         else:
             self._link.cancel(self._handle)
-            self._fail(stalled(self._worker_id, self._stall_timeout_s))
+            self._fail(stalled(self.key.worker_id, self._stall_timeout_s))
 
     def _fail(self, error: Error) -> None:
         self._end()
-        log.warning("stream_failed", stream=Stream.DECODE.name, worker_id=self._worker_id, error=str(error))
+        log.warning("stream_failed", stream=Stream.DECODE.name, worker_id=self.key.worker_id, error=str(error))
         self._run.put(StreamFailed(self._attempt, Stream.DECODE, error))
 
     def _end(self) -> None:
@@ -119,7 +118,7 @@ class Decoding:
             self._silence.cancel()
         self._keep_promise()
         if self._counted is not None:
-            self._pending.remove(self._run.route.decode.key, self._counted)
+            self._pending.remove(self.key, self._counted)
             self._counted = None
 
     def _keep_promise(self) -> None:

@@ -45,7 +45,8 @@ class Entrance:
     def enter(self, run: Run) -> Event | None:
         """A request's first route.  None: it waits in the line, and the event comes by itself."""
         tenant, priority, now_s = run.job.tenant.name, run.job.priority, time.monotonic()
-        routed = self._route_in_time(run, self._line.wait_s(tenant, priority, num_lanes=self._num_lanes()))
+        wait_s = self._line.wait_s(tenant, priority, num_lanes=self._num_lanes()) if self._line else 0.0
+        routed = self._route_in_time(run, wait_s)
         if isinstance(routed, NotRouted):
             return routed
         if not self._line and self._objectives.has_room(routed):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 
 import pytest
 
@@ -30,3 +31,20 @@ def test_ctrl_c_interrupts_only_where_allowed() -> None:
                 signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_calls_what_it_is_told_to_once_and_raises_nothing() -> None:
+    called: list[str] = []
+    done = threading.Event()
+
+    def act() -> None:
+        called.append(threading.current_thread().name)
+        done.set()
+
+    with CtrlC() as ctrl_c:
+        with ctrl_c.calling(act):
+            for _ in range(2):
+                signal.raise_signal(signal.SIGINT)
+            assert done.wait(10)
+        signal.raise_signal(signal.SIGINT)
+    assert called == ["interrupt"]
