@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from kvferry._roles import CertificateRole as Role
 from kvferry.cli import authority
-from services.runtime.access import Role
 from services.runtime.tls import Certificates
 
 HOSTS = ("localhost", "127.0.0.1")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from kvferry._roles import CertificateRole
 from kvferry.cli import output
-from kvferry.cli.service_tls import CertificateRole
 
 DEFAULT_DAYS = 90
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")

@@ -9,11 +9,12 @@ import grpc
 import typer
 
 from kvferry import errors
+from kvferry._roles import CertificateRole
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.cli import options, output
 from kvferry.cli.members import ClusterError
-from kvferry.cli.service_tls import CertificateRole, open_service_channel
+from kvferry.cli.service_tls import open_service_channel
 from kvferry.client import DEFAULT_ADDRESS, Client
 from kvferry.types import TlsConfig, Worker
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import kvferry
+from kvferry._roles import CertificateRole
 from kvferry.cli import ports
-from kvferry.cli.service_tls import CertificateFolder, CertificateRole
+from kvferry.cli.service_tls import CertificateFolder
 from kvferry.types import TlsConfig
 
 DEFAULT_MODEL = "smollm2-135m-instruct"

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import grpc
 
 from kvferry import _channel
+from kvferry._roles import CertificateRole
 from kvferry.types import TlsConfig
-
-
-class CertificateRole(Enum):
-    GATEWAY = "gateway"
-    WORKER = "worker"
-    DIRECTORY = "directory"
-    OPERATOR = "operator"
-
-    @property
-    def dns_name(self) -> str:
-        """What a certificate says of its holder, and a service reads."""
-        return f"{self.value}.kvferry.internal"
 
 
 @dataclass(frozen=True, slots=True)

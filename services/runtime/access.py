@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from enum import Enum
 from typing import Any
 
 import grpc
 import structlog
 
+from kvferry._roles import CertificateRole as Role
 from kvferry.errors import PermissionDeniedError
 from services.runtime.handlers import rebuilt
 
 _log = structlog.stdlib.get_logger(__name__)
 
-_DOMAIN = ".kvferry.internal"
 _NAMES = "x509_subject_alternative_name"
-
-
-class Role(Enum):
-    """What a certificate makes of its holder, by a DNS name in its subject alternative names: worker.kvferry.internal."""
-
-    GATEWAY = "gateway"
-    WORKER = "worker"
-    DIRECTORY = "directory"
-    OPERATOR = "operator"
-
-    @property
-    def dns_name(self) -> str:
-        return self.value + _DOMAIN
-
 
 _EVERY_ROLE = frozenset(Role)
 _DIRECTORY = "/kvferry.api.directory.v1.DirectoryService/"

@@ -6,7 +6,7 @@ from typing import Any
 
 import grpc
 
-from services.runtime.access import Role
+from kvferry._roles import CertificateRole as Role
 from services.runtime.renewed_channel import RenewedChannel
 from services.runtime.server import MAX_MESSAGE_NBYTES
 from services.runtime.tls import Certificates

@@ -7,7 +7,7 @@ from types import TracebackType
 
 import grpc
 
-from services.runtime.access import Role
+from kvferry._roles import CertificateRole as Role
 from services.runtime.channel import open_channel
 from services.runtime.tls import Certificates
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from kvferry._roles import CertificateRole as Role
 from kvferry.api.directory.v1 import directory_pb2_grpc
-from services.runtime.access import Role
 from services.runtime.channels import Channels
 from services.runtime.tls import Certificates
 

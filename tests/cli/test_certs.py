@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvferry._roles import CertificateRole
 from kvferry.cli import make_app
-from kvferry.cli.service_tls import CertificateFolder, CertificateRole
+from kvferry.cli.service_tls import CertificateFolder
 
 
 def run(*arguments: str) -> tuple[int, str]:

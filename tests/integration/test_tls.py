@@ -16,10 +16,11 @@ import httpx
 import pytest
 
 from kvferry import Client, PermissionDeniedError, TlsConfig, UnavailableError, errors
+from kvferry._roles import CertificateRole
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import clone_root
-from kvferry.cli.service_tls import CertificateFolder, CertificateRole, open_service_channel
+from kvferry.cli.service_tls import CertificateFolder, open_service_channel
 from tests.certificates import make_authority
 from tests.integration.conftest import Running, started
 

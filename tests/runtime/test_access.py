@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kvferry._roles import CertificateRole as Role
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2
-from kvferry.cli.service_tls import CertificateRole
 from kvferry.errors import PermissionDeniedError
-from services.runtime.access import ALLOWED, Role, require, roles_of
+from services.runtime.access import ALLOWED, require, roles_of
 
 
 def test_every_call_between_services_is_in_the_table() -> None:
@@ -18,8 +18,13 @@ def test_every_call_between_services_is_in_the_table() -> None:
     assert methods == {method for method in ALLOWED if method.startswith("/kvferry.")}
 
 
-def test_the_command_line_issues_the_roles_that_services_read() -> None:
-    assert {role.dns_name for role in CertificateRole} == {role.dns_name for role in Role}
+def test_a_service_reads_the_names_that_the_command_line_issues() -> None:
+    """One by one: a name that was issued is in certificates."""
+    names = {role: f"{role.value}.kvferry.internal" for role in Role}
+    assert {role.value for role in Role} == {"gateway", "worker", "directory", "operator"}
+    for role, name in names.items():
+        assert role.dns_name == name
+        assert roles_of([name.encode()]) == {role}
 
 
 def test_only_the_exact_name_makes_a_role() -> None:

@@ -13,12 +13,12 @@ import grpc
 import pytest
 
 from kvferry import errors
+from kvferry._roles import CertificateRole as Role
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory.config import DirectoryConfig
 from services.directory.memory_store import MemoryStore
 from services.directory.servicer import DirectoryServicer
-from services.runtime.access import Role
 from services.runtime.channel import open_channel
 from services.runtime.server import bind, create_inner_server, running
 from services.runtime.startup import StartupError
