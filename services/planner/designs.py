@@ -1,0 +1,87 @@
+"""What a fleet may be made of: devices, tensor parallelism, chunk sizes.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from services.planner.fleet import Fleet, Link, Pool
+from services.planner.hardware import Catalogue, Worker, make_worker
+from services.planner.models import ModelShape
+
+TPS = (1, 2, 4, 8)
+# More ranks than the fewest that hold the model.
+MOST_TPS = 3
+COLOCATED_STEP_TOKENS = (512, 1024, 2048, 4096, 8192)
+PREFILL_STEP_TOKENS = 8192
+
+
+class Kind(Enum):
+    COLOCATED = "colocated"
+    SPLIT_EQUAL = "split, equal hardware"
+    SPLIT_UNEQUAL = "split, unequal hardware"
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """``prefill`` None: colocated.  ``step_tokens``: of the workers that compute prompts."""
+
+    decode: Worker
+    prefill: Worker | None
+    step_tokens: int
+
+    @property
+    def kind(self) -> Kind:
+        if self.prefill is None:
+            return Kind.COLOCATED
+        return Kind.SPLIT_EQUAL if self.prefill.device.name == self.decode.device.name else Kind.SPLIT_UNEQUAL
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Workers; ``num_prefill`` 0 of a colocated design."""
+
+    num_prefill: int
+    num_decode: int
+
+
+def pool(worker: Worker, num_workers: int, step_tokens: int) -> Pool:
+    return Pool(num_workers, worker.cost, step_tokens, worker.kv_tokens, min(worker.max_running, step_tokens // 2))
+
+
+def fleet(design: Design, size: Size) -> Fleet:
+    decode = pool(design.decode, size.num_decode, design.step_tokens)
+    if design.prefill is None:
+        return Fleet(decode)
+    return Fleet(
+        decode,
+        pool(design.prefill, size.num_prefill, design.step_tokens),
+        Link(
+            design.prefill.kv_token_nbytes, design.prefill.link_bytes_per_s, design.decode.link_bytes_per_s,
+            max(design.prefill.round_trip_s, design.decode.round_trip_s),
+        ),
+    )  # fmt: skip
+
+
+def usd_per_hour(design: Design, size: Size) -> float:
+    writers = size.num_prefill * design.prefill.usd_per_hour if design.prefill else 0.0
+    return writers + size.num_decode * design.decode.usd_per_hour
+
+
+def num_devices(design: Design, size: Size) -> int:
+    writers = size.num_prefill * design.prefill.tp if design.prefill else 0
+    return writers + size.num_decode * design.decode.tp
+
+
+def workers(model: ModelShape, catalogue: Catalogue, dtype: str, names: Iterable[str]) -> list[Worker]:
+    """Of each device, the least numbers of ranks that hold the model."""
+    found: list[Worker] = []
+    for name in names:
+        made = (make_worker(model, catalogue.devices[name], tp, dtype) for tp in TPS)
+        found += [worker for worker in made if worker is not None][:MOST_TPS]
+    return found
+
+
+def colocated(among: Sequence[Worker]) -> list[Design]:
+    return [Design(worker, None, step_tokens) for worker in among for step_tokens in COLOCATED_STEP_TOKENS]

@@ -1,0 +1,434 @@
+// A fleet in virtual time, step by step, but with sums in place of sequences: what a step costs needs only how many decode
+// and how much context they have together, so a step costs O(1) and a request O(log n).  Nothing here knows a clock.
+// The contract of every field is in fleet.py.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define NUM_TERMS 6
+#define NUM_BUCKETS 1024
+#define BUCKETS_FROM_S 1e-5
+#define BUCKET_GROWTH 1.02
+#define NOBODY (-1)
+
+typedef struct {
+    double additive[NUM_TERMS], compute[NUM_TERMS], memory[NUM_TERMS];
+    double expert_s, expert_rate;
+} Cost;
+
+typedef struct {
+    int64_t num_workers, step_tokens, kv_tokens, max_running;
+    Cost cost;
+} Pool;
+
+typedef struct {
+    Pool prefill, decode;  // no prefill workers: those of decode compute prompts too
+    double kv_token_nbytes, out_bytes_per_s, in_bytes_per_s, round_trip_s;
+    double itl_bound_s, queue_weight, request_weight;
+} Fleet;
+
+typedef struct {
+    double *first_s, *second_s, *end_s;
+    int32_t *num_slow;
+    double *busy_s, *prefill_tokens, *decode_tokens;  // by worker, those of prefill first
+    double *gaps;                                     // NUM_BUCKETS
+    double end_of_all_s;
+    double num_steps;
+} Result;
+
+typedef struct { int64_t finish; int32_t request; } Finish;
+
+typedef struct {
+    const Pool *pool;
+    int is_writer;
+    int32_t waiting, waiting_last, chunked, chunked_last, incoming, incoming_last, fresh;
+    int64_t num_chunked, num_decoding, num_planned, num_requests, kv_used;
+    int64_t steps, num_slow;
+    double context, planned_tokens, queued_tokens, took_s, link_free_s;
+    int busy;
+    Finish *heap;
+    int64_t heap_room;
+} Worker;
+
+typedef struct { double at_s; uint64_t number; int32_t worker, request; } Event;
+
+typedef struct {
+    const Fleet *fleet;
+    const double *arrive_s;
+    const int32_t *num_input, *num_output, *num_cached;
+    Result *result;
+    Worker *workers;
+    int64_t num_writers, num_all;
+    int32_t *next, *done, *reader, *slow_before;
+    double *keys[2];
+    int64_t leaves[2];
+    Event *events;
+    int64_t num_events, event_room;
+    uint64_t number;
+    int32_t line, line_last;
+    double now_s;
+    int failed;
+} Run;
+
+// The worker with the least of a key: a tree of winners over `leaves` (a power of two).
+static void set_key(Run *run, int which, int64_t index, double key) {
+    double *tree = run->keys[which];
+    int64_t at = run->leaves[which] + index;
+    tree[at] = key;
+    for (at >>= 1; at >= 1; at >>= 1) {
+        double least = fmin(tree[2 * at], tree[2 * at + 1]);
+        if (tree[at] == least) break;
+        tree[at] = least;
+    }
+}
+
+static int64_t least(const Run *run, int which) {
+    const double *tree = run->keys[which];
+    int64_t at = 1;
+    while (at < run->leaves[which]) at = tree[2 * at] <= tree[2 * at + 1] ? 2 * at : 2 * at + 1;
+    return at - run->leaves[which];
+}
+
+static int earlier(const Event *a, const Event *b) {
+    return a->at_s < b->at_s || (a->at_s == b->at_s && a->number < b->number);
+}
+
+static void happen_at(Run *run, double at_s, int32_t worker, int32_t request) {
+    if (run->num_events == run->event_room) {
+        int64_t room = run->event_room * 2;
+        Event *grown = realloc(run->events, room * sizeof *grown);
+        if (!grown) { run->failed = 1; return; }
+        run->events = grown, run->event_room = room;
+    }
+    int64_t at = run->num_events++;
+    Event event = {at_s, run->number++, worker, request};
+    while (at && earlier(&event, &run->events[(at - 1) / 2])) run->events[at] = run->events[(at - 1) / 2], at = (at - 1) / 2;
+    run->events[at] = event;
+}
+
+static Event next_event(Run *run) {
+    Event top = run->events[0], last = run->events[--run->num_events];
+    int64_t at = 0, n = run->num_events;
+    for (;;) {
+        int64_t child = 2 * at + 1;
+        if (child >= n) break;
+        if (child + 1 < n && earlier(&run->events[child + 1], &run->events[child])) child++;
+        if (!earlier(&run->events[child], &last)) break;
+        run->events[at] = run->events[child], at = child;
+    }
+    run->events[at] = last;
+    return top;
+}
+
+static void push_finish(Run *run, Worker *w, int64_t finish, int32_t request) {
+    if (w->num_decoding == w->heap_room) {
+        int64_t room = w->heap_room ? 2 * w->heap_room : 64;
+        Finish *grown = realloc(w->heap, room * sizeof *grown);
+        if (!grown) { run->failed = 1; return; }
+        w->heap = grown, w->heap_room = room;
+    }
+    int64_t at = w->num_decoding++;
+    while (at && w->heap[(at - 1) / 2].finish > finish) w->heap[at] = w->heap[(at - 1) / 2], at = (at - 1) / 2;
+    w->heap[at] = (Finish){finish, request};
+}
+
+static int32_t pop_finish(Worker *w) {
+    int32_t request = w->heap[0].request;
+    Finish last = w->heap[--w->num_decoding];
+    int64_t at = 0, n = w->num_decoding;
+    for (;;) {
+        int64_t child = 2 * at + 1;
+        if (child >= n) break;
+        if (child + 1 < n && w->heap[child + 1].finish < w->heap[child].finish) child++;
+        if (w->heap[child].finish >= last.finish) break;
+        w->heap[at] = w->heap[child], at = child;
+    }
+    w->heap[at] = last;
+    return request;
+}
+
+static void append(Run *run, int32_t *first, int32_t *last, int32_t request) {
+    run->next[request] = NOBODY;
+    if (*first == NOBODY) *first = request;
+    else run->next[*last] = request;
+    *last = request;
+}
+
+static int32_t take(Run *run, int32_t *first) {
+    int32_t request = *first;
+    *first = run->next[request];
+    return request;
+}
+
+static double step_s(const Cost *cost, const double *terms) {
+    double additive = 0, compute = 0, memory = 0;
+    for (int i = 0; i < NUM_TERMS; i++) {
+        additive += cost->additive[i] * terms[i];
+        compute += cost->compute[i] * terms[i];
+        memory += cost->memory[i] * terms[i];
+    }
+    if (cost->expert_s > 0) memory += cost->expert_s * -expm1(-cost->expert_rate * (terms[1] + terms[4]));
+    return additive + fmax(compute, memory);
+}
+
+static void count_gap(Run *run, double gap_s, double times) {
+    int bucket = gap_s <= BUCKETS_FROM_S ? 0 : (int)(log(gap_s / BUCKETS_FROM_S) / log(BUCKET_GROWTH));
+    run->result->gaps[bucket < NUM_BUCKETS ? bucket : NUM_BUCKETS - 1] += times;
+}
+
+static int64_t kept_tokens(const Run *run, const Worker *w, int32_t request) {
+    return run->num_input[request] + (w->is_writer ? 0 : run->num_output[request]);
+}
+
+static int64_t uncached(const Run *run, int32_t request) {
+    return run->num_input[request] - run->num_cached[request];
+}
+
+static void rank(Run *run, Worker *w) {
+    int64_t index = w - run->workers;
+    if (w->is_writer) set_key(run, 0, index, w->queued_tokens);
+    else if (run->num_writers) set_key(run, 1, index - run->num_writers, (double)w->kv_used);
+    else set_key(run, 1, index, w->queued_tokens * run->fleet->queue_weight + w->num_requests * run->fleet->request_weight);
+}
+
+static void ask(Run *run, Worker *w, int32_t request) {
+    append(run, &w->waiting, &w->waiting_last, request);
+    w->queued_tokens += uncached(run, request);
+    w->num_requests++;
+    rank(run, w);
+}
+
+static void start_step(Run *run, Worker *w) {
+    if (w->busy) return;
+    const Pool *pool = w->pool;
+    int32_t request;
+    while (w->incoming != NOBODY && w->num_decoding < pool->max_running) {
+        request = take(run, &w->incoming);
+        push_finish(run, w, w->steps + run->num_output[request] - 1, request);
+        w->context += run->num_input[request] + 1;
+        run->next[request] = w->fresh, w->fresh = request;
+    }
+    while (w->waiting != NOBODY && w->num_decoding + w->num_chunked < pool->max_running &&
+           w->kv_used + kept_tokens(run, w, w->waiting) <= pool->kv_tokens) {
+        request = take(run, &w->waiting);
+        append(run, &w->chunked, &w->chunked_last, request);
+        w->kv_used += kept_tokens(run, w, request);
+        w->num_chunked++;
+    }
+    int64_t budget = pool->step_tokens - w->num_decoding;
+    double terms[NUM_TERMS] = {1, 0, 0, 0, (double)w->num_decoding, w->context};
+    for (request = w->chunked; request != NOBODY && budget > 0; request = run->next[request]) {
+        int64_t start = run->done[request], left = run->num_input[request] - start;
+        int64_t count = left < budget ? left : budget;
+        budget -= count;
+        terms[1] += count, terms[2] += count * (start + count / 2.0), terms[3] += start + count;
+    }
+    if (terms[1] == 0 && w->num_decoding == 0) return;
+    w->busy = 1;
+    w->num_planned = w->num_decoding;
+    w->planned_tokens = terms[1];
+    w->took_s = step_s(&pool->cost, terms);
+    happen_at(run, run->now_s + w->took_s, (int32_t)(w - run->workers), NOBODY);
+}
+
+// Bytes leave a writer one after the other, and come in one after the other.
+static double ship(Run *run, Worker *w, int32_t request, double tokens) {
+    Worker *reader = &run->workers[run->reader[request]];
+    double nbytes = tokens * run->fleet->kv_token_nbytes;
+    double begin_s = fmax(run->now_s, w->link_free_s);
+    w->link_free_s = begin_s + nbytes / run->fleet->out_bytes_per_s;
+    reader->link_free_s = fmax(begin_s, reader->link_free_s) + nbytes / run->fleet->in_bytes_per_s;
+    return fmax(w->link_free_s, reader->link_free_s) + 2 * run->fleet->round_trip_s;
+}
+
+static void admit(Run *run, int32_t request);
+
+static void leave(Run *run, Worker *w, int32_t request) {
+    w->kv_used -= kept_tokens(run, w, request);
+    w->num_requests--;
+    rank(run, w);
+}
+
+static void answered(Run *run, Worker *w, int32_t request) {
+    run->result->end_s[request] = run->now_s;
+    leave(run, w, request);
+}
+
+static void serve_line(Run *run) {
+    while (run->line != NOBODY) {
+        const Worker *reader = &run->workers[run->num_writers + least(run, 1)];
+        if (reader->kv_used + kept_tokens(run, reader, run->line) > reader->pool->kv_tokens) return;
+        admit(run, take(run, &run->line));
+    }
+}
+
+static void admit(Run *run, int32_t request) {
+    Worker *reader = &run->workers[run->num_writers + least(run, 1)];
+    Worker *writer = &run->workers[least(run, 0)];
+    run->reader[request] = (int32_t)(reader - run->workers);
+    reader->kv_used += kept_tokens(run, reader, request);
+    reader->num_requests++;
+    rank(run, reader);
+    ask(run, writer, request);
+    start_step(run, writer);
+}
+
+static void end_step(Run *run, Worker *w) {
+    Result *result = run->result;
+    int64_t index = w - run->workers, num_fresh = 0;
+    w->busy = 0;
+    result->busy_s[index] += w->took_s;
+    result->prefill_tokens[index] += w->planned_tokens;
+    result->decode_tokens[index] += (double)w->num_planned;
+    result->num_steps++;
+    if (w->num_planned) {
+        w->steps++;
+        w->context += (double)w->num_planned;
+        int is_slow = w->took_s > run->fleet->itl_bound_s;
+        w->num_slow += is_slow;
+        while (w->fresh != NOBODY) {
+            int32_t request = take(run, &w->fresh);
+            double gap_s = run->now_s - result->first_s[request];
+            result->second_s[request] = run->now_s;
+            count_gap(run, gap_s, 1);
+            // Its own first gap, which holds the transfer, in place of the step's.
+            run->slow_before[request] = (int32_t)(w->num_slow - (gap_s > run->fleet->itl_bound_s));
+            num_fresh++;
+        }
+        if (w->num_planned > num_fresh) count_gap(run, w->took_s, (double)(w->num_planned - num_fresh));
+        while (w->num_decoding && w->heap[0].finish <= w->steps) {
+            int32_t request = pop_finish(w);
+            w->context -= (double)run->num_input[request] + run->num_output[request];
+            result->num_slow[request] = (int32_t)w->num_slow - run->slow_before[request];
+            answered(run, w, request);
+        }
+    }
+    double left = w->planned_tokens;
+    w->queued_tokens -= left;
+    rank(run, w);
+    int32_t request = w->chunked;
+    while (left > 0) {
+        int32_t following = run->next[request];
+        double count = fmin(left, run->num_input[request] - run->done[request]);
+        int is_first = run->done[request] == run->num_cached[request];
+        left -= count;
+        run->done[request] += (int32_t)count;
+        double there_s = 0;
+        // What the cache held is written too.
+        if (w->is_writer && run->num_output[request] > 1)
+            there_s = ship(run, w, request, count + (is_first ? run->num_cached[request] : 0));
+        if (run->done[request] == run->num_input[request]) {
+            w->chunked = following;
+            w->num_chunked--;
+            result->first_s[request] = run->now_s;
+            if (run->num_output[request] == 1) {
+                if (w->is_writer) leave(run, w, request), answered(run, &run->workers[run->reader[request]], request);
+                else answered(run, w, request);
+            } else if (w->is_writer) {
+                happen_at(run, there_s, (int32_t)index, request);
+            } else {
+                append(run, &w->incoming, &w->incoming_last, request);
+            }
+        }
+        request = following;
+    }
+    start_step(run, w);
+    if (run->num_writers) serve_line(run);
+}
+
+static void arrive(Run *run, int32_t request) {
+    const Fleet *fleet = run->fleet;
+    int fits = run->num_input[request] + (int64_t)run->num_output[request] <= fleet->decode.kv_tokens &&
+               (!run->num_writers || run->num_input[request] <= fleet->prefill.kv_tokens);
+    if (!fits) {
+        run->result->first_s[request] = run->result->end_s[request] = run->result->second_s[request] = INFINITY;
+        return;
+    }
+    if (run->num_writers) {
+        append(run, &run->line, &run->line_last, request);
+        serve_line(run);
+    } else {
+        Worker *w = &run->workers[least(run, 1)];
+        ask(run, w, request);
+        start_step(run, w);
+    }
+}
+
+static int64_t leaves_for(int64_t count) {
+    int64_t leaves = 1;
+    while (leaves < count) leaves *= 2;
+    return leaves;
+}
+
+static int settled(const Run *run) {
+    if (run->line != NOBODY) return 0;
+    for (int64_t i = 0; i < run->num_all; i++) {
+        const Worker *w = &run->workers[i];
+        if (w->kv_used || w->num_requests || w->num_decoding || w->num_chunked || w->busy || w->waiting != NOBODY ||
+            w->incoming != NOBODY || w->fresh != NOBODY || fabs(w->context) > 0.5 || fabs(w->queued_tokens) > 0.5)
+            return 0;
+    }
+    return 1;
+}
+
+// 0: all were answered and nothing is held.  1: out of memory.  2: something was left, which is a bug.
+__attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t num_requests, const double *arrive_s,
+                                                   const int32_t *num_input, const int32_t *num_output,
+                                                   const int32_t *num_cached, Result *result) {
+    Run run = {.fleet = fleet, .arrive_s = arrive_s, .num_input = num_input, .num_output = num_output,
+               .num_cached = num_cached, .result = result, .num_writers = fleet->prefill.num_workers,
+               .num_all = fleet->prefill.num_workers + fleet->decode.num_workers, .line = NOBODY, .event_room = 1024};
+    run.workers = calloc(run.num_all, sizeof *run.workers);
+    run.next = calloc(num_requests + 1, sizeof *run.next);
+    run.done = calloc(num_requests + 1, sizeof *run.done);
+    run.reader = calloc(num_requests + 1, sizeof *run.reader);
+    run.slow_before = calloc(num_requests + 1, sizeof *run.slow_before);
+    run.events = malloc(run.event_room * sizeof *run.events);
+    int64_t counts[2] = {fleet->prefill.num_workers, fleet->decode.num_workers};
+    for (int which = 0; which < 2; which++) {
+        run.leaves[which] = leaves_for(counts[which]);
+        run.keys[which] = malloc(2 * run.leaves[which] * sizeof(double));
+        run.failed |= !run.keys[which];
+    }
+    run.failed |= !run.workers || !run.next || !run.done || !run.reader || !run.slow_before || !run.events;
+    if (!run.failed) {
+        for (int which = 0; which < 2; which++)
+            for (int64_t i = 0; i < 2 * run.leaves[which]; i++) run.keys[which][i] = INFINITY;
+        for (int64_t i = 0; i < run.num_all; i++) {
+            Worker *w = &run.workers[i];
+            w->is_writer = i < run.num_writers;
+            w->pool = w->is_writer ? &fleet->prefill : &fleet->decode;
+            w->waiting = w->chunked = w->incoming = w->fresh = NOBODY;
+            rank(&run, w);
+        }
+        memcpy(run.done, num_cached, num_requests * sizeof *run.done);
+    }
+    int64_t next = 0;
+    while (!run.failed && (next < num_requests || run.num_events)) {
+        if (next < num_requests && (!run.num_events || arrive_s[next] <= run.events[0].at_s)) {
+            run.now_s = arrive_s[next];
+            arrive(&run, (int32_t)next++);
+            continue;
+        }
+        Event event = next_event(&run);
+        run.now_s = event.at_s;
+        Worker *w = &run.workers[event.worker];
+        if (event.request == NOBODY) {
+            end_step(&run, w);
+        } else {  // written and committed
+            Worker *reader = &run.workers[run.reader[event.request]];
+            leave(&run, w, event.request);
+            append(&run, &reader->incoming, &reader->incoming_last, event.request);
+            start_step(&run, reader);
+            start_step(&run, w);
+        }
+    }
+    result->end_of_all_s = run.now_s;
+    int status = run.failed ? 1 : settled(&run) ? 0 : 2;
+    for (int64_t i = 0; run.workers && i < run.num_all; i++) free(run.workers[i].heap);
+    free(run.workers), free(run.next), free(run.done), free(run.reader), free(run.slow_before), free(run.events);
+    free(run.keys[0]), free(run.keys[1]);
+    return status;
+}

@@ -1,0 +1,148 @@
+"""The cheapest fleet of each kind that keeps the objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from services.planner.designs import (
+    PREFILL_STEP_TOKENS,
+    Design,
+    Kind,
+    Size,
+    colocated,
+    usd_per_hour,
+)
+from services.planner.hardware import Worker
+from services.planner.sizing import MOST_WORKERS, Sizing
+
+# How often one side of a split may grow before its pair is given up.
+_MOST_GROWTHS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    design: Design
+    size: Size
+    usd_per_hour: float
+
+
+def cheapest(
+    sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None] = lambda what: None
+) -> Mapping[Kind, Found | None]:
+    """``share`` of the requests keep the objectives; None where no fleet of the kind does, with ``MOST_WORKERS`` of each
+    role at most.  ``doing`` is told what is tried."""
+    found: dict[Kind, Found | None] = {Kind.COLOCATED: _colocated(sizing, among, share, doing)}
+    alone = _Alone(sizing, among, share, doing)
+    for kind in (Kind.SPLIT_EQUAL, Kind.SPLIT_UNEQUAL):
+        found[kind] = _split(sizing, alone, kind, share, doing)
+    return found
+
+
+def size_again(sizing: Sizing, found: Found, share: float) -> Found | None:
+    """The same design, as large as ``sizing``'s traffic needs it."""
+    design = found.design
+    if design.prefill is None:
+        count = sizing.colocated(design, share, MOST_WORKERS)
+        return None if count is None else _found(design, Size(0, count))
+    prefill = sizing.prefill_alone(design.prefill, design.step_tokens, share)
+    decode = sizing.decode_alone(design.decode, design.step_tokens, share)
+    if prefill is None or decode is None:
+        return None
+    return _grown(sizing, design, Size(prefill, decode), share, inf)
+
+
+def _found(design: Design, size: Size) -> Found:
+    return Found(design, size, usd_per_hour(design, size))
+
+
+def _colocated(
+    sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None]
+) -> Found | None:  # fmt: skip
+    best: Found | None = None
+    for design in colocated(among):
+        doing(f"colocated: {design.decode}, chunks of {design.step_tokens}")
+        price = design.decode.usd_per_hour
+        # As many as cost less than the best so far, and no more.
+        most = MOST_WORKERS if best is None else min(MOST_WORKERS, _below(best.usd_per_hour, price))
+        if most and (count := _fewest_below(sizing, design, share, most, capped=best is not None)):
+            best = _found(design, Size(0, count))
+    return best
+
+
+def _fewest_below(sizing: Sizing, design: Design, share: float, most: int, *, capped: bool) -> int | None:
+    if capped and sizing.attained(design, Size(0, most)).all < share:
+        return None
+    return sizing.colocated(design, share, most)
+
+
+def _below(usd: float, price: float) -> int:
+    count = int(usd / price)
+    return count - 1 if count * price >= usd - 1e-9 else count
+
+
+class _Alone:
+    """What each worker needs in each role, if the other were no hindrance: where a search for pairs begins."""
+
+    def __init__(
+        self, sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None]
+    ) -> None:  # fmt: skip
+        self.prefill: list[tuple[Worker, int]] = []
+        self.decode: list[tuple[Worker, int]] = []
+        for worker in among:
+            doing(f"prefill: {worker}")
+            if (count := sizing.prefill_alone(worker, PREFILL_STEP_TOKENS, share)) is not None:
+                self.prefill.append((worker, count))
+            doing(f"decode: {worker}")
+            if (count := sizing.decode_alone(worker, PREFILL_STEP_TOKENS, share)) is not None:
+                self.decode.append((worker, count))
+
+
+def _split(
+    sizing: Sizing, alone: _Alone, kind: Kind, share: float, doing: Callable[[str], None]
+) -> Found | None:  # fmt: skip
+    pairs = [
+        _found(design, Size(num_prefill, num_decode))
+        for prefill, num_prefill in alone.prefill
+        for decode, num_decode in alone.decode
+        if (design := Design(decode, prefill, PREFILL_STEP_TOKENS)).kind is kind
+    ]
+    best: Found | None = None
+    for pair in sorted(pairs, key=lambda found: found.usd_per_hour):
+        most = inf if best is None else best.usd_per_hour
+        if pair.usd_per_hour >= most:
+            break
+        doing(f"split: {pair.design.prefill} > {pair.design.decode}")
+        best = _grown(sizing, pair.design, pair.size, share, most) or best
+    return best
+
+
+def _grown(sizing: Sizing, design: Design, size: Size, share: float, below_usd: float) -> Found | None:
+    """From ``size`` on, the side that keeps fewer of its objectives grows, by a twentieth at least."""
+    for _ in range(_MOST_GROWTHS):
+        found = _found(design, size)
+        if found.usd_per_hour >= below_usd or max(size.num_prefill, size.num_decode) > MOST_WORKERS:
+            return None
+        reached = sizing.attained(design, size)
+        if reached.all >= share:
+            return _trimmed(sizing, found, share)
+        if reached.first < reached.rest:
+            size = Size(size.num_prefill + max(1, size.num_prefill // 20), size.num_decode)
+        else:
+            size = Size(size.num_prefill, size.num_decode + max(1, size.num_decode // 20))
+    return None
+
+
+def _trimmed(sizing: Sizing, found: Found, share: float) -> Found:
+    """Without workers that it can do without: the dearer role first."""
+    design, size = found.design, found.size
+    assert design.prefill is not None
+    by_price = sorted(((design.prefill.usd_per_hour, 1, 0), (design.decode.usd_per_hour, 0, 1)), reverse=True)
+    for _, fewer_prefill, fewer_decode in by_price:
+        while True:
+            smaller = Size(size.num_prefill - fewer_prefill, size.num_decode - fewer_decode)
+            if min(smaller.num_prefill, smaller.num_decode) < 1 or sizing.attained(design, smaller).all < share:
+                break
+            size = smaller
+    return _found(design, size)
