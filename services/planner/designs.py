@@ -14,7 +14,8 @@ TPS = (1, 2, 4, 8)
 # More ranks than the fewest that hold the model.
 MOST_TPS = 3
 COLOCATED_STEP_TOKENS = (512, 1024, 2048, 4096, 8192)
-PREFILL_STEP_TOKENS = 8192
+# What is written overlaps with the next chunk, so smaller ones leave less to write at the end.
+PREFILL_STEP_TOKENS = (512, 2048, 8192)
 
 
 class Kind(Enum):

@@ -18,7 +18,13 @@ from services.planner.hardware import Worker
 from services.planner.sizing import MOST_WORKERS, Sizing
 
 # How often one side of a split may grow before its pair is given up.
-_MOST_GROWTHS = 12
+_MOST_GROWTHS = 16
+_MUCH = 8
+# Of one kind that are looked at once there is a fleet, from the one on that would be the cheapest if neither role hindered
+# the other.
+_MOST_PAIRS = 40
+# Share of the requests that a growth must win.
+_HELPS = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +37,8 @@ class Found:
 def cheapest(
     sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None] = lambda what: None
 ) -> Mapping[Kind, Found | None]:
-    """``share`` of the requests keep the objectives; None where no fleet of the kind does, with ``MOST_WORKERS`` of each
-    role at most.  ``doing`` is told what is tried."""
+    """``share`` of the requests keep the objectives; None where none was found, with ``MOST_WORKERS`` of each role at
+    most.  ``doing`` is told what is tried."""
     found: dict[Kind, Found | None] = {Kind.COLOCATED: _colocated(sizing, among, share, doing)}
     alone = _Alone(sizing, among, share, doing)
     for kind in (Kind.SPLIT_EQUAL, Kind.SPLIT_UNEQUAL):
@@ -47,10 +53,10 @@ def size_again(sizing: Sizing, found: Found, share: float) -> Found | None:
         count = sizing.colocated(design, share, MOST_WORKERS)
         return None if count is None else _found(design, Size(0, count))
     prefill = sizing.prefill_alone(design.prefill, design.step_tokens, share)
-    decode = sizing.decode_alone(design.decode, design.step_tokens, share)
+    decode = sizing.decode_alone(design.decode, share)
     if prefill is None or decode is None:
         return None
-    return _grown(sizing, design, Size(prefill, decode), share, inf)
+    return _grown(sizing, design, sizing.for_links(design, Size(prefill, decode)), share, inf)
 
 
 def _found(design: Design, size: Size) -> Found:
@@ -88,14 +94,15 @@ class _Alone:
     def __init__(
         self, sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None]
     ) -> None:  # fmt: skip
-        self.prefill: list[tuple[Worker, int]] = []
+        self.prefill: list[tuple[Worker, int, int]] = []
         self.decode: list[tuple[Worker, int]] = []
         for worker in among:
-            doing(f"prefill: {worker}")
-            if (count := sizing.prefill_alone(worker, PREFILL_STEP_TOKENS, share)) is not None:
-                self.prefill.append((worker, count))
+            for step_tokens in PREFILL_STEP_TOKENS:
+                doing(f"prefill: {worker}, chunks of {step_tokens}")
+                if (count := sizing.prefill_alone(worker, step_tokens, share)) is not None:
+                    self.prefill.append((worker, step_tokens, count))
             doing(f"decode: {worker}")
-            if (count := sizing.decode_alone(worker, PREFILL_STEP_TOKENS, share)) is not None:
+            if (count := sizing.decode_alone(worker, share)) is not None:
                 self.decode.append((worker, count))
 
 
@@ -103,15 +110,15 @@ def _split(
     sizing: Sizing, alone: _Alone, kind: Kind, share: float, doing: Callable[[str], None]
 ) -> Found | None:  # fmt: skip
     pairs = [
-        _found(design, Size(num_prefill, num_decode))
-        for prefill, num_prefill in alone.prefill
+        _found(design, sizing.for_links(design, Size(num_prefill, num_decode)))
+        for prefill, step_tokens, num_prefill in alone.prefill
         for decode, num_decode in alone.decode
-        if (design := Design(decode, prefill, PREFILL_STEP_TOKENS)).kind is kind
+        if (design := Design(decode, prefill, step_tokens)).kind is kind
     ]
     best: Found | None = None
-    for pair in sorted(pairs, key=lambda found: found.usd_per_hour):
+    for number, pair in enumerate(sorted(pairs, key=lambda found: found.usd_per_hour)):
         most = inf if best is None else best.usd_per_hour
-        if pair.usd_per_hour >= most:
+        if pair.usd_per_hour >= most or (best is not None and number >= _MOST_PAIRS):
             break
         doing(f"split: {pair.design.prefill} > {pair.design.decode}")
         best = _grown(sizing, pair.design, pair.size, share, most) or best
@@ -119,7 +126,13 @@ def _split(
 
 
 def _grown(sizing: Sizing, design: Design, size: Size, share: float, below_usd: float) -> Found | None:
-    """From ``size`` on, the side that keeps fewer of its objectives grows, by a twentieth at least."""
+    """From ``size`` on, the side that keeps fewer of its objectives grows, by a fifth at least.  None where
+    ``_MUCH`` times both would not do, as where a last chunk takes too long to be written."""
+    if sizing.attained(design, size).all < share:
+        most = Size(_MUCH * size.num_prefill, _MUCH * size.num_decode)
+        if sizing.attained(design, most).all < share:
+            return None
+    before = 0.0
     for _ in range(_MOST_GROWTHS):
         found = _found(design, size)
         if found.usd_per_hour >= below_usd or max(size.num_prefill, size.num_decode) > MOST_WORKERS:
@@ -127,10 +140,13 @@ def _grown(sizing: Sizing, design: Design, size: Size, share: float, below_usd: 
         reached = sizing.attained(design, size)
         if reached.all >= share:
             return _trimmed(sizing, found, share)
+        if reached.all <= before + _HELPS:
+            return None
+        before = reached.all
         if reached.first < reached.rest:
-            size = Size(size.num_prefill + max(1, size.num_prefill // 20), size.num_decode)
+            size = Size(size.num_prefill + max(1, size.num_prefill // 5), size.num_decode)
         else:
-            size = Size(size.num_prefill, size.num_decode + max(1, size.num_decode // 20))
+            size = Size(size.num_prefill, size.num_decode + max(1, size.num_decode // 5))
     return None
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,18 +89,28 @@ class Sizing:
 
         return fewest(enough, self._guess(worker), MOST_WORKERS)
 
-    def decode_alone(self, worker: Worker, step_tokens: int, share: float) -> int | None:
+    def decode_alone(self, worker: Worker, share: float) -> int | None:
         """The fewest that keep the other objectives, if prompts took no time and handovers neither."""
         instant = Pool(64, StepCost(additive=(0.0, 1e-9, 0.0, 0.0, 0.0, 0.0)), 2**40, 2**60, 2**30)
 
         def enough(count: int) -> bool:
-            key = ("decode", str(worker), step_tokens, count)
+            key = ("decode", str(worker), count)
             if key not in self._known:
-                made = Fleet(pool(worker, count, step_tokens), instant, _NO_LINK)
+                made = Fleet(pool(worker, count, 2**20), instant, _NO_LINK)
                 self._known[key] = self._attained_alone(made, self.traffic, self.slo)
             return self._known[key].all >= share
 
         return fewest(enough, self._guess(worker), MOST_WORKERS)
+
+    def for_links(self, design: Design, size: Size) -> Size:
+        """So many of each role at least that their links carry the KV of all prompts."""
+        assert design.prefill is not None
+        shipped = float(self.traffic.num_input[self.traffic.num_output > 1].sum(dtype=np.int64))
+        bytes_per_s = shipped * design.prefill.kv_token_nbytes / self.traffic.duration_s
+        return Size(
+            max(size.num_prefill, ceil(bytes_per_s / design.prefill.link_bytes_per_s)),
+            max(size.num_decode, ceil(bytes_per_s / design.decode.link_bytes_per_s)),
+        )
 
     def _attained_alone(self, made: Fleet, traffic: Traffic, slo: Slo) -> Attained:
         self.num_simulated += 1
@@ -137,7 +148,3 @@ def fewest(enough: Callable[[int], bool], guess: int, most: int) -> int | None:
 
 def _name(worker: Worker | None) -> str | None:
     return None if worker is None else str(worker)
-
-
-def mean_attained(sizings: Sequence[Sizing], design: Design, size: Size) -> float:
-    return float(np.mean([sizing.attained(design, size).all for sizing in sizings]))
