@@ -70,7 +70,7 @@ def plan(
     speed: Annotated[float, typer.Option(help="Times as fast as the trace.", rich_help_panel=_LOAD)] = 1.0,
     requests: Annotated[
         int, typer.Option(min=1, help="Most requests to plan for: the busiest stretch.", rich_help_panel=_LOAD)
-    ] = 20000,
+    ] = 5000,
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Arrival orders to try.", rich_help_panel=_LOAD)] = 3,
     sensitivity: Annotated[
         bool,

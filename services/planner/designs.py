@@ -11,9 +11,7 @@ from services.planner.hardware import Catalogue, Worker, make_worker
 from services.planner.models import ModelShape
 
 TPS = (1, 2, 4, 8)
-# More ranks than the fewest that hold the model.
-MOST_TPS = 3
-COLOCATED_STEP_TOKENS = (512, 1024, 2048, 4096, 8192)
+COLOCATED_STEP_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
 # What is written overlaps with the next chunk, so smaller ones leave less to write at the end.
 PREFILL_STEP_TOKENS = (512, 2048, 8192)
 
@@ -76,11 +74,11 @@ def num_devices(design: Design, size: Size) -> int:
 
 
 def workers(model: ModelShape, catalogue: Catalogue, dtype: str, names: Iterable[str]) -> list[Worker]:
-    """Of each device, the least numbers of ranks that hold the model."""
+    """Of each device, with every number of ranks that holds the model."""
     found: list[Worker] = []
     for name in names:
         made = (make_worker(model, catalogue.devices[name], tp, dtype) for tp in TPS)
-        found += [worker for worker in made if worker is not None][:MOST_TPS]
+        found += [worker for worker in made if worker is not None]
     return found
 
 

@@ -9,6 +9,8 @@ from services.planner.report import Interval, Option, Outcome, Verdict, interval
 # Two kinds of workers, a transfer and a ratio to keep right are not worth less than this.
 WORTHWHILE = 0.05
 _FEW_WORKERS = 4
+# By so much less of the time are colocated workers busy that it is why they cost more.
+_IDLER = 0.05
 
 
 def judge(outcomes: Sequence[Outcome], share: float, when_none: str) -> Verdict:
@@ -45,12 +47,12 @@ def judge(outcomes: Sequence[Outcome], share: float, when_none: str) -> Verdict:
     if worthwhile:
         headline = f"Split ({_hardware(split)}): it saves {_percent(saves)} of the cost."
         return Verdict(True, headline, _why_split(colocated, split), price, saves)
-    if saves.mean > 0:
+    if abs(saves.mean) < 0.005:
+        headline = "Do not split: the cheapest split fleet costs as much as the colocated one."
+    elif saves.mean > 0:
         headline = f"Do not split: it would save {_percent(saves)}, and that not under every arrival order."
         if min(by_seed) > 0:
             headline = f"Do not split: it would save {_percent(saves)}, too little for what it takes to run."
-    elif saves.mean == 0:
-        headline = "Do not split: the cheapest split fleet costs as much as the colocated one."
     else:
         headline = f"Do not split: the cheapest split fleet costs {_percent(Interval(-saves.mean, saves.half))} more."
     return Verdict(False, headline, _why_not(colocated, split), price, saves)
@@ -73,7 +75,9 @@ def _why_split(colocated: Option, split: Option) -> str:
         parts.append(
             f"Prompts are computed where FLOP/s are cheap ({_device(split.prefill)}), answers where bandwidth is."
         )
-    if colocated.decode_busy.mean < 0.6 * max(split.prefill_busy.mean, split.decode_busy.mean):
+    num_workers = split.num_prefill + split.num_decode
+    busy = (split.num_prefill * split.prefill_busy.mean + split.num_decode * split.decode_busy.mean) / num_workers
+    if colocated.decode_busy.mean < busy - _IDLER:
         parts.append(
             f"Colocated workers must stay {1 - colocated.decode_busy.mean:.0%} idle, or prompts delay running answers too "
             "long."

@@ -1,0 +1,88 @@
+"""kvferry plan: the real planner on a small trace, and what is wrong said in a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvferry.cli import make_app
+from services.planner.__main__ import main
+from tests.cli.test_commands import kvferry_command
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    lines += [f"2023-11-16 18:17:{s:02d}.{f}000000,{500 + 37 * s},{10 + s}" for s in range(60) for f in (1, 5)]
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+QUICK = ("--devices", "h100", "--seeds", "1", "--no-sensitivity", "--slo", "ttft=1s,itl=50ms")
+
+
+def test_terminal_json_and_page(trace: Path, tmp_path: Path) -> None:
+    page, document = tmp_path / "out.html", tmp_path / "out.json"
+    done = kvferry_command(
+        "plan", str(trace), "--model", "llama-3.1-8b", *QUICK, "--html", str(page), "--json", str(document)
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(document.read_text())
+    assert report["load"]["num_requests"] == 120
+    assert report["verdict"]["headline"] in done.stdout
+    assert "1 x h100, chunks of 512" in done.stdout
+    assert "prefill : decode = " in done.stdout
+    assert page.read_text().startswith("<!doctype html>")
+    assert report["verdict"]["headline"] in page.read_text()
+    assert done.stderr.splitlines() == [f"wrote {page}", f"wrote {document}"]
+    assert "\x1b" not in done.stdout
+
+
+def test_what_is_wrong_is_said(trace: Path) -> None:
+    done = kvferry_command("plan", str(trace), "--model", "llama-9", *QUICK)
+    assert (done.returncode, done.stdout) == (1, "")
+    (sentence,) = done.stderr.splitlines()
+    assert "neither a config.json nor one of smollm2-135m" in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (("--slo", "ttft=1"), "is no objective"),
+        (("--speed", "0"), "--speed must be above 0"),
+        (("--rate", "-1"), "--rate must be above 0"),
+        (("--rate", "1", "--speed", "2"), "it goes without --rate"),
+    ],
+)
+def test_what_the_client_sees_at_once(trace: Path, changes: tuple[str, ...], sentence: str) -> None:
+    done = CliRunner().invoke(make_app(rich=False), ["plan", str(trace), "--model", "llama-3.1-8b", *changes])
+    assert done.exit_code == 1
+    assert sentence in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (("--devices", "h101"), "has no device 'h101'; there are h100"),
+        (("--hardware", "nowhere.toml"), "nowhere.toml cannot be read"),
+        (("--dtype", "fp4"), "runs on none of h100"),
+        (("--html", "/nowhere/out.html"), "/nowhere/out.html cannot be written"),
+    ],
+)
+def test_what_the_planner_sees(
+    trace: Path, changes: tuple[str, ...], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(trace), "--model", "llama-3.1-8b", "--requests", "100", *QUICK, *changes]) == 1
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert sentence in json.loads(errors.splitlines()[-1])["error"]
+
+
+def test_a_file_that_is_no_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    assert main([str(tmp_path / "a.csv"), "--model", "llama-3.1-8b", "--requests", "100", *QUICK]) == 1
+    assert "a.csv: entry 1 is neither" in capsys.readouterr().err

@@ -1,0 +1,191 @@
+"""The cheapest fleets: none cheaper does, and the verdict follows from them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvferry.bench.record import percentile
+from kvferry.bench.slo import Slo
+from kvferry.errors import InvalidRequestError
+from services.planner.designs import (
+    COLOCATED_STEP_TOKENS,
+    PREFILL_STEP_TOKENS,
+    Design,
+    Kind,
+    Size,
+    usd_per_hour,
+    workers,
+)
+from services.planner.hardware import DEFAULT_CATALOGUE, Catalogue, Device, Measured, read_catalogue
+from services.planner.models import find_model
+from services.planner.page import render
+from services.planner.plan import Request, make_plan
+from services.planner.search import cheapest
+from services.planner.simulator.cost_model import CostModel
+from services.planner.sizing import Sizing, fewest, is_good
+from services.planner.traffic import Traffic
+
+MODEL = find_model("smollm2-135m")
+DEFAULT = read_catalogue(DEFAULT_CATALOGUE)
+# One computes prompts four times as fast for the money, the other answers.
+COMPUTES = CostModel(0.002, 0.0001, 0.0, 0.004, 0.0, 0.0001, 1e10)
+ANSWERS = CostModel(0.002, 0.0004, 0.0, 0.001, 0.0, 0.0001, 1e10)
+
+
+def catalogue(**costs: CostModel) -> Catalogue:
+    def device(name: str, measured: CostModel) -> Device:
+        return Device(name, {}, 0.0, 0.0, 0.0, 0.0, 1.0, DEFAULT.assumptions, Measured(measured, 1600, 16, 100_000))
+
+    return replace(DEFAULT, devices={name: device(name, measured) for name, measured in costs.items()})
+
+
+def some(count: int, rate: float, num_input: int, num_output: int) -> Traffic:
+    random = np.random.default_rng(1)
+    lengths = [np.maximum(2, random.poisson(mean, count)).astype(np.int32) for mean in (num_input, num_output)]
+    return Traffic(np.cumsum(random.exponential(1 / rate, count)), *lengths, np.zeros(count, np.int32))
+
+
+def request(among: Catalogue, traffic: Traffic, slo: Slo, **changes: Any) -> Request:
+    made = Request(
+        trace="<b>.csv", traffic=traffic, rate=None, model=MODEL, dtype="bf16", catalogue=among,
+        devices=list(among.devices), slo=slo, num_seeds=2, most_requests=10_000, sensitivity=False,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
+def test_the_fewest_are_found(needed: int, guess: int, most: int) -> None:
+    assert fewest(lambda n: n >= needed, guess, most) == (needed if needed <= most else None)
+
+
+@pytest.mark.parametrize("num_gaps", [1, 2, 99, 100, 101, 102, 201, 250])
+def test_slow_gaps_as_the_load_harness_counts_them(num_gaps: int) -> None:
+    """``kvferry bench`` bounds the 99th percentile of a request's own gaps."""
+    sizing = Sizing(some(1, 1.0, 10, 10), Slo(itl=1.0))
+    design = Design(workers(MODEL, catalogue(a=ANSWERS), "bf16", ["a"])[0], None, 512)
+    run = sizing.run(design, Size(0, 1))
+    for slow in range(min(num_gaps, 5) + 1):
+        gaps = [0.0] * (num_gaps - slow) + [1e6] * slow
+        counted = replace(
+            run, num_slow=np.array([slow], np.int32),
+            traffic=replace(run.traffic, num_output=np.array([num_gaps + 1], np.int32)),
+        )  # fmt: skip
+        assert is_good(counted, Slo(itl=1.0))[1][0] == (percentile(gaps, 99) <= 1.0)
+
+
+@pytest.mark.parametrize("slo", [Slo(ttft=0.5, itl=0.05), Slo(ttft=0.3, tpot=0.012), Slo(ttft=2.0, e2e=2.5)])
+def test_none_is_cheaper(slo: Slo) -> None:
+    """Against every fleet of up to seven of each."""
+    traffic = some(200, 8.0, 600, 40)
+    among = workers(MODEL, catalogue(computes=COMPUTES, answers=ANSWERS), "bf16", ["computes", "answers"])
+    found = cheapest(Sizing(traffic, slo), among, 0.9)
+    everything = Sizing(traffic, slo)
+    designs = [Design(d, None, chunk) for d, chunk in product(among, COLOCATED_STEP_TOKENS)]
+    designs += [Design(d, p, chunk) for d, p, chunk in product(among, among, PREFILL_STEP_TOKENS)]
+    for kind in Kind:
+        prices = [
+            usd_per_hour(design, size)
+            for design in designs
+            if design.kind is kind
+            for size in (Size(p, d) for p, d in product(range(1, 8) if design.prefill else (0,), range(1, 8)))
+            if everything.attained(design, size).all >= 0.9
+        ]
+        one = found[kind]
+        assert (one.usd_per_hour if one else None) == min(prices, default=None)
+        if one is not None:
+            assert everything.attained(one.design, one.size).all >= 0.9
+
+
+def test_hardware_of_two_kinds_is_split() -> None:
+    devices = catalogue(computes=COMPUTES, answers=ANSWERS)
+    report = make_plan(request(devices, some(1500, 60.0, 1000, 40), Slo(ttft=1.0, itl=0.1)), lambda done, what: None)
+    assert report.verdict.split
+    assert "prefill on computes, decode on answers" in report.verdict.headline
+    assert report.verdict.split_saves is not None
+    assert report.verdict.split_saves.mean > 0.05
+    unequal = next(o.option for o in report.outcomes if o.kind == Kind.SPLIT_UNEQUAL.value)
+    assert unequal is not None
+    assert (unequal.prefill, unequal.decode) == ("computes", "answers")
+    assert "first token goes from" in report.verdict.price
+
+
+def test_light_traffic_is_not_split() -> None:
+    report = make_plan(
+        request(catalogue(answers=ANSWERS), some(100, 0.5, 500, 40), Slo(ttft=1.0, itl=0.3)), lambda done, what: None
+    )
+    assert not report.verdict.split
+    assert "100 % more" in report.verdict.headline
+    assert "so light" in report.verdict.reason
+
+
+def test_equal_hardware_is_split_where_gaps_are_strict() -> None:
+    """Any chunk takes longer than a gap may: a colocated worker must then be all but alone with a request."""
+    slow = replace(ANSWERS, prefill_token_s=0.001)
+    strict, loose = (
+        make_plan(
+            request(catalogue(slow=slow), some(600, 20.0, 600, 40), Slo(ttft=2.0, itl=itl)), lambda done, what: None
+        )
+        for itl in (0.05, 2.0)
+    )
+    assert strict.verdict.split
+    assert "equal hardware" in strict.verdict.headline
+    assert "idle, or prompts delay" in strict.verdict.reason
+    assert not loose.verdict.split
+
+
+def test_what_nobody_keeps_is_said() -> None:
+    report = make_plan(
+        request(catalogue(answers=ANSWERS), some(50, 1.0, 600, 40), Slo(ttft=0.01)), lambda done, what: None
+    )
+    assert not report.verdict.split
+    assert "No fleet was found" in report.verdict.headline
+    assert "answers, with nobody else there" in report.verdict.reason
+    assert "none found" in render(report)
+
+
+def test_a_large_fleet_is_planned_as_several() -> None:
+    devices = catalogue(answers=ANSWERS)
+    small, large = (
+        make_plan(request(devices, some(6000, rate, 300, 10), Slo(ttft=1.0)), lambda done, what: None)
+        for rate in (100.0, 1000.0)
+    )
+    assert (small.load.num_cells, large.load.num_cells) == (1, 3)
+    per_request = [report.outcomes[0].option.usd_per_hour / report.load.requests_per_s for report in (small, large)]
+    assert per_request[1] == pytest.approx(per_request[0], rel=0.15)
+
+
+def test_sensitivity_and_the_page() -> None:
+    told: list[float] = []
+    asked = request(
+        replace(DEFAULT, devices={"h100": DEFAULT.devices["h100"]}), some(200, 5.0, 600, 40), Slo(ttft=1.0, itl=0.05),
+        model=find_model("llama-3.1-8b"), sensitivity=True,
+    )  # fmt: skip
+    report = make_plan(asked, lambda done, what: told.append(done))
+    assert [row.what for row in report.sensitivity][:2] == ["as it is", "links between nodes 10 times slower"]
+    assert told == sorted(told)
+    assert 0 <= told[0] <= told[-1] <= 1
+    assert report.roofline is not None
+    points = dict(report.roofline.points)
+    assert points["decode, batch of 1"] < report.roofline.ridge < points["prefill, chunk of 2048"]
+    assert sum(window.prompt_tokens for window in report.windows) == asked.traffic.num_input.sum()
+    json.dumps(asdict(report))
+    page = render(report)
+    assert "&lt;b&gt;.csv" in page
+    assert "<b>" not in page
+    assert page.count("<svg") == 5
+    # Nothing is fetched from anywhere.
+    assert not any(word in page for word in ("http:", "https:", "src=", "@import", "url("))
+
+
+def test_a_model_that_fits_nowhere_is_refused() -> None:
+    asked = request(DEFAULT, some(10, 1.0, 100, 10), Slo(ttft=1.0), model=find_model("deepseek-v3"), devices=["l4"])
+    with pytest.raises(InvalidRequestError, match="deepseek-v3 in bf16 runs on none of l4"):
+        make_plan(asked, lambda done, what: None)
