@@ -69,23 +69,25 @@ def _colocated(
     best: Found | None = None
     for design in colocated(among):
         doing(f"colocated: {design.decode}, chunks of {design.step_tokens}")
-        price = design.decode.usd_per_hour
-        # As many as cost less than the best so far, and no more.
-        most = MOST_WORKERS if best is None else min(MOST_WORKERS, _below(best.usd_per_hour, price))
-        if most and (count := _fewest_below(sizing, design, share, most, capped=best is not None)):
-            best = _found(design, Size(0, count))
+        # As many as cost no more than the best so far; at the same price the one with which more requests keep them.
+        most = (
+            MOST_WORKERS
+            if best is None
+            else min(MOST_WORKERS, int(best.usd_per_hour / design.decode.usd_per_hour + 1e-9))
+        )
+        if not most or (best is not None and sizing.attained(design, Size(0, most)).all < share):
+            continue
+        count = sizing.colocated(design, share, most)
+        if count is None:
+            continue
+        found = _found(design, Size(0, count))
+        if best is None or _rank(sizing, found) < _rank(sizing, best):
+            best = found
     return best
 
 
-def _fewest_below(sizing: Sizing, design: Design, share: float, most: int, *, capped: bool) -> int | None:
-    if capped and sizing.attained(design, Size(0, most)).all < share:
-        return None
-    return sizing.colocated(design, share, most)
-
-
-def _below(usd: float, price: float) -> int:
-    count = int(usd / price)
-    return count - 1 if count * price >= usd - 1e-9 else count
+def _rank(sizing: Sizing, found: Found) -> tuple[float, float]:
+    return round(found.usd_per_hour, 6), -sizing.attained(found.design, found.size).all
 
 
 class _Alone:
