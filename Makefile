@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-routing bench-gateway bench-gpu test-gpu wheel clean
+.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-routing bench-gateway bench-gpu test-gpu wheel clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench-system: $(STAMP) ## Measure 32 mixed streams through the whole system agai
 
 bench-directory: $(STAMP) ## The block index against dynamo's and its limits (ARGS="--only memory")
 	@python -m tests.bench.directory $(ARGS)
+
+bench-plan: $(STAMP) ## Requests a minute that kvferry plan simulates on one core (ARGS="--requests 100000")
+	@python -m tests.bench.plan $(ARGS)
 
 bench-routing: $(STAMP) ## Routing policies on loads with shared prefixes, simulated with measured step times (ARGS="--rates 2")
 	@python -m tests.bench.routing $(ARGS)

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
         "engine.speculation",
         "system",
         "directory",
+        "plan",
         "routing",
         "gateway",
         "gpu",

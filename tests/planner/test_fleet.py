@@ -62,6 +62,13 @@ def test_a_handover_delays_the_second_token_and_not_the_first() -> None:
     assert split.second_s[0] - alone.second_s[0] == pytest.approx(handover_s)
 
 
+def test_what_was_cached_is_written_too() -> None:
+    costs = replace(COSTS, transfer_bytes_per_s=1e6)
+    run = simulate(fleet(1, 1, costs), traffic([(0.0, 200, 2, 150)]))
+    step_s = 0.01 + 0.001 + 201 * 1e-6
+    assert run.second_s[0] - run.first_s[0] == pytest.approx(200 * KV_NBYTES / 1e6 + 2 * 0.001 + step_s)
+
+
 @pytest.mark.parametrize("end", ["out", "in"])
 def test_a_link_carries_one_thing_after_the_other(end: str) -> None:
     """Two prompts that are computed at once, on two workers or written to two: where they share a link, the second of them
