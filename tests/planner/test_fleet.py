@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.candidates import Role
@@ -116,6 +116,7 @@ def loads(draw: st.DrawFn) -> list[Ask]:
     return asks
 
 
+@settings(max_examples=60, deadline=None)
 @given(loads(), st.integers(0, 3), st.integers(1, 3), st.sampled_from([800, 2000, 64000]), st.floats(0.005, 0.1))
 def test_every_token_is_computed_once_and_every_gap_counted(
     asks: list[Ask], num_prefill: int, num_decode: int, kv_tokens: int, bound_s: float
