@@ -17,6 +17,7 @@ from kvferry.cli.drain import drain
 from kvferry.cli.explain import explain
 from kvferry.cli.generate import generate
 from kvferry.cli.key import key
+from kvferry.cli.role import role
 from kvferry.cli.serve import serve
 from kvferry.cli.status import status
 
@@ -43,6 +44,7 @@ def _root(
       kvferry explain ID         why a request went where it did
       kvferry bench              put load on it, and see what its clients would feel
       kvferry drain WORKER       let a worker finish what it has, before it is ended
+      kvferry role WORKER decode the same, and it goes on in that role
       kvferry doctor             what this host gives, and what to change
       kvferry key TENANT         an API key, for a gateway that wants them
       kvferry certs init DIR     certificates, for services that do not share a machine
@@ -63,7 +65,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, bench, drain, doctor, key):
+    for command in (demo, serve, generate, chat, status, explain, bench, drain, role, doctor, key):
         app.command()(command)
     app.add_typer(certs.app, name="certs")
     return app
