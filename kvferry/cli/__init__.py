@@ -18,6 +18,7 @@ from kvferry.cli.explain import explain
 from kvferry.cli.generate import generate
 from kvferry.cli.key import key
 from kvferry.cli.plan import plan
+from kvferry.cli.role import role
 from kvferry.cli.serve import serve
 from kvferry.cli.status import status
 
@@ -45,6 +46,7 @@ def _root(
       kvferry bench              put load on it, and see what its clients would feel
       kvferry plan TRACE         whether to split for your traffic, and into what
       kvferry drain WORKER       let a worker finish what it has, before it is ended
+      kvferry role WORKER decode the same, and it goes on in that role
       kvferry doctor             what this host gives, and what to change
       kvferry key TENANT         an API key, for a gateway that wants them
       kvferry certs init DIR     certificates, for services that do not share a machine
@@ -65,7 +67,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, bench, plan, drain, doctor, key):
+    for command in (demo, serve, generate, chat, status, explain, bench, plan, drain, role, doctor, key):
         app.command()(command)
     app.add_typer(certs.app, name="certs")
     return app

@@ -141,7 +141,7 @@ class Reservations:
         self._checks: dict[str, asyncio.Task[_Verdict]] = {}  # by transfer id, while its blocks are read
         self._tasks = Tasks()
         self._expiry_changed = asyncio.Event()
-        worker.check_role = self._check_integrity
+        worker.role_checks[common_pb2.WORKER_ROLE_DECODE] = self._check_integrity
 
     async def __aenter__(self) -> Reservations:
         self._tasks.spawn(self._expire_tickets())

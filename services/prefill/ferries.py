@@ -54,7 +54,7 @@ class Ferries:
         self._passages: dict[str, Passage] = {}  # by transfer id
         self._used: OrderedDict[str, Passage | None] = OrderedDict()  # never to be used again
         self.tasks = Tasks()  # writes and messages to owners
-        worker.check_role = self._check_integrity
+        worker.role_checks[common_pb2.WORKER_ROLE_PREFILL] = self._check_integrity
 
     async def __aenter__(self) -> Ferries:
         return self

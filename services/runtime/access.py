@@ -39,6 +39,7 @@ ALLOWED: Mapping[str, frozenset[Role]] = {
     _WORKER + "PinBlocks": frozenset({Role.WORKER}),
     _WORKER + "ReleasePin": frozenset({Role.WORKER}),
     _WORKER + "Drain": frozenset({Role.OPERATOR}),
+    _WORKER + "ChangeRole": frozenset({Role.OPERATOR}),
     _WORKER + "GetStats": frozenset({Role.OPERATOR}),
     "/grpc.health.v1.Health/Check": _EVERY_ROLE,
     "/grpc.health.v1.Health/Watch": _EVERY_ROLE,

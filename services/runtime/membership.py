@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Self
 
 import grpc
@@ -68,6 +69,7 @@ class Membership:
         self._lease_id: int | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._away = False
+        self._next_info: directory_pb2.WorkerInfo | None = None
 
     @property
     def registered(self) -> bool:
@@ -89,9 +91,22 @@ class Membership:
         self._journal.cleared()
         self._wake()
 
+    def report(self) -> None:
+        """The load is told now, not with the next keep-alive.  Of the event loop, while entered."""
+        self._report_due.set()
+
+    async def describe(self, info: directory_pb2.WorkerInfo) -> None:
+        """From now on the worker is ``info``, of the same incarnation: it leaves and registers again, with all its blocks.
+        Returns when a directory knows; who stops waiting stops nothing else.  Of the event loop, while entered."""
+        self._next_info = info
+        self._described.clear()
+        self._changed.set()
+        await self._described.wait()
+
     async def __aenter__(self) -> Self:
         await self._directories.__aenter__()
-        self._pending = asyncio.Event()
+        self._pending, self._report_due = asyncio.Event(), asyncio.Event()
+        self._changed, self._described = asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._task = asyncio.create_task(self._stay(), name="membership")
         return self
@@ -123,7 +138,10 @@ class Membership:
         while True:
             try:
                 await self._register()
+                if self._next_info is None:
+                    self._described.set()
                 await self._hold_lease()
+                await self._leave()  # to come back as another
             except _LeaseLostError:
                 _log.warning("the directory ended the lease; registering again", worker_id=self._info.worker_id)
             except _ReplacedError as error:
@@ -157,10 +175,28 @@ class Membership:
             _log.info("registered", worker_id=self._info.worker_id, directory=directory.address)
             return
 
+    async def _leave(self) -> None:
+        """Waits for the answer: what a directory knows of an incarnation cannot change under its lease."""
+        assert self._lease_id is not None
+        assert self._next_info is not None
+        backoff = Backoff()
+        while True:
+            directory = self._directories.current
+            try:
+                request = directory_pb2.DeregisterRequest(lease_id=self._lease_id)
+                await directory.stub.Deregister(request, timeout=_CALL_TIMEOUT_S)
+                break
+            except grpc.aio.AioRpcError as error:
+                await self._pause(backoff, directory, "deregister", error)
+        self._changed.clear()
+        self._info, self._next_info = self._next_info, None
+
     async def _hold_lease(self) -> None:
+        """Until the worker is described anew; raises what ends the lease before."""
         keep_alive = asyncio.create_task(self._keep_alive(), name="membership keep-alive")
         publish = asyncio.create_task(self._publish(), name="membership publish")
-        tasks = (keep_alive, publish)
+        changed = asyncio.create_task(self._changed.wait(), name="membership changed")
+        tasks = (keep_alive, publish, changed)
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -175,7 +211,10 @@ class Membership:
         assert self._lease_id is not None
         ttl_s, backoff = self._lease_ttl_s, Backoff()
         while True:
-            await asyncio.sleep(ttl_s / 3)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ttl_s / 3):
+                    await self._report_due.wait()
+            self._report_due.clear()
             request = directory_pb2.KeepAliveRequest(lease_id=self._lease_id, load=self._load())
             while True:
                 directory = self._directories.current

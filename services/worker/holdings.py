@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import structlog
 
-from kvferry.errors import ConflictError, OverloadedError, UnavailableError
+from kvferry.errors import ConflictError, OverloadedError
 from services.worker.pins import Pin, PinRefusedError, ReaderId, TooManyPinsError
 from services.worker.worker import RETRY_AFTER_S, Worker
 
@@ -39,8 +39,7 @@ class Holdings:
         """A pin on the longest prefix held, for ``lifetime_s`` but no longer than the worker grants (which it does for 0);
         None when there is nothing to pin.  Raises OverloadedError, ConflictError, or UnavailableError while draining."""
         worker = self._worker
-        if worker.draining:
-            raise UnavailableError(f"worker {worker.identity.worker_id} is draining", reason="DRAINING")
+        worker.require_taking_work()
         if worker.layout.tp > 1:
             name, ranks = worker.identity.worker_id, worker.layout.tp
             what = f"the blocks of worker {name} lie on {ranks} ranks, and nobody else reads those"

@@ -76,14 +76,15 @@ class Role:
 
     kind: common_pb2.WorkerRole.ValueType
     service_name: str
-    # Registers the role's servicer; yields what answers StopTransfer.
+    # Registers the role's servicer; yields what answers StopTransfer, of the role that writes.
     serve: Callable[
-        [grpc.aio.Server, Worker, Channels, Puller, WorkerConfig], AbstractAsyncContextManager[StopTransfer]
+        [grpc.aio.Server, Worker, Channels, Puller, WorkerConfig], AbstractAsyncContextManager[StopTransfer | None]
     ]
 
 
-async def run_worker(config: WorkerConfig, role: Role) -> None:
-    """Serves until cancelled; then drains, within ``config.drain_timeout_s``.  Raises StartupError."""
+async def run_worker(config: WorkerConfig, role: Role, other: Role) -> None:
+    """Serves as ``role``, or as ``other`` once it is told to, until cancelled; then drains, within
+    ``config.drain_timeout_s``.  Raises StartupError."""
     async with AsyncExitStack() as stack:
         certificates = config.certificates(config.listen)
         server, credentials = create_inner_server(certificates)
@@ -102,15 +103,25 @@ async def run_worker(config: WorkerConfig, role: Role) -> None:
         )
         worker.router.tell_directory = lambda changes: _publish(membership, changes)
         puller = await stack.enter_async_context(Puller(worker, channels))
-        stop_transfer = await stack.enter_async_context(role.serve(server, worker, channels, puller, config))
+        stops = [
+            await stack.enter_async_context(each.serve(server, worker, channels, puller, config))
+            for each in (role, other)
+        ]
+        (stop_transfer,) = filter(None, stops)
         holdings = stack.enter_context(Holdings(worker, config.pin_lifetime_s))
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(worker, stop_transfer, holdings), server)
-        names = (role.service_name, worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
+        names = (
+            role.service_name,
+            other.service_name,
+            worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
+        )
         await add_standard_services(server, names)
         worker.engine.start()
         stack.callback(worker.engine.close)
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await stack.enter_async_context(membership)
+        worker.report_load = membership.report
+        worker.register_anew = lambda: membership.describe(worker.info())
         publish_metrics(worker)
         log.info("ready", address=worker.identity.control_address, worker_id=worker.identity.worker_id)
         try:
@@ -159,6 +170,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     async with AsyncExitStack() as stack:
         stack.callback(transport.close)
         num_blocks = _num_blocks(config, layout)
+        returns_early = role.kind == common_pb2.WORKER_ROLE_PREFILL  # whose blocks no peer writes
         try:
             # Never released: the arena's tensors live as long as the process, and the kernel takes it back with that.
             region, *further_regions = [
@@ -168,7 +180,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             compute = Compute(
                 files, dtype, layout, (region, *further_regions), num_blocks, config,
                 log_name=config.worker_id or role_name,
-                returns_early=role.kind == common_pb2.WORKER_ROLE_PREFILL,  # whose blocks no peer writes
+                returns_early=returns_early,
             )  # fmt: skip
             ceilings = await compute.ceilings()
             runner, exact = await compute.start(stack, router.on_death)
@@ -217,6 +229,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             identity, model, layout, transport, region, engine, router, pins,
             further_regions=tuple(further_regions), speculates=speculates, paths=paths,
             labels={"host": platform.node(), **parse_labels(config.label)},
+            holds_role="its steps on a GPU return while they run" if on_gpu and returns_early else "",
         )  # fmt: skip
 
 

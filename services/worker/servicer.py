@@ -15,6 +15,7 @@ from services.runtime.process import ProcessIdentity, has_ended
 from services.worker.convert import to_hashes
 from services.worker.holdings import Holdings
 from services.worker.pins import ReaderId
+from services.worker.role_change import change_role
 from services.worker.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -73,6 +74,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         await drain(self._worker)
         return worker_pb2.DrainResponse()
 
+    async def ChangeRole(
+        self, request: worker_pb2.ChangeRoleRequest, context: Context
+    ) -> worker_pb2.ChangeRoleResponse:
+        await change_role(self._worker, request.role)
+        return worker_pb2.ChangeRoleResponse()
+
     async def GetStats(self, request: worker_pb2.GetStatsRequest, context: Context) -> worker_pb2.GetStatsResponse:
         worker = self._worker
         traffic, work, host = worker.traffic, worker.engine.work, worker.engine.host_totals
@@ -96,8 +103,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
 
 async def drain(worker: Worker) -> None:
-    """Takes no new work; returns when what there is has ended, pins included.  The caller sets the deadline."""
+    """Takes no new work, for good; returns when what there is has ended, pins included.  The caller sets the deadline."""
     worker.draining = True
-    while not worker.is_idle():
-        worker.router.changed.clear()
-        await worker.router.changed.wait()
+    worker.report_load()
+    await worker.idle()

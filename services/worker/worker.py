@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -76,12 +76,17 @@ class Traffic:
     digest_s: float = 0.0
 
 
+async def _nobody_to_tell() -> None:
+    """Where the worker is in no cluster."""
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """Owned by the event loop.  ``pins`` and ``pulls`` belong to the engine's exclusive section, as the scheduler does.
-    ``check_role`` verifies what the role adds to their accounts; ``end_streams`` ends, with their last requests, the
-    streams that callers of the role keep open between requests.  ``region`` is the pool's, or the first rank's part of it;
-    ``further_regions`` are the others', in order."""
+    ``role_checks`` verify what each role adds to their accounts, while the worker has it; ``end_streams`` ends, with their
+    last requests, the streams that callers of the role keep open between requests; ``report_load`` tells the directory
+    soon, ``register_anew`` returns when it knows what the worker is now.  ``region`` is the pool's, or the first rank's
+    part of it; ``further_regions`` are the others', in order."""
 
     identity: Identity
     model: ModelConfig
@@ -95,18 +100,26 @@ class Worker:
     speculates: bool = False  # where a request does not say
     paths: tuple[Reach, ...] = ()  # by which the pool can be reached; none: not known
     labels: Mapping[str, str] = field(default_factory=dict)
-    check_role: Callable[[], None] = lambda: None
+    role_checks: dict[common_pb2.WorkerRole.ValueType, Callable[[], None]] = field(default_factory=dict)
     end_streams: Callable[[], None] = lambda: None
+    report_load: Callable[[], None] = lambda: None
+    register_anew: Callable[[], Awaitable[None]] = _nobody_to_tell
     traffic: Traffic = field(default_factory=Traffic)
     transfer_times: TransferTimes = field(default_factory=TransferTimes)
     pull_times: PullTimes = field(default_factory=PullTimes)
-    draining: bool = False
+    draining: bool = False  # for good
+    changing_role: bool = False
+    holds_role: str = ""  # why it cannot become a decode worker; empty: it can
     num_opening: int = 0  # requests that are on their way to the scheduler
     pulls: PullBook = field(init=False)
 
     def __post_init__(self) -> None:
         with self.engine.exclusive(wake=False) as scheduler:
             self.pulls = PullBook(scheduler.pool, max_pulls=MAX_PULLS)
+
+    @property
+    def takes_work(self) -> bool:
+        return not (self.draining or self.changing_role)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -123,9 +136,11 @@ class Worker:
         prefill_only: bool = False,
     ) -> Sequence:
         """A sequence under an id of its own: one request may come twice, after a failure.  Raises InvalidRequestError, or
-        UnavailableError while draining."""
-        if self.draining:
-            raise UnavailableError(f"worker {self.identity.worker_id} is draining", reason="DRAINING")
+        UnavailableError while draining, and for what is the other role's to do."""
+        self.require_taking_work()
+        if prefill_only != (self.identity.role == common_pb2.WORKER_ROLE_PREFILL):
+            name = self.identity.worker_id
+            raise UnavailableError(f"worker {name} has another role than it had", reason="OTHER_ROLE")
         return to_sequence(
             SequenceId(f"{request_id}/{time.monotonic_ns():x}"),
             prompt,
@@ -137,6 +152,11 @@ class Worker:
             prefill_only=prefill_only,
             speculate=self.speculates,
         )
+
+    def require_taking_work(self) -> None:
+        """Raises UnavailableError while draining or between two roles."""
+        if not self.takes_work:
+            raise UnavailableError(f"worker {self.identity.worker_id} is draining", reason="DRAINING")
 
     def add(self, sequence: Sequence) -> None:
         """Queues it.  Raises OverloadedError or InvalidRequestError."""
@@ -189,7 +209,7 @@ class Worker:
             num_queued_prefill_tokens=queued,
             prefill_tokens_per_s=work.prefill_tokens_per_s,
             decode_tokens_per_s=work.decode_tokens_per_s,
-            draining=self.draining,
+            draining=not self.takes_work,
             num_pins=num_pins,
             num_pinned_blocks=num_pinned_blocks,
             decode_step_base_s=step_base_s,
@@ -239,11 +259,17 @@ class Worker:
                 scheduler.check_integrity(Counter(self.pins.references()) + Counter(self.pulls.references()))
                 self.pins.check_integrity()
                 self.pulls.check_integrity()
-                self.check_role()
+                self.role_checks.get(self.identity.role, lambda: None)()
         except AssertionError as e:
             log.error("integrity", difference=str(e))
             return False
         return True
+
+    async def idle(self) -> None:
+        """Returns when nothing is held for anybody.  The caller sets the deadline."""
+        while not self.is_idle():
+            self.router.changed.clear()
+            await self.router.changed.wait()
 
     def is_idle(self) -> bool:
         with self.engine.exclusive(wake=False) as scheduler:

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 
+from services.decode.role import DECODE
 from services.engine.ready import Ready
-from services.prefill.__main__ import ROLE
 from services.prefill.ferry import Write
 from services.prefill.passage import Passage
+from services.prefill.role import PREFILL
 from services.worker.start import start
 
 _write = Passage._write
@@ -32,4 +33,4 @@ async def _write_garbled(passage: Passage, write: Write, ready: Ready | None) ->
 
 if __name__ == "__main__":
     Passage._write = _write_garbled  # type: ignore[method-assign]
-    sys.exit(start(ROLE, "prefill"))
+    sys.exit(start(PREFILL, DECODE, "prefill"))

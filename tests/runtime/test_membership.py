@@ -144,6 +144,50 @@ async def test_joins_reports_and_leaves() -> None:
         assert worker.num_snapshots == 1
 
 
+async def test_is_told_at_once_when_asked_to() -> None:
+    async with directory() as place:
+        worker = Worker(place.address, lease_ttl_s=300)  # by itself it would report after 100 s
+        async with worker.membership:
+            await place.until(lambda: num_workers(place) == 1)
+            worker.load.draining = True
+            worker.membership.report()
+            await place.until(lambda: directory_pb2.WorkerLoad.FromString(
+                place.store.state.workers["d1"].load).draining)  # fmt: skip
+
+
+async def test_comes_back_as_another_with_all_its_blocks() -> None:
+    async with directory() as place:
+        worker, later = Worker(place.address, lease_ttl_s=300), info()
+        later.role = common_pb2.WORKER_ROLE_PREFILL
+        worker.store(1, 2)
+        async with worker.membership:
+            await place.until(lambda: place.held() == {block(1), block(2)})
+            async with asyncio.timeout(10):
+                await worker.membership.describe(later)
+            assert directory_pb2.WorkerInfo.FromString(place.store.state.workers["d1"].info) == later
+            await place.until(lambda: place.held() == {block(1), block(2)})
+            worker.store(3)
+            await place.until(lambda: len(place.held()) == 3)
+
+
+async def test_comes_back_as_another_also_when_the_directory_was_away() -> None:
+    async with MemoryStore() as store, AsyncExitStack() as second:
+        first = AsyncExitStack()
+        place, later = await serve(store, first), info()
+        later.role = common_pb2.WORKER_ROLE_PREFILL
+        worker = Worker(place.address, lease_ttl_s=300)
+        async with worker.membership:
+            await place.until(lambda: num_workers(place) == 1)
+            await first.aclose()
+            describing = asyncio.create_task(worker.membership.describe(later))
+            await asyncio.sleep(0.1)
+            assert not describing.done()
+            place = await serve(store, second, int(place.address.rpartition(":")[2]))
+            async with asyncio.timeout(20):
+                await describing
+            assert directory_pb2.WorkerInfo.FromString(store.state.workers["d1"].info) == later
+
+
 async def test_each_tier_has_its_blocks() -> None:
     async with directory() as place, viewing(place.address) as (view, _):
         worker = Worker(place.address)

@@ -6,10 +6,10 @@ where that says, moves to its decode worker where it was computed elsewhere, and
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from gateway.candidates import Candidate
+from gateway.candidates import Candidate, Role
 from gateway.costs import Demand
 from gateway.routing import Policy, choose_route
 from services.engine.blocks import CacheChange, OutOfBlocksError
@@ -23,6 +23,8 @@ from services.planner.simulator.worker import ROOT, Load, SimulatedWorker, Worke
 
 # After a worker had no room: what it asks its callers to wait (services/worker/worker.py).
 RETRY_S = 0.5
+# How often a worker that changes its role is looked at.
+ROLE_LOOK_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,18 @@ class Cluster:
         self.queue.run()
         assert not self._requests, f"{len(self._requests)} requests were never answered"
         return self._served
+
+    def change_role(self, worker: SimulatedWorker, role: Role, then: Callable[[], None]) -> None:
+        """It takes nothing new, and is ``role`` once it has finished what it has; then ``then`` is called."""
+        worker.draining = True
+        self._look_again_after_change(worker, role, then)
+
+    def _look_again_after_change(self, worker: SimulatedWorker, role: Role, then: Callable[[], None]) -> None:
+        if worker.scheduler.num_sequences:
+            self.queue.after(ROLE_LOOK_S, lambda: self._look_again_after_change(worker, role, then))
+            return
+        worker.role, worker.draining = role, False
+        then()
 
     def check_integrity(self) -> None:
         """After a run: raises AssertionError where something is still held or counted."""

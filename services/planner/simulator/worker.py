@@ -24,7 +24,8 @@ _RATE_HALF_LIFE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """``role`` DECODE also computes prompts itself, where there is nobody else or routing says so."""
+    """``role``, which it has at first: DECODE also computes prompts itself, where there is nobody else or routing says
+    so."""
 
     worker_id: str
     role: Role
@@ -53,6 +54,7 @@ class SimulatedWorker:
     ) -> None:  # fmt: skip
         self.spec = spec
         self.key = WorkerKey(spec.worker_id, 1)
+        self.draining = False
         self.scheduler = Scheduler(BlockPool(spec.num_blocks), spec.limits)
         self._costs = costs
         self._queue = queue
@@ -62,6 +64,8 @@ class SimulatedWorker:
         self._prefill_rate = 0.0
         self._has_written = False
         self._busy = False
+        self.role = spec.role
+        self.prefill_s = self.decode_s = 0.0  # that it computed either
 
     def sequence(self, id_: str, prompt: tuple[int, ...], num_output: int, *, prefill_only: bool = False) -> Sequence:
         return Sequence(
@@ -109,7 +113,8 @@ class SimulatedWorker:
         """As the gateway sees it: what it reported, and what the gateway has sent it since.  No host is named, so nothing
         is pulled."""
         return Candidate(
-            key=self.key, role=self.spec.role, address=self.spec.worker_id, content_fingerprint="simulated",
+            key=self.key, role=self.role, draining=self.draining, address=self.spec.worker_id,
+            content_fingerprint="simulated",
             block_size=self.spec.limits.block_size, block_nbytes=self.spec.block_nbytes,
             num_requests=max(num_requests, load.num_requests),
             num_queued_prefill_tokens=max(num_queued, load.num_queued_prefill_tokens),
@@ -124,6 +129,11 @@ class SimulatedWorker:
         events = self.scheduler.complete(plan, drawn)
         self._busy = False
         prefill, decode = plan.num_prefill_tokens, plan.num_decode_tokens
+        costs = self._costs
+        asked_s = prefill * costs.prefill_token_s, decode * costs.decode_sequence_s
+        if any(asked_s):
+            self.prefill_s += elapsed_s * asked_s[0] / sum(asked_s)
+            self.decode_s += elapsed_s * asked_s[1] / sum(asked_s)
         if prefill and not decode:
             weight = 1 - 0.5 ** (elapsed_s / _RATE_HALF_LIFE_S) if self._prefill_rate else 1.0
             self._prefill_rate += (prefill / elapsed_s - self._prefill_rate) * weight

@@ -144,7 +144,7 @@ Global___Tier: typing_extensions.TypeAlias = Tier
 
 @typing.final
 class WorkerInfo(google.protobuf.message.Message):
-    """What a worker is. Constant over an incarnation."""
+    """What a worker is. Constant over an incarnation, save that a worker may leave and come back in another role."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

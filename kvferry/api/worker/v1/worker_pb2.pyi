@@ -856,6 +856,32 @@ class DrainResponse(google.protobuf.message.Message):
 Global___DrainResponse: typing_extensions.TypeAlias = DrainResponse
 
 @typing.final
+class ChangeRoleRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: builtins.int
+    role: kvferry.api.common.v1.common_pb2.WorkerRole.ValueType
+    def __init__(
+        self,
+        *,
+        role: kvferry.api.common.v1.common_pb2.WorkerRole.ValueType = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["role", b"role"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___ChangeRoleRequest: typing_extensions.TypeAlias = ChangeRoleRequest
+
+@typing.final
+class ChangeRoleResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___ChangeRoleResponse: typing_extensions.TypeAlias = ChangeRoleResponse
+
+@typing.final
 class GetStatsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

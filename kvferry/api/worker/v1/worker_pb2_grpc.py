@@ -310,6 +310,11 @@ class WorkerServiceStub(object):
                 request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
                 response_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ChangeRole = channel.unary_unary(
+                '/kvferry.api.worker.v1.WorkerService/ChangeRole',
+                request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+                response_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/kvferry.api.worker.v1.WorkerService/GetStats',
                 request_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.GetStatsRequest.SerializeToString,
@@ -364,6 +369,16 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ChangeRole(self, request, context):
+        """Finishes what it has, as Drain does, and goes on in the other role with the same pool, cache and incarnation; returns when
+        a directory knows. Ended before what it has is done, it stays what it was and takes work again. Does nothing for the role
+        that it has.
+        FAILED_PRECONDITION  it is draining or changing its role, or was started in a way that holds it to its role
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -392,6 +407,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.FromString,
                     response_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DrainResponse.SerializeToString,
+            ),
+            'ChangeRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.ChangeRole,
+                    request_deserializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.FromString,
+                    response_serializer=kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -508,6 +528,33 @@ class WorkerService(object):
             '/kvferry.api.worker.v1.WorkerService/Drain',
             kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
             kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ChangeRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.api.worker.v1.WorkerService/ChangeRole',
+            kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleRequest.SerializeToString,
+            kvferry_dot_api_dot_worker_dot_v1_dot_worker__pb2.ChangeRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -199,6 +199,12 @@ class WorkerServiceStub:
     """Takes no new work and grants no pins from now on; returns when what it has is done and the last pin has ended, or at
     the caller's deadline.
     """
+    ChangeRole: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.ChangeRoleRequest, kvferry.api.worker.v1.worker_pb2.ChangeRoleResponse]
+    """Finishes what it has, as Drain does, and goes on in the other role with the same pool, cache and incarnation; returns when
+    a directory knows. Ended before what it has is done, it stays what it was and takes work again. Does nothing for the role
+    that it has.
+      FAILED_PRECONDITION  it is draining or changing its role, or was started in a way that holds it to its role
+    """
     GetStats: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.GetStatsRequest, kvferry.api.worker.v1.worker_pb2.GetStatsResponse]
 
 @typing.type_check_only
@@ -232,6 +238,12 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     Drain: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.DrainRequest, kvferry.api.worker.v1.worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Takes no new work and grants no pins from now on; returns when what it has is done and the last pin has ended, or at
     the caller's deadline.
+    """
+    ChangeRole: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.ChangeRoleRequest, kvferry.api.worker.v1.worker_pb2.ChangeRoleResponse]  # type: ignore[assignment]
+    """Finishes what it has, as Drain does, and goes on in the other role with the same pool, cache and incarnation; returns when
+    a directory knows. Ended before what it has is done, it stays what it was and takes work again. Does nothing for the role
+    that it has.
+      FAILED_PRECONDITION  it is draining or changing its role, or was started in a way that holds it to its role
     """
     GetStats: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.GetStatsRequest, kvferry.api.worker.v1.worker_pb2.GetStatsResponse]  # type: ignore[assignment]
 
@@ -287,6 +299,18 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.DrainResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.DrainResponse]]:
         """Takes no new work and grants no pins from now on; returns when what it has is done and the last pin has ended, or at
         the caller's deadline.
+        """
+
+    @abc.abstractmethod
+    def ChangeRole(
+        self,
+        request: kvferry.api.worker.v1.worker_pb2.ChangeRoleRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.api.worker.v1.worker_pb2.ChangeRoleResponse, collections.abc.Awaitable[kvferry.api.worker.v1.worker_pb2.ChangeRoleResponse]]:
+        """Finishes what it has, as Drain does, and goes on in the other role with the same pool, cache and incarnation; returns when
+        a directory knows. Ended before what it has is done, it stays what it was and takes work again. Does nothing for the role
+        that it has.
+          FAILED_PRECONDITION  it is draining or changing its role, or was started in a way that holds it to its role
         """
 
     @abc.abstractmethod

@@ -7,7 +7,7 @@ import pytest
 
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
-from services.prefill.__main__ import ROLE
+from services.prefill.role import PREFILL
 from services.runtime.channels import Channels
 from services.runtime.startup import StartupError
 from services.worker.config import WorkerConfig
@@ -23,7 +23,7 @@ async def test_memory_to_convert_in_that_cannot_be(size: str, says: str) -> None
     config = WorkerConfig(convert_memory=size)
     async with Channels() as channels, side(common_pb2.WORKER_ROLE_PREFILL, "", layout("bfloat16", 4), 8) as prefill:
         with pytest.raises(StartupError, match=says) as failed:
-            async with ROLE.serve(
+            async with PREFILL.serve(
                 grpc.aio.server(), prefill.worker, channels, Puller(prefill.worker, channels), config
             ):
                 pass
@@ -33,7 +33,7 @@ async def test_memory_to_convert_in_that_cannot_be(size: str, says: str) -> None
 async def test_the_least_memory_to_convert_in_will_do() -> None:
     config = WorkerConfig(convert_memory="192")
     async with Channels() as channels, side(common_pb2.WORKER_ROLE_PREFILL, "", layout("bfloat16", 4), 8) as prefill:
-        async with ROLE.serve(
+        async with PREFILL.serve(
             grpc.aio.server(), prefill.worker, channels, Puller(prefill.worker, channels), config
         ) as stop_transfer:
             await stop_transfer(worker_pb2.StopTransferRequest(transfer_id="never heard of"))
