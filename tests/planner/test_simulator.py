@@ -12,13 +12,14 @@ from services.planner.simulator.cluster import Cluster, ViewDelays
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.worker import WorkerSpec
 from tests.bench.routing.loads import Chats, SystemPrompts
+from tests.bench.routing.oracle import Oracle
 
 COSTS = CostModel(0.01, 0.001, 1e-7, 0.002, 1e-6, 0.001, 1e9)
 CHATS = Chats(num_chats=8, num_turns=3, first_tokens=150, output_tokens=8)
 SHAPES = [(2, 2), (0, 4)]
 
 
-def cluster(policy: Policy, shape: tuple[int, int], num_blocks: int = 400) -> Cluster:
+def cluster(policy: Policy | Oracle, shape: tuple[int, int], num_blocks: int = 400) -> Cluster:
     roles = [Role.PREFILL] * shape[0] + [Role.DECODE] * shape[1]
     limits = Limits(block_size=16, context_length=4096)
     return Cluster([WorkerSpec(f"w{n}", r, num_blocks, 300_000, limits) for n, r in enumerate(roles)], COSTS, policy)
@@ -81,3 +82,14 @@ def test_a_cache_that_is_not_seen_yet_draws_nobody() -> None:
         simulated = Cluster(specs, COSTS, Policy.KV_AWARE, ViewDelays(events_s=events_s))
         cached[events_s] = {s.id: s.num_cached for s in simulated.run(load)}["c"]
     assert cached == {0.01: 992, 100.0: 0}
+
+
+def test_who_knows_the_future_waits_less() -> None:
+    load = SystemPrompts(num_requests=30, num_prompts=8, output_tokens=8)
+    oracle = Oracle(lambda served: served.ttft_s, horizon_s=4.0)
+    knowing = cluster(oracle, (1, 2))
+    served = oracle.run(knowing, load.arrivals(4.0, seed=3))
+    knowing.check_integrity()
+    usual = cluster(Policy.KV_AWARE, (1, 2)).run(load.arrivals(4.0, seed=3))
+    assert sorted(s.id for s in served) == sorted(s.id for s in usual)
+    assert sum(s.ttft_s for s in served) < sum(s.ttft_s for s in usual)

@@ -7,11 +7,11 @@ where that says, moves to its decode worker where it was computed elsewhere, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gateway.candidates import Candidate, Role
 from gateway.costs import Demand
-from gateway.routing import Policy, choose_route
+from gateway.routing import Policy, Route, choose_route
 from services.engine.blocks import CacheChange, OutOfBlocksError
 from services.engine.hashing import extend_chain
 from services.engine.scheduler import QueueFullError
@@ -34,6 +34,26 @@ class ViewDelays:
 
     events_s: float = 0.01
     report_every_s: float = 1.0
+
+
+# What a gateway sees of its workers, and a request, in; where it goes, out.  Raises NoWorkerError.
+Choose = Callable[[Sequence[Candidate], Demand, str], Route]
+
+
+@dataclass(slots=True)
+class ByPolicy:
+    """The gateway's own choice."""
+
+    policy: Policy
+    min_ship_tokens: int = 32
+    turn: int = 0
+
+    def __call__(self, candidates: Sequence[Candidate], demand: Demand, request_id: str) -> Route:
+        self.turn += 1
+        return choose_route(
+            candidates, demand, policy=self.policy, min_ship_tokens=self.min_ship_tokens, turn=self.turn - 1,
+            request_id=request_id,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -65,19 +85,17 @@ class Cluster:
     """One run: not to be used twice.  All workers have one block size."""
 
     def __init__(
-        self, specs: Sequence[WorkerSpec], costs: CostModel, policy: Policy, delays: ViewDelays | None = None,
-        min_ship_tokens: int = 32,
-    ) -> None:  # fmt: skip
+        self, specs: Sequence[WorkerSpec], costs: CostModel, choose: Choose | Policy, delays: ViewDelays | None = None
+    ) -> None:
         self.queue = EventQueue()
         self.workers = [SimulatedWorker(s, costs, self.queue, self._on_events, self._on_changes) for s in specs]
         self._by_key = {w.key: w for w in self.workers}
         self._seen = {w.key: _Seen(w.load()) for w in self.workers}
-        self._costs, self._policy, self._delays = costs, policy, delays or ViewDelays()
-        self._min_ship_tokens = min_ship_tokens
+        self._costs, self._delays = costs, delays or ViewDelays()
+        self._choose = ByPolicy(choose) if isinstance(choose, Policy) else choose
         self._block_size = specs[0].limits.block_size
         self._requests: dict[str, _Request] = {}
         self._served: list[Served] = []
-        self._turn = 0
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Served]:
         """Until all that arrived have been answered, in the order in which they ended.  Raises NoWorkerError and
@@ -100,6 +118,16 @@ class Cluster:
         worker.role, worker.draining = role, False
         then()
 
+    def waits(self, since_s: float) -> list[Served]:
+        """Of the requests that arrived then or later.  Those which have no end or no first token yet are taken to have it
+        now."""
+        now_s = self.queue.now_s
+        found = [s for s in self._served if s.arrived_s >= since_s]
+        for request in self._requests.values():
+            if request.served.arrived_s >= since_s:
+                found.append(replace(request.served, first_s=request.served.first_s or now_s, ended_s=now_s))
+        return found
+
     def check_integrity(self) -> None:
         """After a run: raises AssertionError where something is still held or counted."""
         for worker in self.workers:
@@ -119,15 +147,8 @@ class Cluster:
     def _begin(self, request: _Request) -> None:
         arrival = request.arrival
         self._requests[arrival.id] = request
-        route = choose_route(
-            [self._candidate(w, request.hashes) for w in self.workers],
-            Demand(len(arrival.prompt), arrival.num_output),
-            policy=self._policy,
-            min_ship_tokens=self._min_ship_tokens,
-            turn=self._turn,
-            request_id=arrival.id,
-        )
-        self._turn += 1
+        candidates = [self._candidate(w, request.hashes) for w in self.workers]
+        route = self._choose(candidates, Demand(len(arrival.prompt), arrival.num_output), arrival.id)
         decode = self._by_key[route.decode.key]
         prefill = self._by_key[route.prefill.key] if route.prefill else None
         answering = decode.sequence(arrival.id, arrival.prompt, arrival.num_output)

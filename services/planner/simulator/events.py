@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from itertools import count
+from math import inf
 
 
 class EventQueue:
@@ -22,8 +23,10 @@ class EventQueue:
     def after(self, delay_s: float, act: Callable[[], None]) -> None:
         self.at(self.now_s + delay_s, act)
 
-    def run(self) -> None:
-        """Until nothing is left to happen."""
-        while self._heap:
+    def run(self, until_s: float = inf) -> None:
+        """Until nothing is left to happen, or until then."""
+        while self._heap and self._heap[0][0] <= until_s:
             self.now_s, _, act = heapq.heappop(self._heap)
             act()
+        if until_s < inf:
+            self.now_s = max(self.now_s, until_s)

@@ -1,7 +1,8 @@
 """make bench-routing: what routing policies make of loads with shared prefixes, on four workers, in virtual time.
 
 The gateway's rules, the schedulers and the pools are the real ones; how long a step takes is a line through measured steps
-of the real engine on this machine.  ``informed`` is kv-aware with a view that is never old.
+of the real engine on this machine.  ``informed`` is kv-aware with a view that is never old; ``oracle`` tries every option of
+every request on the future as it will be, and takes the one with which callers wait least for first tokens (oracle.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,14 @@ from services.planner.simulator.cluster import Cluster, ViewDelays
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.worker import WorkerSpec
 from tests.bench.routing.loads import LOADS
+from tests.bench.routing.oracle import Oracle
 from tests.bench.terminal import say
 
-INFORMED = "informed"
+INFORMED, ORACLE = "informed", "oracle"
 NAMES = [*(policy.value for policy in Policy), INFORMED]
 SHAPES = {"2+2": (2, 2), "0+4": (0, 4)}  # prefill and decode workers
-HIT_GOAL, TTFT_GOAL, INFORMED_GOAL = 2.0, 0.6, 1.05
+HIT_GOAL, TTFT_GOAL, ORACLE_GOAL = 2.0, 0.6, 1.05
+HORIZON_S = 15.0
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
 
 
@@ -58,14 +61,25 @@ def figures(served: Sequence[Served]) -> Figures:
 
 
 def simulate(name: str, load: str, rate: float, seed: int, workers: Sequence[WorkerSpec], costs: CostModel) -> Figures:
-    policy = Policy.KV_AWARE if name == INFORMED else Policy(name)
-    cluster = Cluster(workers, costs, policy, ViewDelays(0.0, 0.0) if name == INFORMED else ViewDelays())
-    served = cluster.run(LOADS[load](rate, seed))
+    fresh = ViewDelays(0.0, 0.0)
+    arrivals = LOADS[load](rate, seed)
+    if name == ORACLE:
+        oracle = Oracle(lambda served: served.ttft_s, HORIZON_S)
+        cluster = Cluster(workers, costs, oracle, fresh)
+        served = oracle.run(cluster, arrivals)
+    elif name == INFORMED:
+        cluster = Cluster(workers, costs, Policy.KV_AWARE, fresh)
+        served = cluster.run(arrivals)
+    else:
+        cluster = Cluster(workers, costs, Policy(name))
+        served = cluster.run(arrivals)
     cluster.check_integrity()
     return figures(served)
 
 
 def interval(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     half = T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
     return f"{statistics.fmean(values):.3f} ± {half:.3f}"
 
@@ -76,17 +90,21 @@ def rows(where: str, found: dict[str, list[Figures]]) -> list[dict[str, object]]
     def row(work: str, peer: str, quantity: str, goal: float, unit: str) -> dict[str, object]:
         ours = [getattr(f, quantity) for f in found[Policy.KV_AWARE.value]]
         theirs = [getattr(f, quantity) for f in found[peer]]
+        ours = ours[: len(theirs)]  # the oracle is asked of fewer seeds
         ratio = statistics.fmean(a / max(b, 1e-9) for a, b in zip(ours, theirs, strict=True))
         return {
             "work": f"{where}, {work}", "ours": statistics.fmean(ours), "peer": statistics.fmean(theirs),
             "ratio": round(ratio, 3), "goal": goal, "unit": unit,
         }  # fmt: skip
 
-    return [
+    told = [
         row("hit rate to round-robin's", "round-robin", "hit_rate", HIT_GOAL, "share"),
         row("TTFT to round-robin's", "round-robin", "ttft_s", TTFT_GOAL, "s"),
-        row("TTFT to an informed one's", INFORMED, "ttft_s", INFORMED_GOAL, "s"),
     ]
+    if ORACLE in found:
+        told.append(row("TTFT to the oracle's", ORACLE, "ttft_s", ORACLE_GOAL, "s"))
+        told.append(row("hit rate to the oracle's", ORACLE, "hit_rate", 1 / ORACLE_GOAL, "share"))
+    return told
 
 
 def main() -> None:
@@ -94,6 +112,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of each step that is measured")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0], help="requests/s")
+    parser.add_argument(
+        "--oracle", type=int, default=0, metavar="SEEDS", help="ask the oracle of so many seeds: about a minute each"
+    )
     parser.add_argument("--blocks", type=int, default=1024, help="of 16 tokens, on each worker")
     parser.add_argument(
         "--costs", type=Path, help="a cost model: read where the file is there, else measured and written"
@@ -112,6 +133,9 @@ def main() -> None:
                     name: [simulate(name, load, rate, seed, workers, costs) for seed in range(args.seeds)]
                     for name in NAMES
                 }
+                if args.oracle:
+                    seeds = range(min(args.oracle, args.seeds))
+                    found[ORACLE] = [simulate(ORACLE, load, rate, seed, workers, costs) for seed in seeds]
                 console.print(_table(where, found))
                 told += rows(where, found)
     for row in told:

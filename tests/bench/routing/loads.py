@@ -54,7 +54,7 @@ class SystemPrompts:
     """Each request has one of several system prompts, by Zipf's law, and its own question."""
 
     num_requests: int = 240
-    num_prompts: int = 24
+    num_prompts: int = 48
     prompt_tokens: int = 800
     question_tokens: int = 60
     output_tokens: int = 40
