@@ -13,9 +13,10 @@ from collections.abc import Callable
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterError, Role
 from tests.chaos.oracle import History, Window
-from tests.chaos.schedule import Fault, Kind
+from tests.chaos.schedule import LEASE_S, Fault, Kind
 
 RESTART_S = 90.0
+FENCED_WITHIN_S = 15.0
 _DRAIN_TIMEOUT_S = 40.0
 
 
@@ -27,6 +28,7 @@ class Injector:
         self.injected: Counter[Kind] = Counter()
         self.history = History()
         self.pids: set[int] = set()  # of all that ever ran
+        self.unfenced: list[str] = []
         self._cluster = cluster
         self._all_there = all_there
         self._say = say
@@ -68,11 +70,19 @@ class Injector:
         self.pids.update(pid for m in self._cluster.members if (pid := self._cluster.pid(m.name)) is not None)
 
     def _pause(self, name: str, for_s: float) -> None:
+        pid = self._cluster.pid(name)
         self._cluster.kill(name, signal.SIGSTOP)
+        fences = for_s > LEASE_S and self._roles[name] in (Role.PREFILL, Role.DECODE)
 
         def go_on() -> None:
             time.sleep(for_s)
             self._cluster.kill(name, signal.SIGCONT)  # whoever bears the name by now
+            end_s = time.monotonic() + FENCED_WITHIN_S
+            while fences and self._cluster.pid(name) == pid:
+                if time.monotonic() > end_s:
+                    self.unfenced.append(f"{name} went on after {for_s:.1f} s of sleep, longer than its lease")
+                    return
+                time.sleep(0.05)
 
         self._paused.append(threading.Thread(target=go_on))
         self._paused[-1].start()

@@ -80,6 +80,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Report:
             report.broken.append(str(error))
             hanging = load.stop(TIMEOUT_S + LATE_S)
         report.faults = injector.injected
+        report.broken += injector.unfenced
         report.judged = [judge(outcome, expected, injector.history) for outcome in load.outcomes]
         report.judged += [_hangs(asking.case, asking.began_s) for asking in hanging]
     report.broken += still_running(injector.pids)
