@@ -1,5 +1,5 @@
-"""Processes on hosts of their own, as far as the network goes: a namespace and a real address for each, and a router in between
-that drops packets by who sends them to whom."""
+"""Processes on hosts of their own, as far as the network goes: a namespace and a real address for each, and a router in
+between that drops packets by who sends them to whom."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class CannotPartition(Exception):
 
 
 class Network:
-    """Enter to make it; leaving removes it.  Owned by one thread.  This process reaches every host, as ``outside``.  Addresses
-    are of 198.18.0.0/15, which is for tests (RFC 2544)."""
+    """Enter to make it; leaving removes it.  Owned by one thread.  This process reaches every host, as ``outside``.
+    Addresses are of 198.18.0.0/15, which is for tests (RFC 2544)."""
 
     def __init__(self, hosts: Iterable[str]) -> None:
         names = (*hosts, _OUTSIDE)
@@ -38,7 +38,7 @@ class Network:
         return ("ip", "netns", "exec", self._namespace(host), *command)
 
     def cut(self, sender: str, receiver: str) -> None:
-        """From now on what ``sender`` sends to ``receiver`` is lost without a word; the other way nothing changes.  Idempotent."""
+        """What ``sender`` sends to ``receiver`` is lost without a word; the other way nothing changes.  Idempotent."""
         if (sender, receiver) not in self._cuts:
             self._rule("add", sender, receiver)
             self._cuts.add((sender, receiver))
