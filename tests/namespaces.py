@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
@@ -20,8 +21,8 @@ class CannotPartition(Exception):
 
 
 class Network:
-    """Enter to make it; leaving removes it.  Owned by one thread.  This process reaches every host, as ``outside``.
-    Addresses are of 198.18.0.0/15, which is for tests (RFC 2544)."""
+    """Enter to make it; leaving removes it.  ``cut`` and ``heal`` are for any thread.  This process reaches every host, as
+    ``outside``.  Addresses are of 198.18.0.0/15, which is for tests (RFC 2544)."""
 
     def __init__(self, hosts: Iterable[str]) -> None:
         names = (*hosts, _OUTSIDE)
@@ -29,6 +30,7 @@ class Network:
         self._addresses = {name: f"198.18.{self._pid % 256}.{number}" for number, name in enumerate(names, 1)}
         self._router = f"{_PREFIX}{self._pid}-router"
         self._cuts: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()  # guards the cuts
 
     def address(self, host: str) -> str:
         return self._addresses[host]
@@ -39,9 +41,10 @@ class Network:
 
     def cut(self, sender: str, receiver: str) -> None:
         """What ``sender`` sends to ``receiver`` is lost without a word; the other way nothing changes.  Idempotent."""
-        if (sender, receiver) not in self._cuts:
-            self._rule("add", sender, receiver)
-            self._cuts.add((sender, receiver))
+        with self._lock:
+            if (sender, receiver) not in self._cuts:
+                self._rule("add", sender, receiver)
+                self._cuts.add((sender, receiver))
 
     def cut_both(self, one: str, other: str) -> None:
         self.cut(one, other)
@@ -49,9 +52,10 @@ class Network:
 
     def heal(self, *hosts: str) -> None:
         """All is delivered again; with ``hosts``, between these."""
-        for sender, receiver in [cut for cut in self._cuts if not hosts or set(cut) <= set(hosts)]:
-            self._rule("del", sender, receiver)
-            self._cuts.remove((sender, receiver))
+        with self._lock:
+            for sender, receiver in [cut for cut in self._cuts if not hosts or set(cut) <= set(hosts)]:
+                self._rule("del", sender, receiver)
+                self._cuts.remove((sender, receiver))
 
     def __enter__(self) -> Self:
         if os.geteuid() != 0 or shutil.which("ip") is None:

@@ -1,5 +1,5 @@
-"""Between any two services the network loses every packet, silently: answers go on or are typed errors, in bounded time, and
-no block has two owners.  Skipped where no network namespaces can be made (that takes root)."""
+"""Between any two services the network loses every packet, silently: answers go on or are typed errors, in bounded time,
+and no block has two owners.  Skipped where no network namespaces can be made (that takes root)."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_gateway_and_prefill_worker(world: World) -> None:
 
 
 def test_prefill_worker_and_decode_workers(world: World) -> None:
-    """While it writes over tcp: the decode worker computes the prompt itself, whoever asks next need not find out again, and the
-    blocks that were lent stay in quarantine until the writer can say that nothing arrives any more."""
+    """While it writes over tcp: the decode worker computes the prompt itself, whoever asks next need not find out again,
+    and the blocks that were lent stay in quarantine until the writer can say that nothing arrives any more."""
     prompt = "Of the way between the two: " + LONG * 30
     before = world.stats("prefill-0").num_blocks_written
     asking = Asking(world, prompt, 8)
