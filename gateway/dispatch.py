@@ -18,6 +18,7 @@ import structlog
 from prometheus_client import Counter
 
 from gateway.admission import Objectives
+from gateway.apart import Apart
 from gateway.candidates import Candidate, WorkerKey
 from gateway.costs import Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
@@ -106,6 +107,7 @@ class Dispatcher:
         that bring nothing, at most, for each request."""
         self._eos_token_ids = frozenset(eos_token_ids)
         self._budget = RetryBudget(retry_ratio)
+        self._apart = Apart()
         self._waiting: dict[Run, _Wait] = {}  # for a worker to join
         self._view = view
         self._channels = channels
@@ -196,8 +198,14 @@ class Dispatcher:
                 return Fail(event)
             if isinstance(event, PrefillDone) and event.attempt == machine.attempt:
                 run.trace.committed = event.committed
+            if isinstance(event, StreamFailed) and event.attempt == machine.attempt:
+                self._note_apart(run, event)
             actions.extend(machine.on(event))
             run.trace.num_retries = max(0, machine.attempt - 1)
+
+    def _note_apart(self, run: Run, failed: StreamFailed) -> None:
+        if failed.stream is Stream.PREFILL and failed.error.reason == "OWNER_LOST":
+            self._apart.add(run.prefill.key, run.route.decode.key, time.monotonic())
 
     def candidates(self, job: Job) -> list[Candidate]:
         """The workers that serve this model, as routing sees them."""
@@ -309,6 +317,7 @@ class Dispatcher:
                 min_ship_tokens=self._min_ship_tokens,
                 turn=self._num_routed,
                 request_id=job.request_id,
+                apart=self._apart.pairs(started_s),
             )
         except NoWorkerError as e:
             self._remember(run, Refusal(str(e), e.passed_over))

@@ -6,8 +6,9 @@ were before it could be.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
+from gateway.apart import Pair
 from gateway.candidates import Abilities, Candidate
 
 
@@ -34,10 +35,12 @@ def why_not_pair(prefill: Candidate, decode: Candidate) -> str:
 
 
 class Partners:
-    """The prefill workers of one view, in the order given.  Workers that are alike are compared once: most are."""
+    """The prefill workers of one view, in the order given.  Workers that are alike are compared once: most are.  ``apart``:
+    pairs that cannot reach each other for now."""
 
-    def __init__(self, workers: Sequence[Candidate]) -> None:
+    def __init__(self, workers: Sequence[Candidate], apart: Set[Pair] = frozenset()) -> None:
         self._workers = workers
+        self._apart = apart
         self._first: dict[tuple[str, Abilities], Candidate] = {}  # of each kind
         self._known: dict[tuple[str, Abilities], Sequence[Candidate]] = {}
         for worker in workers:
@@ -45,6 +48,10 @@ class Partners:
 
     def of(self, decode: Candidate) -> Sequence[Candidate]:
         """All that can write into its pool."""
+        found = self._alike(decode)
+        return [w for w in found if (w.key, decode.key) not in self._apart] if self._apart else found
+
+    def _alike(self, decode: Candidate) -> Sequence[Candidate]:
         kind = _kind(decode)
         found = self._known.get(kind)
         if found is None:

@@ -241,7 +241,7 @@ class RequestMachine:
                 retry_after_s=error.retry_after_s,
             )
         # No attempt used up: each of these leaves one writer less to try, and at last the decode worker alone.
-        self._num_refused += error.reason == "PAIR_QUARANTINED"
+        self._num_refused += error.reason in ("PAIR_QUARANTINED", "OWNER_LOST")
         most = MOST_ATTEMPTS if self._emitted else self._max_attempts
         if not retriable or self.attempt - self._num_refused >= most:
             return self._fail(error)
@@ -263,8 +263,9 @@ class RequestMachine:
     def _culprit(self, stream: Stream, error: Error) -> WorkerKey:
         assert self._route is not None
         prefill = self._route.prefill
-        # A decode worker says ABORTED of what its writer did, and a writer OWNER_LOST of the decode worker.
-        by_writer = isinstance(error, AbortedError) or (stream is Stream.PREFILL and error.reason != "OWNER_LOST")
+        # A decode worker says ABORTED of what its writer did.  A writer's OWNER_LOST may mean the way between the two
+        # alone: whether the decode worker is lost, its own stream tells.
+        by_writer = isinstance(error, AbortedError) or stream is Stream.PREFILL
         return prefill if by_writer and prefill is not None else self._route.decode
 
     def _fail(self, error: Error) -> list[Action]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from random import Random
 
+from gateway.apart import Pair
 from gateway.candidates import Candidate, Role, WorkerKey
 from gateway.costs import Costs, Demand, Option, num_reckoned_steps
 from gateway.pairing import Partners, why_not_pair
@@ -89,14 +90,15 @@ class NoWorkerError(Exception):
 def choose_route(
     candidates: Sequence[Candidate], demand: Demand, excluded: frozenset[WorkerKey] = frozenset(), *,
     policy: Policy = Policy.KV_AWARE, min_ship_tokens: int = 0, turn: int = 0, request_id: str = "",
-    spoken: Protocol = SPOKEN,
+    spoken: Protocol = SPOKEN, apart: Set[Pair] = frozenset(),
 ) -> Route:  # fmt: skip
     """Equal arguments give equal routes, in whatever order the candidates come; equal costs go to the decode worker with
     fewer requests, then to the lowest worker ids.  A decode worker whose pool is full comes after all others.
 
     For kv-aware, whether to ship is the costs' business; a prompt of which the decode worker lacks fewer than
     ``min_ship_tokens`` is computed there under the other policies only, which know no costs.  ``turn`` counts the choices
-    for round-robin, ``request_id`` is random's seed, ``spoken`` are the gateway's protocols.  Raises NoWorkerError."""
+    for round-robin, ``request_id`` is random's seed, ``spoken`` are the gateway's protocols.  Pairs of ``apart`` are not
+    made.  Raises NoWorkerError."""
     refused = {c.key: why for c in candidates if (why := _why_not(c, excluded, spoken))}
     usable = sorted((c for c in candidates if c.key not in refused), key=lambda c: c.key.worker_id)
     decoders = [c for c in usable if c.role is Role.DECODE]
@@ -109,7 +111,7 @@ def choose_route(
         )  # fmt: skip
     costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE)
     writers = [c for c in usable if c.role is Role.PREFILL]
-    partners = Partners(writers)
+    partners = Partners(writers, apart)
     bests = [costs.best(d, partners.of(d)) for d in decoders]
     if policy is Policy.KV_AWARE:
         chosen = min(bests, key=lambda option: option.rank)
@@ -119,6 +121,8 @@ def choose_route(
     others = (best for best in bests if best.decode is not chosen.decode)
     options = tuple(sorted([*with_it, *others], key=lambda option: option.rank))
     refused |= {w.key: why for w in writers if (why := why_not_pair(w, chosen.decode))}
+    where = chosen.decode.key
+    refused |= {w.key: f"could not reach {where.worker_id} a moment ago" for w in writers if (w.key, where) in apart}
     return Route(policy, demand, chosen, options, _told(refused), costs.explain_pull(chosen))
 
 

@@ -30,11 +30,15 @@ from transport.errors import (
 from transport.lending import lender
 from transport.pieces import Offsets, Pieces
 from transport.segments import CannotMap, Segment, make_segment, mark_offset, open_segment
+from transport.sockets import bound_delivery
 
 OLDEST_UCX = (1, 12)
 CONNECT_TIMEOUT_MS = 2000
 
 STALL_TIMEOUT_MS = 10_000
+# Less, so that of a host out of reach the kernel tells first: then nothing of what was sent arrives later.  An endpoint
+# that UCX closes by force keeps its socket, and UCX 1.22 crashes when that can be written to again.
+DELIVERY_TIMEOUT_MS = 7_000
 
 # Set before the library loads, unless the user did.
 SETTINGS = {
@@ -47,6 +51,8 @@ SETTINGS = {
     # Of 8 KiB otherwise, which every piece of an emulated read (see ADR 1) is cut into: a third of the speed.
     "UCX_TCP_TX_SEG_SIZE": "64k",
     "UCX_TCP_RX_SEG_SIZE": "64k",
+    # Otherwise the one thread that serves all peers waits minutes in connect() for a host that is out of reach.
+    "UCX_TCP_CONN_NB": "y",
     # A host that vanished without a word is noticed within seconds, not within 20.
     "UCX_KEEPALIVE_INTERVAL": "1s",
     # Crashes stay Python's to report: a library takes over no signals.
@@ -213,6 +219,7 @@ class UcpTransport:
                 self._lib.kvf_abandon(self._ferry, handle)
                 self._check_open()
             self._check_reached(status)
+            bound_delivery(DELIVERY_TIMEOUT_MS)
             remote = RemoteRegion(d.incarnation, d.nbytes, Path.RMA, self._close_remote, why_not_mapped)
             self._opened[remote] = _Opened(handle, connection=connection)
             return remote

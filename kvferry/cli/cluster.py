@@ -26,6 +26,7 @@ from kvferry.cli.service_tls import open_service_channel
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
 SERVING = b"\x08\x01"
 LOG_TAIL_LINES = 12
+_RECONNECT_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +223,18 @@ class LocalCluster:
         self._await_ready(self._children[name], time.monotonic() + timeout_s)
 
     def _await_ready(self, child: _Child, deadline: float) -> int:
-        """Waits without polling: on the member's process, then on its health service's own watch stream."""
+        """Of whichever process bears the name: one that ends meanwhile is waited for to be followed."""
+        while (pid := self._await_serving(child, deadline)) is None:
+            if time.monotonic() >= deadline:
+                raise ClusterError(
+                    f"{child.member.name} was not ready in time; log: {child.log_path}", child.log_tail()
+                )
+            time.sleep(_RECONNECT_S)
+        return pid
+
+    def _await_serving(self, child: _Child, deadline: float) -> int | None:
+        """None when it has ended, or does not serve in time.  Waits without polling: on the member's process, then on its
+        health service's own watch stream."""
         name, address = child.member.name, child.member.health_address
         pid = child.wait_running(deadline)
         with self._lock:
@@ -250,7 +262,7 @@ class LocalCluster:
                 watch.cancel()
         with self._lock:
             self._raise_if_failed()
-        raise ClusterError(f"{name} was not ready in time; log: {child.log_path}", child.log_tail())
+        return None
 
     def _raise_if_failed(self) -> None:
         if self._failed is not None:

@@ -362,7 +362,9 @@ class Reservations:
         """Asks the writer to stop until there is proof that it has; its blocks stay in quarantine for so long.  The writer
         may also speak first, by its abort or a commit that comes too late."""
         delay_s, longest_s = STOP_BACKOFF_S
-        while ticket.state is TicketState.REVOKING and not await self._has_stopped(ticket, writer):
+        asked = False
+        while ticket.state is TicketState.REVOKING and not await self._has_stopped(ticket, writer, asked_before=asked):
+            asked = True
             log.warning(
                 "quarantine",
                 request_id=request_id,
@@ -376,7 +378,7 @@ class Reservations:
             self._book.prove_stopped(ticket.transfer_id)
         self._worker.router.changed.set()
 
-    async def _has_stopped(self, ticket: Ticket, writer: Writer) -> bool:
+    async def _has_stopped(self, ticket: Ticket, writer: Writer, *, asked_before: bool) -> bool:
         if has_ended(writer.process):
             return await self._nothing_follows()
         stub = worker_pb2_grpc.WorkerServiceStub(self._channels.get(writer.control_address))
@@ -398,7 +400,8 @@ class Reservations:
             log.info("stop_transfer_failed", transfer_id=ticket.transfer_id, error=e.details())
             return bool(has_ended(writer.process)) and await self._nothing_follows()
         if answer.incarnation == writer.id.incarnation:
-            return True
+            # It may have refused to say so because a connection had broken, of which something may lie in a socket here.
+            return not asked_before or await self._nothing_follows()
         # A successor may answer while its predecessor is still in its last moments.
         return has_ended(writer.process) is not False and await self._nothing_follows()
 

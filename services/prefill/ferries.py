@@ -30,6 +30,7 @@ from services.worker.puller import Puller
 from services.worker.remotes import Owner
 from services.worker.worker import Worker
 from transport import RemoteRegion
+from transport.reach import Way
 
 log = structlog.get_logger(__name__)
 
@@ -50,6 +51,8 @@ class Ferries:
         self.converter = converter
         self.digester = digester
         self.remotes = puller.remotes
+        # There only the writer's end is known to prove that nothing of a broken connection arrives.
+        self._over_rdma = any(path.way is Way.RDMA for path in worker.paths)
         self.loop = asyncio.get_running_loop()
         self._passages: dict[str, Passage] = {}  # by transfer id
         self._used: OrderedDict[str, Passage | None] = OrderedDict()  # never to be used again
@@ -126,13 +129,17 @@ class Ferries:
                 f"transfer {transfer_id} is told to stop, but a write has not ended after {STOP_WAIT_S:g} s; ask again",
                 reason="NOT_STOPPED_YET", retry_after_s=STOP_WAIT_S,
             ) from None  # fmt: skip
-        if passage.may_still_arrive:
-            raise UnavailableError(f"the connection of transfer {transfer_id} broke; what was sent may still arrive")
+        if passage.arriving is not None:
+            if self._over_rdma or not passage.arriving.has_ended():
+                raise UnavailableError(
+                    f"the connection of transfer {transfer_id} broke; what was sent may still arrive"
+                )
+            self._use_up(transfer_id, None)
 
     def forget(self, passage: Passage) -> None:
         del self._passages[passage.ticket.transfer_id]
         # Kept whole only where its end proves nothing.
-        self._use_up(passage.ticket.transfer_id, passage if passage.may_still_arrive else None)
+        self._use_up(passage.ticket.transfer_id, passage if passage.arriving is not None else None)
 
     def _check_integrity(self) -> None:
         self.converter.check_integrity()

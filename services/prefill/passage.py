@@ -24,6 +24,7 @@ from kvferry.errors import (
 from services.engine.engine import StepTime
 from services.engine.ready import Ready
 from services.engine.sequence import ChunkComputed, Event, Sequence, Started, StepFailed, TokenDrawn
+from services.prefill.arriving import Arriving
 from services.prefill.conversion import laid_out
 from services.prefill.ferry import Action, CancelWrites, Commit, Ferry, FerryState, Stopped, Write
 from services.prefill.logbook import ChunkTimes, Logbook
@@ -85,8 +86,8 @@ class Passage:
     path: str = ""
     verify_s: float = 0.0
     owner_lost: bool = False
-    # Of a connection that broke, bytes may still be on their way.
-    may_still_arrive: bool = False
+    # Of a connection that broke, bytes may still be on their way: None where none did.
+    arriving: Arriving | None = None
 
     @property
     def distance(self) -> Distance:
@@ -219,9 +220,8 @@ class Passage:
                 result = await transfer
                 span.set_attributes({"kvferry.num_bytes": result.nbytes, "kvferry.path": result.path.value})
         except TransportError as e:
-            # Of a connection that broke, only the writer's end can prove that nothing comes any more.
             if remote.path is Path.RMA and not isinstance(e, TransferCancelled):
-                self.may_still_arrive = True
+                self.arriving = Arriving()
             raise
         finally:
             self.transfers.discard(transfer)

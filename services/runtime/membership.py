@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ import structlog
 from kvferry.api.directory.v1 import directory_pb2
 from services.runtime.backoff import Backoff
 from services.runtime.directories import Directories, Directory
+from services.runtime.fence import Fence
 from services.runtime.journal import BlockJournal, snapshot_events
 from services.runtime.tier import Tier
 from services.runtime.tls import Certificates
@@ -23,6 +25,7 @@ _log = structlog.stdlib.get_logger(__name__)
 _CALL_TIMEOUT_S = 5.0
 _DEREGISTER_TIMEOUT_S = 1.0
 _HASHES_PER_CALL = 1 << 16  # 1 MiB
+_LOOKS_PER_LEASE = 12
 _REFUSALS = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED})
 
 
@@ -43,7 +46,9 @@ class Membership:
     and sends ``snapshot()``, by tier the hashes of all blocks now in the prefix cache.  Leaving deregisters (at most 1 s).
     Only when another process has registered under the same worker_id does it give up, with an error in the log.
 
-    ``load`` and ``snapshot`` are called on the event loop's thread and must not block.
+    ``load`` and ``snapshot`` are called on the event loop's thread and must not block.  ``on_slept`` is called there, once,
+    with how many seconds the process, or its event loop, was stopped when its lease ended meanwhile: others have given it
+    up, and it should end at once.
     ``stored``, ``removed`` and ``cleared`` may be called from any thread, at any time, and never block.  Call them after
     the cache has changed: a snapshot may be taken in between.  When more than ``max_pending_hashes`` wait for a slow
     directory they are dropped and a snapshot is sent instead.
@@ -59,8 +64,11 @@ class Membership:
         lease_ttl_s: float = 6.0,
         max_pending_hashes: int = 1 << 18,
         certificates: Certificates | None = None,
+        on_slept: Callable[[float], None] = lambda slept_s: None,
     ) -> None:
         self._directories = Directories(directory_addresses, certificates=certificates)
+        self._on_slept = on_slept
+        self._fence = Fence(time.monotonic())
         self._info = info
         self._load = load
         self._snapshot = snapshot
@@ -108,13 +116,17 @@ class Membership:
         self._pending, self._report_due = asyncio.Event(), asyncio.Event()
         self._changed, self._described = asyncio.Event(), asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        self._task = asyncio.create_task(self._stay(), name="membership")
+        self._tasks = (
+            asyncio.create_task(self._stay(), name="membership"),
+            asyncio.create_task(self._look_for_sleep(), name="membership fence"),
+        )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
         self._loop = None
-        self._task.cancel()
-        await asyncio.wait([self._task])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         if self._lease_id is not None:
             request = directory_pb2.DeregisterRequest(lease_id=self._lease_id)
             try:
@@ -131,6 +143,13 @@ class Membership:
                 loop.call_soon_threadsafe(self._pending.set)
             except RuntimeError:
                 # The loop has been closed by a shutdown that this thread has not noticed yet.
+                return
+
+    async def _look_for_sleep(self) -> None:
+        while True:
+            await asyncio.sleep(self._lease_ttl_s / _LOOKS_PER_LEASE)
+            if (slept_s := self._fence.awake(time.monotonic())) is not None:
+                self._on_slept(slept_s)
                 return
 
     async def _stay(self) -> None:
@@ -161,6 +180,7 @@ class Membership:
                 info=self._info, load=self._load(), lease_ttl_ms=round(self._lease_ttl_s * 1000)
             )
             directory = self._directories.current
+            asked_s = time.monotonic()
             try:
                 response = await directory.stub.Register(request, timeout=_CALL_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
@@ -169,6 +189,7 @@ class Membership:
                 await self._pause(backoff, directory, "register", error)
                 continue
             self._lease_id = response.lease_id
+            self._fence.granted(asked_s, self._lease_ttl_s)
             self._journal.break_()
             self._pending.set()
             self._away = False
@@ -218,6 +239,7 @@ class Membership:
             request = directory_pb2.KeepAliveRequest(lease_id=self._lease_id, load=self._load())
             while True:
                 directory = self._directories.current
+                asked_s = time.monotonic()
                 try:
                     response = await directory.stub.KeepAlive(request, timeout=min(_CALL_TIMEOUT_S, ttl_s / 3))
                 except grpc.aio.AioRpcError as error:
@@ -226,6 +248,7 @@ class Membership:
                     await self._pause(backoff, directory, "keep-alive", error)
                 else:
                     ttl_s = response.lease_ttl_ms / 1000
+                    self._fence.granted(asked_s, ttl_s)
                     self._answered(directory)
                     backoff.reset()
                     break

@@ -65,6 +65,8 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SERVER_GRACE_S = 2.0
+# Of a process that ended because it had slept through its lease (EX_TEMPFAIL): whoever supervises it starts it again.
+FENCED_STATUS = 75
 # Pins may hold one block in so many: the others are enough to serve.
 PINNED_SHARE = 4
 MAX_PINS = 1024
@@ -100,6 +102,7 @@ async def run_worker(config: WorkerConfig, role: Role, other: Role) -> None:
             _snapshot(worker),
             lease_ttl_s=config.lease_ttl_s,
             certificates=certificates,
+            on_slept=_end_fenced,
         )
         worker.router.tell_directory = lambda changes: _publish(membership, changes)
         puller = await stack.enter_async_context(Puller(worker, channels))
@@ -240,6 +243,13 @@ async def _drain(worker: Worker, timeout_s: float) -> None:
     if not done:
         log.warning("drain_cut_short", timeout_s=timeout_s)
     draining.cancel()
+
+
+def _end_fenced(slept_s: float) -> None:
+    """The end of the process is what all others take as proof that it writes, reads and decodes no more.  Nothing else
+    would say so as surely, or as soon."""
+    log.warning("fenced", slept_s=round(slept_s, 1), why="this process was stopped for longer than its lease")
+    os._exit(FENCED_STATUS)
 
 
 def _num_blocks(config: WorkerConfig, layout: KvLayout) -> int:

@@ -3,7 +3,8 @@
 Two prefill workers, two decode workers, two gateways and a directory, as processes of their own with the real model.
 Clients ask short and long prompts, greedy and seeded, through both gateways; some disconnect.  Processes are killed,
 stopped and continued within their lease and after it, terminated, drained, and restarted in turn, by a schedule that the
-seed gives.  Partitions are not among the faults.  Exit status 1: an answer was wrong or lost, or something was left over.
+seed gives.  Where network namespaces can be made, which takes root, each is on a host of its own, and packets between two
+of them are lost for a while.  Exit status 1: an answer was wrong or lost, or something was left over.
 """
 
 from __future__ import annotations

@@ -13,22 +13,32 @@ from collections.abc import Callable
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterError, Role
 from tests.chaos.oracle import History, Window
-from tests.chaos.schedule import Fault, Kind
+from tests.chaos.schedule import LEASE_S, Fault, Kind
+from tests.namespaces import Network
 
 RESTART_S = 90.0
+FENCED_WITHIN_S = 15.0
 _DRAIN_TIMEOUT_S = 40.0
 
 
 class Injector:
     """Owned by one thread.  ``say`` takes a line for whoever watches."""
 
-    def __init__(self, cluster: LocalCluster, all_there: Callable[[], bool], say: Callable[[str], None]) -> None:
-        """``all_there``: whether every gateway knows the processes that run now."""
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        all_there: Callable[[], bool],
+        say: Callable[[str], None],
+        network: Network | None = None,
+    ) -> None:
+        """``all_there``: whether every gateway knows the processes that run now.  ``network`` is cut for partitions."""
         self.injected: Counter[Kind] = Counter()
         self.history = History()
         self.pids: set[int] = set()  # of all that ever ran
+        self.unfenced: list[str] = []
         self._cluster = cluster
         self._all_there = all_there
+        self._network = network
         self._say = say
         self._roles = {member.name: member.role for member in cluster.members}
         self._paused: list[threading.Thread] = []
@@ -50,12 +60,14 @@ class Injector:
             case Kind.DRAIN:
                 self._drain(fault.member)
                 self._cluster.kill(fault.member, signal.SIGTERM)
+            case Kind.PARTITION:
+                self._part(fault)
             case Kind.ROLL:
                 self._roll(fault.gently)
         self.injected[fault.kind] += 1
 
     def settle(self) -> None:
-        """Returns when nobody is paused, and every member is there and known.  Raises ClusterError."""
+        """Returns when nobody is paused or cut off, and every member is there and known.  Raises ClusterError."""
         for thread in self._paused:
             thread.join()
         self._paused.clear()
@@ -68,11 +80,33 @@ class Injector:
         self.pids.update(pid for m in self._cluster.members if (pid := self._cluster.pid(m.name)) is not None)
 
     def _pause(self, name: str, for_s: float) -> None:
+        pid = self._cluster.pid(name)
         self._cluster.kill(name, signal.SIGSTOP)
+        fences = for_s > LEASE_S and self._roles[name] in (Role.PREFILL, Role.DECODE)
 
         def go_on() -> None:
             time.sleep(for_s)
             self._cluster.kill(name, signal.SIGCONT)  # whoever bears the name by now
+            end_s = time.monotonic() + FENCED_WITHIN_S
+            while fences and self._cluster.pid(name) == pid:
+                if time.monotonic() > end_s:
+                    self.unfenced.append(f"{name} went on after {for_s:.1f} s of sleep, longer than its lease")
+                    return
+                time.sleep(0.05)
+
+        self._paused.append(threading.Thread(target=go_on))
+        self._paused[-1].start()
+
+    def _part(self, fault: Fault) -> None:
+        network = self._network
+        assert network is not None, "there are no partitions without a network"
+        cuts = [(fault.member, fault.other), (fault.other, fault.member)][: 1 if fault.one_way else 2]
+        for cut in cuts:
+            network.cut(*cut)
+
+        def go_on() -> None:
+            time.sleep(fault.pause_s)
+            network.heal(fault.member, fault.other)
 
         self._paused.append(threading.Thread(target=go_on))
         self._paused[-1].start()

@@ -14,32 +14,45 @@ class Kind(Enum):
     LONG_PAUSE = "SIGSTOP, SIGCONT after the lease"
     TERMINATE = "SIGTERM"
     DRAIN = "kvferry drain, SIGTERM"
+    PARTITION = "packets lost between two members"
     ROLL = "rolling restart of every member"
 
 
 LEASE_S = 6.0
 # A killed process costs the machine its start; a rolling restart costs seven of them.
-_WEIGHTS = {Kind.KILL: 6, Kind.PAUSE: 4, Kind.LONG_PAUSE: 2, Kind.TERMINATE: 3, Kind.DRAIN: 2, Kind.ROLL: 1}
+_WEIGHTS = {
+    Kind.KILL: 6,
+    Kind.PAUSE: 4,
+    Kind.LONG_PAUSE: 2,
+    Kind.TERMINATE: 3,
+    Kind.DRAIN: 2,
+    Kind.PARTITION: 4,
+    Kind.ROLL: 1,
+}
 _GAP_S = (1.0, 6.0)
 # The first of each kind comes early, so that a short run has them too; a rolling restart after these.
-_FIRST = (Kind.KILL, Kind.PAUSE, Kind.TERMINATE, Kind.DRAIN, Kind.LONG_PAUSE, Kind.ROLL)
+_FIRST = (Kind.KILL, Kind.PAUSE, Kind.TERMINATE, Kind.DRAIN, Kind.LONG_PAUSE, Kind.PARTITION, Kind.ROLL)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """``gap_s`` after the one before was brought about, which for a pause is its begin and for the last three kinds their
-    end.  ``member`` is empty for ROLL, and what ``gently`` says is for it alone: whether workers are drained by name first.
-    ``pause_s`` is for pauses."""
+    """``gap_s`` after the one before was brought about, which for pauses and partitions is their begin and for DRAIN and
+    ROLL their end.  ``member`` is empty for ROLL, and what ``gently`` says is for it alone: whether workers are
+    drained by name first.  ``pause_s`` is for pauses and partitions; these are between ``member`` and ``other``, and
+    when ``one_way`` what ``other`` sends arrives."""
 
     gap_s: float
     kind: Kind
     member: str = ""
     pause_s: float = 0.0
     gently: bool = False
+    other: str = ""
+    one_way: bool = False
 
     def __str__(self) -> str:
         pause = f" {self.pause_s:.1f} s" if self.pause_s else ""
-        return f"{self.kind.value} {self.member}".strip() + pause
+        between = f"{' to ' if self.one_way else ' and '}{self.other}" if self.other else ""
+        return f"{self.kind.value} {self.member}{between}".strip() + pause
 
 
 def faults(
@@ -61,6 +74,10 @@ def faults(
                 yield Fault(gap_s, kind, member, pause_s=random_.uniform(0.3, LEASE_S / 2))
             case Kind.LONG_PAUSE:
                 yield Fault(gap_s, kind, member, pause_s=random_.uniform(1.2, 1.7) * LEASE_S)
+            case Kind.PARTITION:
+                member, other = random_.sample([*workers, *others], 2)
+                pause_s = random_.uniform(0.5, 2.5) * LEASE_S
+                yield Fault(gap_s, kind, member, pause_s, other=other, one_way=random_.random() < 0.5)
             case Kind.ROLL:
                 yield Fault(gap_s, kind, gently=random_.random() < 0.5)
             case _:

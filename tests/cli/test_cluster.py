@@ -123,6 +123,24 @@ def test_ready_means_that_the_health_service_says_serving(tmp_path: Path) -> Non
         assert cluster.pid("a") not in (None, old)
 
 
+def test_who_waits_for_a_member_that_dies_meanwhile_gets_the_next(tmp_path: Path) -> None:
+    events = Recorder()
+    (port,) = pick_free(1)
+    address = f"127.0.0.1:{port}"
+    with LocalCluster(
+        [member("a", SERVES, address, "0.7", health_address=address)], tmp_path, on_event=events, timing=QUICK
+    ) as cluster:
+        cluster.kill("a")
+        pids = []
+        while len(pids) < 2:
+            if isinstance(event := events.next(), Restarted):
+                pids.append(event.pid)
+                if len(pids) == 1:
+                    threading.Timer(0.3, cluster.kill, ["a"]).start()
+                    cluster.wait_ready("a", 20)
+        assert cluster.pid("a") == pids[1]
+
+
 def test_not_ready_in_time(tmp_path: Path) -> None:
     (port,) = pick_free(1)
     address = f"127.0.0.1:{port}"

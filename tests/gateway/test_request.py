@@ -133,6 +133,15 @@ def test_each_writer_that_the_decode_worker_distrusts_is_passed_over_and_no_atte
     assert m.on(failed(Stream.DECODE, LOST, 7)) == [CancelAttempt(7), Fail(LOST)]
 
 
+def test_a_writer_that_cannot_reach_its_owner_is_passed_over_and_no_attempt_is_used_up() -> None:
+    """The way between the two may be all that is lost: then the decode worker serves with another writer, or alone."""
+    m = split(max_attempts=2)
+    unreachable = UnavailableError("the pool's owner was lost", reason="OWNER_LOST")
+    assert m.on(failed(Stream.PREFILL, unreachable)) == [CancelAttempt(1), ChooseRoute(frozenset({P}))]
+    m.on(Routed(D, None))
+    assert m.on(failed(Stream.DECODE, LOST, 2)) == [CancelAttempt(2), ChooseRoute(frozenset({P, D}))]
+
+
 def test_a_prefill_worker_lost_after_its_commit_does_not_matter() -> None:
     m = split()
     m.on(prefilled())

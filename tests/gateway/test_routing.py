@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.apart import Pair
 from gateway.candidates import Abilities, Candidate, Path, Rates, Role, TransferRate, WorkerKey
 from gateway.costs import Costs, Demand
 from gateway.pairing import Partners, why_not_pair
-from gateway.routing import NoWorkerError, Policy, Route, choose_route
+from gateway.routing import NoWorkerError, PassedOver, Policy, Route, choose_route
 from services.runtime.place import Distance, Place
 from services.runtime.protocol import SPOKEN, Protocol
 
@@ -38,10 +39,11 @@ D0, D1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE)
 def route(
     candidates: Sequence[Candidate], num_tokens: int = 500, excluded: tuple[Candidate, ...] = (),
     policy: Policy = Policy.KV_AWARE, turn: int = 0, request_id: str = "r", spoken: Protocol = SPOKEN,
+    apart: Set[Pair] = frozenset(),
 ) -> Route:  # fmt: skip
     chosen = choose_route(
         candidates, Demand(num_tokens, 1000), frozenset(c.key for c in excluded), policy=policy, min_ship_tokens=32,
-        turn=turn, request_id=request_id, spoken=spoken,
+        turn=turn, request_id=request_id, spoken=spoken, apart=apart,
     )  # fmt: skip
     assert chosen.chosen in chosen.options
     assert chosen.decode.key.worker_id in chosen.reason
@@ -192,6 +194,14 @@ def test_partners_of_several_kinds_are_in_the_order_of_their_ids() -> None:
     mixed = [P0, speaking(P1, 1, 2), worker("p2", Role.PREFILL)]
     assert list(Partners(mixed).of(D0)) == mixed
     assert list(Partners([*mixed, speaking(worker("p3", Role.PREFILL), 2, 2)]).of(D0)) == mixed
+
+
+def test_a_pair_that_is_apart_is_not_made_and_the_reason_is_told() -> None:
+    apart = {(P0.key, D0.key)}
+    assert route([P0, D0], apart=apart).prefill is None
+    assert route([P0, D0], apart=apart).passed_over == (PassedOver("p0", "could not reach d0 a moment ago"),)
+    assert route([P0, P1, D0], apart=apart).prefill == P1
+    assert route([P0, D0]).prefill == P0
 
 
 def test_a_near_owner_is_preferred_by_what_was_measured_at_that_distance() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -92,6 +93,26 @@ def test_a_decode_worker_killed_while_its_prompt_is_computed(
         assert greedy.continuation_is_greedy(client.tokenize(prompt), outcome.token_ids)
     cluster.wait_until(lambda: cluster.is_quiet("prefill-0"), 5, "the writer has let go")
     cluster.local.wait_ready("decode-0", 60)
+    cluster.local.wait_ready("gateway", 60)
+    assert_serves(client)
+
+
+def test_a_killed_gateway_leaves_nothing_behind(cluster: Running, client: Client) -> None:
+    """One of its requests is decoded, the other's prompt is computed."""
+    before = cluster.stats("prefill-0").num_blocks_written
+    decoded = client.generate("For ever and ever.", max_tokens=500, temperature=0, ignore_eos=True, timeout=DEADLINE_S)
+    next(decoded)
+    prompt = "the gateway killed: " + LONG
+    with ThreadPoolExecutor() as threads:
+        computed = threads.submit(client.generate(prompt, max_tokens=4, timeout=DEADLINE_S).result)
+        cluster.wait_until(lambda: cluster.stats("prefill-0").num_blocks_written > before + 1, 30, "blocks are written")
+        cluster.local.kill("gateway")
+        for name in ("decode-0", "prefill-0"):
+            cluster.wait_until(lambda name=name: cluster.is_quiet(name), 6, f"{name} has what it gave")  # type: ignore[misc]
+        with pytest.raises(UnavailableError):
+            decoded.result()
+        lost = computed.exception(DEADLINE_S)
+        assert lost is None or isinstance(lost, UnavailableError)  # it asked again, and may have found nobody yet
     cluster.local.wait_ready("gateway", 60)
     assert_serves(client)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from typing import Any
@@ -272,7 +273,7 @@ async def test_a_worker_that_falls_silent_expires_in_the_view() -> None:
         async with worker.membership:
             assert isinstance((await asyncio.wait_for(changes.get(), 5))[0], WorkerJoined)
             # As if it had been killed: neither a goodbye nor a sign of life.
-            worker.membership._task.cancel()
+            worker.membership._tasks[0].cancel()
             (gone,) = await asyncio.wait_for(changes.get(), 5)
             assert gone == WorkerGone("d1", 1, directory_pb2.LEAVE_REASON_EXPIRED)
             assert dict(view.workers) == {}
@@ -292,7 +293,7 @@ async def test_a_new_incarnation_takes_over_and_the_old_one_gives_up() -> None:
                     assert gone == WorkerGone("d1", 1, directory_pb2.LEAVE_REASON_REPLACED)
                     assert isinstance(joined, WorkerJoined)
                     assert joined.state.info.incarnation == 2
-                    await asyncio.wait_for(asyncio.shield(old.membership._task), 5)
+                    await asyncio.wait_for(asyncio.shield(old.membership._tasks[0]), 5)
                     assert not old.membership.registered
                     assert [w.incarnation for w in place.store.state.workers.values()] == [2]
         assert [line["event"] for line in lines if line["log_level"] == "error"] == ["out of the cluster"]
@@ -418,3 +419,26 @@ async def test_another_directory_of_the_same_store_takes_over() -> None:
         assert worker.num_snapshots == 1
         assert changes.empty()
         assert worker.membership._directories.current.address != lost
+
+
+async def test_whose_event_loop_stood_still_through_its_lease_is_told_so() -> None:
+    async with directory() as place:
+        slept = asyncio.get_running_loop().create_future()
+        worker = Worker(place.address, lease_ttl_s=1, on_slept=slept.set_result)
+        async with worker.membership:
+            await place.until(lambda: num_workers(place) == 1)
+            time.sleep(1.2)  # noqa: ASYNC251 - as SIGSTOP would
+            assert await asyncio.wait_for(slept, 5) >= 1.0
+
+
+async def test_a_directory_that_is_away_for_longer_than_a_lease_fences_nobody() -> None:
+    slept: list[float] = []
+    async with AsyncExitStack() as stack:
+        async with directory() as place:
+            worker = Worker(place.address, lease_ttl_s=1, on_slept=slept.append)
+            await stack.enter_async_context(worker.membership)
+            await place.until(lambda: num_workers(place) == 1)
+        await asyncio.sleep(1.5)
+        async with directory(int(place.address.rpartition(":")[2])) as back:
+            await back.until(lambda: num_workers(back) == 1)
+    assert slept == []

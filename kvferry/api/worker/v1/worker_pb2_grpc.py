@@ -330,7 +330,7 @@ class WorkerServiceServicer(object):
         """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
         the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
         of. Idempotent.
-        UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+        UNAVAILABLE          what was sent may still arrive; ask again
         FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

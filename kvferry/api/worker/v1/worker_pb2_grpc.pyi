@@ -176,7 +176,7 @@ class WorkerServiceStub:
     """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
     the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
     of. Idempotent.
-      UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+      UNAVAILABLE          what was sent may still arrive; ask again
       FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
     """
     PinBlocks: grpc.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.PinBlocksRequest, kvferry.api.worker.v1.worker_pb2.PinBlocksResponse]
@@ -216,7 +216,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
     the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
     of. Idempotent.
-      UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+      UNAVAILABLE          what was sent may still arrive; ask again
       FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
     """
     PinBlocks: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.worker.v1.worker_pb2.PinBlocksRequest, kvferry.api.worker.v1.worker_pb2.PinBlocksResponse]  # type: ignore[assignment]
@@ -259,7 +259,7 @@ class WorkerServiceServicer(metaclass=abc.ABCMeta):
         """By a pool's owner, of the writer: stop writing under this ticket. Answers only after the last byte: the answer is
         the proof that lets the owner use the blocks again. The ticket is refused from then on, also when it was never heard
         of. Idempotent.
-          UNAVAILABLE          what was sent may still arrive, and only the writer's end can prove otherwise
+          UNAVAILABLE          what was sent may still arrive; ask again
           FAILED_PRECONDITION  the ticket is another owner's, or names another epoch: nothing was stopped
         """
 
