@@ -98,6 +98,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 async def drain(worker: Worker) -> None:
     """Takes no new work; returns when what there is has ended, pins included.  The caller sets the deadline."""
     worker.draining = True
+    await worker.tell_draining()
     while not worker.is_idle():
         worker.router.changed.clear()
         await worker.router.changed.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -76,12 +76,16 @@ class Traffic:
     digest_s: float = 0.0
 
 
+async def _nobody() -> None:
+    """Hears of it where the worker has no server."""
+
+
 @dataclass(slots=True, eq=False)
 class Worker:
     """Owned by the event loop.  ``pins`` and ``pulls`` belong to the engine's exclusive section, as the scheduler does.
     ``check_role`` verifies what the role adds to their accounts; ``end_streams`` ends, with their last requests, the
-    streams that callers of the role keep open between requests.  ``region`` is the pool's, or the first rank's part of it;
-    ``further_regions`` are the others', in order."""
+    streams that callers of the role keep open between requests; ``tell_draining`` makes the server's health say so.
+    ``region`` is the pool's, or the first rank's part of it; ``further_regions`` are the others', in order."""
 
     identity: Identity
     model: ModelConfig
@@ -97,6 +101,7 @@ class Worker:
     labels: Mapping[str, str] = field(default_factory=dict)
     check_role: Callable[[], None] = lambda: None
     end_streams: Callable[[], None] = lambda: None
+    tell_draining: Callable[[], Awaitable[None]] = _nobody
     traffic: Traffic = field(default_factory=Traffic)
     transfer_times: TransferTimes = field(default_factory=TransferTimes)
     pull_times: PullTimes = field(default_factory=PullTimes)
