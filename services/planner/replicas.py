@@ -13,4 +13,5 @@ class Replicas(Protocol):
 
     async def scale(self, role: WorkerRole, count: int) -> None:
         """Brings their number to ``count``, or as near as may be in one step; call again for the rest.  Those that go
-        finish what they have.  The same call twice does the same.  Returns without waiting for workers.  Raises kvferry.Error."""
+        finish what they have.  The same call twice does the same.  Returns without waiting for workers.  Raises
+        kvferry.Error."""
