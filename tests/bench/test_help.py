@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
         "system",
         "directory",
         "routing",
+        "scale",
         "gateway",
         "gpu",
     ],
