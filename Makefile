@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-routing bench-scale bench-gateway bench-gpu test-gpu wheel clean
+.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-routing bench-scale bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,9 @@ protos-check: $(STAMP)
 
 wheel: $(STAMP) ## Build the client's wheel into dist/
 	@python -m build --wheel --outdir dist .
+
+release-check: $(STAMP) ## One version, the wheel, licences, known vulnerabilities, SBOM (pip install '.[release]' first)
+	@python -m tests.release
 
 clean: ## Remove build results (not .venv)
 	@rm -rf build dist *.egg-info
