@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-routing bench-gateway bench-gpu test-gpu wheel clean
+.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-routing bench-scale bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ test-gpu: $(STAMP) ## Run what needs an NVIDIA GPU, with torch for CUDA and kvfe
 bench-gpu: $(STAMP) ## Decode and prefill on a GPU against the floors of its bytes and sums (ARGS="--rounds 20")
 	@python -m tests.bench.gpu $(ARGS)
 
+bench-scale: $(STAMP) ## What requests and changes cost the cores with 10 to 10,000 workers (ARGS="--sizes 1000")
+	@python -m tests.bench.scale $(ARGS)
+
 bench-gateway: $(STAMP) ## Measure tokens through one gateway process, from workers that compute nothing (ARGS="--only half")
 	@python -m tests.bench.gateway $(ARGS)
 
@@ -104,6 +107,9 @@ protos-check: $(STAMP)
 
 wheel: $(STAMP) ## Build the client's wheel into dist/
 	@python -m build --wheel --outdir dist .
+
+release-check: $(STAMP) ## One version, the wheel, licences, known vulnerabilities, SBOM (pip install '.[release]' first)
+	@python -m tests.release
 
 clean: ## Remove build results (not .venv)
 	@rm -rf build dist *.egg-info

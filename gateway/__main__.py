@@ -9,7 +9,6 @@ from math import inf
 
 import prometheus_client
 import structlog
-from grpc_health.v1 import health_pb2
 
 from gateway.admission import Objectives
 from gateway.config import GatewayConfig
@@ -33,12 +32,14 @@ from services.engine.model_files import open_model
 from services.runtime import logs, tracing
 from services.runtime.channels import Channels
 from services.runtime.config import load
+from services.runtime.probes import serve_probes
 from services.runtime.server import (
     add_standard_services,
     bind,
     create_server,
     run_until_stopped,
     running,
+    set_ready,
     split_address,
 )
 from services.runtime.startup import StartupError
@@ -91,16 +92,11 @@ async def run_gateway(config: GatewayConfig) -> None:
             while True:
                 if ready is not frontend.ready:
                     ready = frontend.ready
-                    status = (
-                        health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-                    )
-                    for name in ("", *names):
-                        await health.set(name, status)
+                    await set_ready(health, names, ready)
                 membership_changed.clear()
                 await membership_changed.wait()
 
-        for name in ("", *names):
-            await health.set(name, health_pb2.HealthCheckResponse.NOT_SERVING)
+        await set_ready(health, names, False)
         vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)
         limits = HttpLimits(max_body_nbytes=config.max_body_nbytes, max_timeout_s=config.max_request_s,
                             write_timeout_s=config.write_timeout_s)  # fmt: skip
@@ -110,6 +106,7 @@ async def run_gateway(config: GatewayConfig) -> None:
         )  # fmt: skip
         app = create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper, dashboard=dashboard)
         http = HttpServer(app, certificates)
+        await stack.enter_async_context(serve_probes(health, config.listen, config.health_port))
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await http.start(*split_address(config.http_listen), flag="--http-listen")
         stack.push_async_callback(http.stop, SERVER_GRACE_S)

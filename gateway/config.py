@@ -71,6 +71,12 @@ class GatewayConfig(TlsOptions):
         help="file of API keys and their tenants (`kvferry key` makes it); without, everybody who reaches a port may ask",
     )
     drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
+    health_port: int = option(
+        0,
+        help="port of gRPC health on the same host, in the clear for probes that have no certificate; 0 is off",
+        minimum=0,
+        maximum=65535,
+    )
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")
 
     def __post_init__(self) -> None:

@@ -88,6 +88,11 @@ class _Writing:
     place: Place
     ways: Sequence[tuple[float, float]]  # by distance: seconds of the handover, bytes a second
 
+    @property
+    def computed_s(self) -> float:
+        """When the prompt will have been computed."""
+        return self.queue_s + self.pull_s + self.prefill_s
+
     def ship_s(self, num_bytes: int, to: Place) -> float:
         handover_s, bytes_per_s = self.ways[distance_between(self.place, to)]
         return handover_s + num_bytes / bytes_per_s
@@ -144,20 +149,25 @@ class Costs:
         that it lacks."""
         return self._pulls.explain(option.prefill or option.decode)
 
-    def best(self, decode: Candidate, writers: Sequence[Candidate]) -> Option:
-        """Of all that decode there: by rank, but without making each one, of which there are many."""
-        alone = self.alone(decode)
-        if not writers:
-            return alone
-        num_bytes, decode_s = self._num_missing_bytes(decode), alone.terms.decode_s
+    def soonest_first(self, writers: Sequence[Candidate]) -> list[Candidate]:
+        """By when they will have computed the prompt."""
+        return sorted(writers, key=lambda writer: self._writing[writer.key].computed_s)
 
-        def rank(writer: Candidate) -> tuple[float, str]:
+    def best(self, decode: Candidate, writers: Sequence[Candidate]) -> Option:
+        """Of all that decode there: by rank, but without making each one, of which there are many.  ``writers`` come as
+        ``soonest_first`` has them: of a thousand, all but a few would be later even if shipping took no time."""
+        alone = self.alone(decode)
+        num_bytes, decode_s = self._num_missing_bytes(decode), alone.terms.decode_s
+        chosen, least = None, (alone.terms.total_s, "")
+        for writer in writers:
             w = self._writing[writer.key]
             # The same additions in the same order as a total's, so that rounding makes no other order.
-            total_s = w.queue_s + w.pull_s + w.prefill_s + w.ship_s(num_bytes, decode.place) + 0.0 + decode_s
-            return (total_s, writer.key.worker_id)
-
-        return min(alone, self.split(decode, min(writers, key=rank)), key=lambda option: option.rank)
+            if w.computed_s + 0.0 + decode_s > least[0]:
+                break
+            rank = (w.computed_s + w.ship_s(num_bytes, decode.place) + 0.0 + decode_s, writer.key.worker_id)
+            if rank < least:
+                chosen, least = writer, rank
+        return alone if chosen is None else self.split(decode, chosen)
 
     def is_full(self, decode: Candidate) -> bool:
         needed = decode.num_missing_blocks(self._demand.num_prompt_tokens + 1) + decode.num_prefix_host_blocks

@@ -111,8 +111,8 @@ def choose_route(
         )  # fmt: skip
     costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE)
     writers = [c for c in usable if c.role is Role.PREFILL]
-    partners = Partners(writers, apart)
-    bests = [costs.best(d, partners.of(d)) for d in decoders]
+    partners, soonest = Partners(writers, apart), Partners(costs.soonest_first(writers), apart)
+    bests = [costs.best(d, soonest.of(d)) for d in decoders]
     if policy is Policy.KV_AWARE:
         chosen = min(bests, key=lambda option: option.rank)
     else:

@@ -7,8 +7,6 @@ import sys
 
 import prometheus_client
 import structlog
-from grpc_health.v1 import health as health_service
-from grpc_health.v1 import health_pb2
 
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
 from services.directory.config import MEMORY, DirectoryConfig
@@ -19,12 +17,14 @@ from services.directory.servicer import DirectoryServicer
 from services.directory.store import Store, StoreAwayError
 from services.runtime import config, logs, tracing
 from services.runtime.metrics import serve_metrics
+from services.runtime.probes import serve_probes
 from services.runtime.server import (
     add_standard_services,
     bind,
     create_inner_server,
     run_until_stopped,
     running,
+    set_ready,
     split_address,
 )
 from services.runtime.startup import StartupError
@@ -45,18 +45,23 @@ async def serve(settings: DirectoryConfig) -> None:
     store = open_store(settings)
     server, credentials = create_inner_server(settings.certificates(settings.listen))
     directory_pb2_grpc.add_DirectoryServiceServicer_to_server(DirectoryServicer(store), server)
-    health = await add_standard_services(server, [_SERVICE_NAME])
-    await _set_health(health, False)
+    names = (_SERVICE_NAME,)
+    health = await add_standard_services(server, names)
+    await set_ready(health, names, False)
     port = bind(server, settings.listen, credentials=credentials)
     host = split_address(settings.listen)[0]
     prometheus_client.REGISTRY.register(DirectoryCollector(store))
     # The store is left before the server, so its watches have ended when the server waits for its calls.
     with serve_metrics(settings.metrics_port, host=host):
         try:
-            async with running(server, grace_s=_STOP_GRACE_S), store:
+            async with (
+                serve_probes(health, settings.listen, settings.health_port),
+                running(server, grace_s=_STOP_GRACE_S),
+                store,
+            ):
                 _log.info("listening", address=f"{host}:{port}", metrics_port=settings.metrics_port)
                 async for is_available in store.availability():
-                    await _set_health(health, is_available)
+                    await set_ready(health, names, is_available)
                 await asyncio.Event().wait()
         except StoreAwayError as error:
             raise StartupError(str(error)) from error
@@ -85,12 +90,6 @@ def open_store(settings: DirectoryConfig) -> Store:
         # Without its text, which may repeat a password.
         raise StartupError("--store is not a URL that can be understood; write redis://host:port/db") from error
     return RedisStore(link, **bounds)
-
-
-async def _set_health(servicer: health_service.aio.HealthServicer, is_available: bool) -> None:
-    statuses = health_pb2.HealthCheckResponse
-    for name in ("", _SERVICE_NAME):
-        await servicer.set(name, statuses.SERVING if is_available else statuses.NOT_SERVING)
 
 
 def main() -> int:

@@ -22,6 +22,12 @@ class DirectoryConfig(TlsOptions):
     metrics_port: int = option(
         0, help="port of the Prometheus metrics on the same host; 0 is off", minimum=0, maximum=65535
     )
+    health_port: int = option(
+        0,
+        help="port of gRPC health on the same host, in the clear for probes that have no certificate; 0 is off",
+        minimum=0,
+        maximum=65535,
+    )
     store: str = option(
         MEMORY,
         help="memory, or the URL of a Valkey or Redis that several directories share: redis://[user@]host:port[/db], "

@@ -21,6 +21,8 @@ from services.runtime.interceptor import RequestInterceptor
 from services.runtime.startup import StartupError, cannot_listen
 from services.runtime.tls import Certificates
 
+# A health service that is SERVING while the event loop runs: who is not ready may still be working.
+LIVE = "live"
 MAX_MESSAGE_NBYTES = 16 * 1024 * 1024
 
 _log = structlog.stdlib.get_logger(__name__)
@@ -63,15 +65,22 @@ def create_inner_server(certificates: Certificates | None) -> tuple[grpc.aio.Ser
 
 
 async def add_standard_services(server: grpc.aio.Server, service_names: Iterable[str]) -> health.aio.HealthServicer:
-    """Adds grpc.health.v1 (SERVING for the server and each of the full ``service_names``) and reflection.  Await
-    ``set`` on the result to change a status."""
+    """Adds grpc.health.v1 (SERVING for the server, for each of the full ``service_names``, and for LIVE) and reflection.
+    Await ``set_ready`` on the result to change all but LIVE."""
     names = tuple(service_names)
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
-    for name in ("", *names):
+    for name in ("", *names, LIVE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
     reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     return servicer
+
+
+async def set_ready(servicer: health.aio.HealthServicer, service_names: Iterable[str], ready: bool) -> None:
+    """What ``servicer`` says of the server and of the full ``service_names``."""
+    statuses = health_pb2.HealthCheckResponse
+    for name in ("", *service_names):
+        await servicer.set(name, statuses.SERVING if ready else statuses.NOT_SERVING)
 
 
 def split_address(address: str) -> tuple[str, int]:

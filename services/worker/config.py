@@ -113,7 +113,16 @@ class WorkerConfig(TlsOptions):
         6.0, help="how long the directory believes in this worker without hearing from it", minimum=1
     )
     drain_timeout_s: float = option(20.0, help="how long running requests may take to finish after SIGTERM", minimum=0)
-    metrics_port: int = option(0, help="port of the Prometheus endpoint; 0 is off", minimum=0)
+    metrics_port: int = option(0, help="port of the Prometheus endpoint; 0 is off", minimum=0, maximum=65535)
+    metrics_host: str = option(
+        "127.0.0.1", help="host of that endpoint, which is plain HTTP: whoever reaches it reads the counters"
+    )
+    health_port: int = option(
+        0,
+        help="port of gRPC health on the same host, in the clear for probes that have no certificate; 0 is off",
+        minimum=0,
+        maximum=65535,
+    )
     log_level: LogLevel = option(LogLevel.INFO, help="least severe lines to log")
 
     def __post_init__(self) -> None:

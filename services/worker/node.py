@@ -38,8 +38,9 @@ from services.engine.scheduler import Limits, Scheduler
 from services.runtime.channels import Channels
 from services.runtime.membership import Membership
 from services.runtime.metrics import serve_metrics
+from services.runtime.probes import serve_probes
 from services.runtime.process import this_process
-from services.runtime.server import add_standard_services, bind, create_inner_server, running, split_address
+from services.runtime.server import add_standard_services, bind, create_inner_server, running, set_ready, split_address
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
 from services.runtime.tls import is_loopback
@@ -92,7 +93,7 @@ async def run_worker(config: WorkerConfig, role: Role, other: Role) -> None:
         server, credentials = create_inner_server(certificates)
         port = bind(server, config.listen, credentials=credentials)
         host, _ = split_address(config.listen)
-        stack.enter_context(serve_metrics(config.metrics_port))
+        stack.enter_context(serve_metrics(config.metrics_port, host=config.metrics_host))
         worker = await stack.enter_async_context(_worker(config, role, f"{host}:{port}"))
         channels = await stack.enter_async_context(Channels(certificates))
         membership = Membership(
@@ -118,9 +119,11 @@ async def run_worker(config: WorkerConfig, role: Role, other: Role) -> None:
             other.service_name,
             worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name,
         )
-        await add_standard_services(server, names)
+        health = await add_standard_services(server, names)
+        worker.tell_draining = lambda: set_ready(health, names, False)
         worker.engine.start()
         stack.callback(worker.engine.close)
+        await stack.enter_async_context(serve_probes(health, config.listen, config.health_port))
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await stack.enter_async_context(membership)
         worker.report_load = membership.report

@@ -106,4 +106,5 @@ async def drain(worker: Worker) -> None:
     """Takes no new work, for good; returns when what there is has ended, pins included.  The caller sets the deadline."""
     worker.draining = True
     worker.report_load()
+    await worker.tell_draining()
     await worker.idle()

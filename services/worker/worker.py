@@ -85,8 +85,8 @@ class Worker:
     """Owned by the event loop.  ``pins`` and ``pulls`` belong to the engine's exclusive section, as the scheduler does.
     ``role_checks`` verify what each role adds to their accounts, while the worker has it; ``end_streams`` ends, with their
     last requests, the streams that callers of the role keep open between requests; ``report_load`` tells the directory
-    soon, ``register_anew`` returns when it knows what the worker is now.  ``region`` is the pool's, or the first rank's
-    part of it; ``further_regions`` are the others', in order."""
+    soon, ``register_anew`` returns when it knows what the worker is now; ``tell_draining`` makes the server's health say
+    so.  ``region`` is the pool's, or the first rank's part of it; ``further_regions`` are the others', in order."""
 
     identity: Identity
     model: ModelConfig
@@ -104,6 +104,7 @@ class Worker:
     end_streams: Callable[[], None] = lambda: None
     report_load: Callable[[], None] = lambda: None
     register_anew: Callable[[], Awaitable[None]] = _nobody_to_tell
+    tell_draining: Callable[[], Awaitable[None]] = _nobody_to_tell
     traffic: Traffic = field(default_factory=Traffic)
     transfer_times: TransferTimes = field(default_factory=TransferTimes)
     pull_times: PullTimes = field(default_factory=PullTimes)

@@ -8,9 +8,12 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvferry import Client, Completion, UnavailableError
+from services.runtime.server import LIVE
 from tests.integration.conftest import Running
 from tests.integration.reference import Reference
 
@@ -155,6 +158,8 @@ def test_a_worker_is_drained_by_name_and_nobody_misses_it(cluster: Running, clie
         )  # fmt: skip
         assert len(stream.result().token_ids) == 100
     cluster.wait_until(lambda: any(w.load.draining for w in cluster.cluster_view().workers), 20, "it says so")
+    assert _health(cluster, "prefill-0", "") == health_pb2.HealthCheckResponse.NOT_SERVING
+    assert _health(cluster, "prefill-0", LIVE) == health_pb2.HealthCheckResponse.SERVING  # or it would be restarted
     assert client.generate("Alone: " + LONG[:300], max_tokens=2).result().timeline.prefill_worker == ""
     incarnation = cluster.info("prefill-0").incarnation
     cluster.local.kill("prefill-0", signal.SIGTERM)
@@ -163,6 +168,12 @@ def test_a_worker_is_drained_by_name_and_nobody_misses_it(cluster: Running, clie
     assert (
         drain("prefill-7").stderr == "kvferry: there is no worker prefill-7; the gateway knows: decode-0, prefill-0\n"
     )
+
+
+def _health(cluster: Running, name: str, service: str) -> int:
+    with grpc.insecure_channel(cluster.info(name).control_address) as channel:
+        request = health_pb2.HealthCheckRequest(service=service)
+        return int(health_pb2_grpc.HealthStub(channel).Check(request, timeout=10).status)
 
 
 def _incarnation(cluster: Running, name: str) -> int:
