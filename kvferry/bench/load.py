@@ -13,8 +13,8 @@ from kvferry.bench.workload import Ask, Prompt
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Either ``rate`` or a trace's own times, or a closed loop of ``concurrency``.  It asks what the ``trace`` says, else the
-    ``conversations``, in an order of the seed's and again from the start, else drawn from ``prompt`` and ``output``."""
+    """Either ``rate`` or a trace's own times, or a closed loop of ``concurrency``.  It asks what the ``trace`` says, else
+    ``conversations`` in an order of the seed's and again from the start, else drawn from ``prompt`` and ``output``."""
 
     rate: float | None
     burstiness: float

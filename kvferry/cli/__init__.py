@@ -10,6 +10,7 @@ import typer
 from kvferry._version import __version__
 from kvferry.cli import certs
 from kvferry.cli.bench import bench
+from kvferry.cli.calibrate import calibrate
 from kvferry.cli.chat import chat
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
@@ -42,6 +43,7 @@ def _root(
       kvferry status --watch     see what it does
       kvferry explain ID         why a request went where it did
       kvferry bench              put load on it, and see what its clients would feel
+      kvferry calibrate          how long steps take here, for a planner
       kvferry drain WORKER       let a worker finish what it has, before it is ended
       kvferry doctor             what this host gives, and what to change
       kvferry key TENANT         an API key, for a gateway that wants them
@@ -63,7 +65,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, bench, drain, doctor, key):
+    for command in (demo, serve, generate, chat, status, explain, bench, calibrate, drain, doctor, key):
         app.command()(command)
     app.add_typer(certs.app, name="certs")
     return app

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvferry.cli import leash, options, output
-from kvferry.cli.cluster import LOG_TAIL_LINES, describe_status
+from kvferry.cli import child, options, output
+from kvferry.cli.cluster import describe_status
 from kvferry.cli.interrupts import Interrupts
 from kvferry.cli.members import ClusterError, clone_root
 
@@ -59,48 +53,14 @@ def doctor(
 
 def _examine(root: Path, measure: bool) -> str:
     """The report's JSON.  Raises ClusterError; leaves no process behind."""
-    examination = (sys.executable, "-m", "transport.doctor", "--json", *(() if measure else ("--no-measure",)))
-    said: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-    with (
-        _progress() as tell,
-        subprocess.Popen(
-            (sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *examination),
-            cwd=root, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            start_new_session=True,
-        ) as process,
-    ):  # fmt: skip
-        assert process.stdout is not None
-        assert process.stderr is not None
-        listener = threading.Thread(target=_listen, args=(process.stderr, said, tell))
-        timer = threading.Timer(TIMEOUT_S, _kill, (process,))
-        listener.start()
-        timer.start()
-        try:
-            document = process.stdout.read()
-            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        finally:
-            _kill(process)  # not reaped yet, so the number is still its own
-            timer.cancel()
-            timer.join()
-            listener.join()
-        status = process.wait()
-    if not document:
+    arguments = ("transport.doctor", "--json", *(() if measure else ("--no-measure",)))
+    with _progress() as tell:
+        ended = child.run(root, arguments, tell, timeout_s=TIMEOUT_S)
+    if not ended.document:
         raise ClusterError(
-            f"the examination {describe_status(status)}; mend the installation with `make setup`", tuple(said)
+            f"the examination {describe_status(ended.status)}; mend the installation with `make setup`", ended.said
         )
-    return document
-
-
-def _kill(process: subprocess.Popen[str]) -> None:
-    """With all that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def _listen(stream: IO[str], said: deque[str], tell: Callable[[str], None]) -> None:
-    for line in stream:
-        said.append(line.rstrip())
-        tell(line.rstrip())
+    return ended.document
 
 
 @contextmanager

@@ -142,7 +142,7 @@ def test_conversations_give_questions_and_the_lengths_of_answers(tmp_path: Path)
     turns = [
         {"from": "system", "value": "Be brief."},
         {"from": "human", "value": "Who?"},
-        {"from": "gpt", "value": "I" * 9},
+        {"from": "gpt", "value": "Nobody"},
     ]
     asked = {"messages": [{"role": "user", "content": "Why so?"}, {"role": "assistant", "content": "Because."}]}
     path.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[:1]}, asked]))

@@ -10,7 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -18,6 +18,7 @@ from rich.table import Table
 
 from gateway.candidates import Role
 from gateway.routing import Policy
+from services.engine.checkpoint import DEFAULT_MODEL
 from services.engine.scheduler import Limits
 from services.planner.simulator.arrivals import Served
 from services.planner.simulator.cluster import Cluster, ViewDelays
@@ -124,13 +125,13 @@ def _costs(console: Console, path: Path | None, rounds: int) -> tuple[CostModel,
     if path is not None and path.exists():
         read = json.loads(path.read_text())
         return CostModel(**read["costs"]), read["block_nbytes"]
-    from tests.bench.routing.fit import measure  # with torch, which the rest does without
+    from services.planner.calibrate.steps import calibrate  # with the engine, which the rest does without
 
-    costs, block_nbytes, error = measure(rounds)
-    say(console, f"measured: {costs}; the median step is off by {error:.1%}")
+    found = calibrate(DEFAULT_MODEL, "auto", 1, rounds, lambda done, total, what: None)
+    say(console, f"measured: {found.costs}; the median step is off by {found.fit.median_error:.1%}")
     if path is not None:
-        path.write_text(json.dumps({"costs": asdict(costs), "block_nbytes": block_nbytes}))
-    return costs, block_nbytes
+        path.write_text(json.dumps(found.content()))
+    return found.costs, found.block_nbytes
 
 
 def _table(where: str, found: dict[str, list[Figures]]) -> Table:
