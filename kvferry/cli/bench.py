@@ -33,6 +33,14 @@ _LOAD, _SHAPE = "Load", "Requests"
 def bench(
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            help="Any OpenAI API instead, such as http://127.0.0.1:8471/v1, by its completions.",
+            show_default=False,
+            rich_help_panel="Gateway",
+        ),
+    ] = None,
     model: options.ModelName = "",
     rate: Annotated[
         float | None,
@@ -107,9 +115,10 @@ def bench(
       kvferry bench --rate 2 --prompt-tokens lognormal:200:0.5 --slo ttft=500ms,itl=50ms
       kvferry bench --concurrency 8 --duration 60 --json out.json
       kvferry bench --trace mooncake.jsonl --speed 0.1
+      kvferry bench --http http://127.0.0.1:8471/v1 --concurrency 8
       kvferry bench --rate 1 --find-rate --slo ttft=1s --duration 20
     """
-    with output.failures(address):
+    with output.failures(address if http is None else http):
         if find_rate and (rate is None or objectives is None):
             raise InvalidRequestError("--find-rate needs --rate to start from and an --slo to meet")
         if rate is None and trace is None and concurrency is None:
@@ -126,17 +135,19 @@ def bench(
             warmup_s=warmup, duration_s=duration, num_requests=requests, timeout_s=timeout,
         )  # fmt: skip
         wanted = slo.Slo() if objectives is None else slo.parse(objectives)
-        interrupted = asyncio.run(_run(address, api_key, model, load, wanted, attain if find_rate else None, json_file))
+        interrupted = asyncio.run(
+            _run(address, http, api_key, model, load, wanted, attain if find_rate else None, json_file)
+        )
     if interrupted:
         raise typer.Exit(130)
 
 
 async def _run(
-    address: str, api_key: str | None, model_name: str, load: Load, wanted: slo.Slo, attain: float | None,
+    address: str, http: str | None, api_key: str | None, model_name: str, load: Load, wanted: slo.Slo, attain: float | None,
     json_file: Path | None,
 ) -> bool:  # fmt: skip
     """Whether it was interrupted.  ``attain``: search for the highest rate."""
-    async with _door(address, api_key, model_name) as door:
+    async with _door(address, http, api_key, model_name) as door:
         target = await door.target()
         if attain is None:
             outcome = await _measure(door, load, target)
@@ -164,8 +175,16 @@ async def _run(
 
 
 @asynccontextmanager
-async def _door(address: str, api_key: str | None, model_name: str) -> AsyncIterator[Door]:
+async def _door(address: str, http: str | None, api_key: str | None, model_name: str) -> AsyncIterator[Door]:
     # Refusals are to be seen, not tried again.
+    if http is not None:
+        try:
+            from kvferry.bench.http_door import open_http_door
+        except ModuleNotFoundError as error:
+            raise InvalidRequestError("--http needs aiohttp: pip install 'kvferry[load]'") from error
+        async with open_http_door(http, api_key, model_name, MAX_OPEN) as door:
+            yield door
+        return
     async with AsyncClient(address, api_key=api_key, max_attempts=1) as client:
         yield GrpcDoor(client, model_name)
 
