@@ -21,6 +21,7 @@ from kvferry.bench.doors import Door, GrpcDoor, Target
 from kvferry.bench.load import Load
 from kvferry.bench.record import Record
 from kvferry.bench.runner import Outcome, Runner
+from kvferry.bench.statistics import Summary
 from kvferry.cli import figures, options, output
 from kvferry.client import DEFAULT_ADDRESS
 from kvferry.errors import InvalidRequestError
@@ -104,6 +105,9 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures there too.", show_default=False)
     ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with plots there.", show_default=False)
+    ] = None,
 ) -> None:
     """Put load on a gateway and tell what its clients would feel.
 
@@ -136,7 +140,7 @@ def bench(
         )  # fmt: skip
         wanted = slo.Slo() if objectives is None else slo.parse(objectives)
         interrupted = asyncio.run(
-            _run(address, http, api_key, model, load, wanted, attain if find_rate else None, json_file)
+            _run(address, http, api_key, model, load, wanted, attain if find_rate else None, json_file, html_file)
         )
     if interrupted:
         raise typer.Exit(130)
@@ -144,9 +148,10 @@ def bench(
 
 async def _run(
     address: str, http: str | None, api_key: str | None, model_name: str, load: Load, wanted: slo.Slo, attain: float | None,
-    json_file: Path | None,
+    json_file: Path | None, html_file: Path | None,
 ) -> bool:  # fmt: skip
     """Whether it was interrupted.  ``attain``: search for the highest rate."""
+    html: str | None
     async with _door(address, http, api_key, model_name) as door:
         target = await door.target()
         if attain is None:
@@ -154,9 +159,12 @@ async def _run(
             summary = figures.summary_of(outcome, load, wanted)
             figures.show(outcome, summary, load, wanted)
             report = figures.content(summary, outcome, load)
+            html = figures.html(outcome, summary, load, wanted)
         else:
             assert load.rate is not None
             search, trials = slo.RateSearch(load.rate), []
+            shown: tuple[Outcome, Summary, Load] | None = None
+            rates: list[tuple[float, Summary]] = []
             while not search.done:
                 tried = dataclasses.replace(load, rate=search.rate)
                 outcome = await _measure(door, tried, target)
@@ -164,13 +172,20 @@ async def _run(
                     break
                 summary = figures.summary_of(outcome, tried, wanted)
                 figures.show(outcome, summary, tried, wanted)
+                rates.append((search.rate, summary))
+                is_good = summary.num_requests > 0 and summary.attained >= attain
+                if is_good or search.best is None:  # the highest good rate, else the last
+                    shown = outcome, summary, tried
                 trials.append({"rate": search.rate, **figures.content(summary, outcome, tried)})
-                search.tell(summary.num_requests > 0 and summary.attained >= attain)
+                search.tell(is_good)
+            html = None if shown is None else figures.html(*shown, wanted, rates)
             report = {"best_rate": search.best, "attain": attain, "trials": trials}
             found = "none of the rates tried" if search.best is None else f"{search.best:.3g} requests/s"
             print(f"highest rate tried that {attain:.0%} of requests meet the SLO at: {found}", flush=True)
     if json_file is not None:
         _write(json_file, json.dumps(report, indent=1) + "\n")
+    if html_file is not None and html is not None:
+        _write(html_file, html)
     return outcome.interrupted
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from kvferry.bench.load import Load
+from kvferry.bench.page import page
+from kvferry.bench.record import Record
 from kvferry.bench.runner import INTERRUPTED, Outcome
 from kvferry.bench.slo import Slo
 from kvferry.bench.statistics import Spread, Summary, summarize
@@ -15,8 +18,12 @@ BUSY_CORES, LATE_S = 0.9, 0.05
 
 
 def summary_of(outcome: Outcome, load: Load, wanted: Slo) -> Summary:
-    measured = [r for r in outcome.records if r.scheduled_s >= load.warmup_s and r.error != INTERRUPTED]
-    return summarize(measured, wanted)
+    return summarize(measured(outcome, load), wanted)
+
+
+def measured(outcome: Outcome, load: Load) -> list[Record]:
+    """Without those of the warm-up, and those that Ctrl-C ended."""
+    return [r for r in outcome.records if r.scheduled_s >= load.warmup_s and r.error != INTERRUPTED]
 
 
 def told(load: Load) -> str:
@@ -73,6 +80,13 @@ def bottleneck(outcome: Outcome, summary: Summary, concurrency: int | None) -> l
     if lag is not None and lag.p99 >= LATE_S and concurrency is None:
         found.append(f"1 % of sends were {lag.p99 * 1e3:.0f} ms late or more")
     return [f"kvferry bench may itself be the bottleneck: {reason}" for reason in found]
+
+
+def html(
+    outcome: Outcome, summary: Summary, load: Load, wanted: Slo, trials: Sequence[tuple[float, Summary]] = ()
+) -> str:
+    warnings = bottleneck(outcome, summary, load.concurrency)
+    return page(f"kvferry bench: {told(load)}", measured(outcome, load), summary, wanted, warnings, trials)
 
 
 def content(summary: Summary, outcome: Outcome, load: Load) -> dict[str, Any]:

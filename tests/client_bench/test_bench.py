@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import json
 import random
+import re
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from typer.testing import CliRunner
 from kvferry import errors
 from kvferry.bench import arrivals, lengths, slo, workload
 from kvferry.bench.doors import Target
+from kvferry.bench.plots import HEIGHT, MAX_POINTS, WIDTH, Line, plot
 from kvferry.bench.record import Record, percentile
 from kvferry.bench.runner import Outcome, Runner
 from kvferry.bench.statistics import summarize
@@ -246,7 +249,10 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     with FakeGateway(answer("Pa", "ris", "."), refuse(errors.OverloadedError("full")), answer("Pa", "ris")) as gateway:
         asked = ["bench", "--address", gateway.address, "--rate", "50", "--requests", "6", "--slo", "ttft=60s"]
-        done = CliRunner().invoke(APP, [*asked, "--prompt-tokens", "2046", "--output-tokens", "3", "--json", str(out)])
+        lengths_asked = ["--prompt-tokens", "2046", "--output-tokens", "3"]
+        done = CliRunner().invoke(
+            APP, [*asked, *lengths_asked, "--json", str(out), "--html", str(tmp_path / "out.html")]
+        )
     assert done.exit_code == 0, done.output
     assert "5 of 6 answered" in done.stdout
     assert "failed: 1 OVERLOADED" in done.stdout
@@ -254,6 +260,19 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     report = json.loads(out.read_text())
     assert (report["num_requests"], report["num_refused"]) == (6, 1)
     assert report["goodput_per_s"] == report["requests_per_s"] > 0
+    html = (tmp_path / "out.html").read_text()
+    assert html.count("<svg") == 5
+    assert "5 of 6 requests answered" in html
+    assert not re.search(r"(src|href)=|url\(|@import|<script", html)  # all that it needs is in it
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=1000))
+def test_plots_are_xml_and_stay_within_their_frame(points: list[tuple[float, float]]) -> None:
+    drawn = plot([Line("a & <b>", sorted(points))], "x", "y")
+    [line] = ElementTree.fromstring(drawn).iter("polyline")
+    places = [tuple(map(float, place.split(","))) for place in line.attrib["points"].split()]
+    assert 1 <= len(places) <= MAX_POINTS + 1
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
 
 
 @pytest.mark.parametrize("flags", [[], ["--rate", "1", "--find-rate"], ["--rate", "1", "--slo", "x"]])
