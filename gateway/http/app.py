@@ -88,4 +88,6 @@ def create_app(
 
 
 def _model_content(model: common_pb2.ModelInfo, created_s: int) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": created_s, "owned_by": "kvferry"}
+    """``max_model_len`` is vLLM's: load tools fit their prompts to it."""
+    return {"id": model.name, "object": "model", "created": created_s, "owned_by": "kvferry",
+            "max_model_len": model.context_length}  # fmt: skip

@@ -19,7 +19,7 @@ from gateway.http.encoding import DONE_EVENT, sse_event
 from gateway.http.errors import error_body, error_response, internal_error, json_response, too_large
 from gateway.http.front_door import FrontDoor, Vocabulary
 from gateway.http.limits import HttpLimits
-from gateway.http.shapes import Head, Shape, timeline_content
+from gateway.http.shapes import Head, Shape, timeline_content, usage_content
 from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
@@ -195,6 +195,7 @@ async def _write_stream(events: Events, asked: schema.GenerationRequest, shape: 
     with_logprobs = asked.num_logprobs is not None
     # With include_usage every event has the field, null in all but the last.
     extra: dict[str, Any] = {"usage": None} if asked.include_usage else {}
+    so_far = inference_pb2.Usage()
     opening = shape.opening()
     finished: inference_pb2.Finished | None = None
     ahead = b"" if opening is None else sse_event({**opening, **extra})
@@ -202,13 +203,20 @@ async def _write_stream(events: Events, asked: schema.GenerationRequest, shape: 
         kind = event.WhichOneof("event")
         if kind == "chunk":
             chunk = event.chunk
+            if asked.usage_so_far:
+                so_far.num_output_tokens += len(chunk.tokens)
+                extra = {"usage": usage_content(so_far)}
             if chunk.text or (with_logprobs and chunk.tokens):
                 await reply.write(ahead + sse_event({**shape.delta(chunk.text, chunk.tokens), **extra}))
                 ahead = b""
+        elif kind == "started":
+            so_far.num_prompt_tokens = event.started.num_prompt_tokens
         elif kind == "finished":
             finished = event.finished
     if finished is None:
         raise _broken_off()
+    if asked.usage_so_far:
+        extra = {"usage": usage_content(finished.usage)}
     parts = [{**shape.closing(finished.reason), **extra}]
     if asked.include_usage:
         parts.append(shape.usage(finished.usage))

@@ -2,7 +2,8 @@
 
 ``user``, ``metadata`` and ``store`` are accepted and change nothing, as OpenAI documents them: they label a request for
 the account's own bookkeeping.  ``n`` can only be 1, ``echo`` only false, and the penalties only 0, which is what clients
-send that always send them.  ``top_k``, ``speculate`` and ``priority`` are not OpenAI's.  Any other field is refused rather
+send that always send them.  ``top_k``, ``ignore_eos``, ``min_tokens`` and ``continuous_usage_stats`` are vLLM's, which
+load tools send; ``speculate`` and ``priority`` are ours.  Any other field is refused rather
 than ignored.
 """
 
@@ -110,6 +111,7 @@ class Message(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class GenerationRequest(_Strict):
@@ -125,6 +127,8 @@ class GenerationRequest(_Strict):
     # OpenAI's are signed; a negative one stands for the unsigned number of the same bits.
     seed: Annotated[int, Field(ge=-(2**63), le=2**64 - 1)] | None = None
     stop: Stop | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_MAX_INT32)] | None = None
     speculate: bool | None = None
     priority: Annotated[int, Field(ge=-(2**31), le=_MAX_INT32)] | None = None
     n: Annotated[int, _only(1)] | None = None
@@ -137,6 +141,13 @@ class GenerationRequest(_Strict):
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def usage_so_far(self) -> bool:
+        """Whether every event of a stream tells its counts; they go with ``include_usage``, as vLLM has it."""
+        return (
+            self.include_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+        )
 
     @property
     @abstractmethod
@@ -154,6 +165,7 @@ class GenerationRequest(_Strict):
             top_k=self.top_k,
             seed=None if self.seed is None else self.seed % 2**64,
             num_logprobs=self.num_logprobs,
+            ignore_eos=self._ignores_eos(),
             speculate=self.speculate,
         )
         stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -165,6 +177,22 @@ class GenerationRequest(_Strict):
 
     def _max_tokens(self) -> int | None:
         return self.max_tokens
+
+    def _ignores_eos(self) -> bool:
+        """An answer of at least ``min_tokens`` is promised only where nothing can end it before ``max_tokens``."""
+        ignores = bool(self.ignore_eos)
+        if self.min_tokens:
+            most = self._max_tokens()
+            if most is not None and self.min_tokens > most:
+                raise _invalid("min_tokens", f"'min_tokens' must be at most 'max_tokens', which is {most}")
+            if self.stop:
+                raise _invalid("min_tokens", "'min_tokens' does not go with 'stop', which may end the answer sooner")
+            if not ignores and self.min_tokens != most:
+                raise _invalid(
+                    "min_tokens", "'min_tokens' goes only with 'ignore_eos': true, or with as many 'max_tokens'"
+                )
+            ignores = True
+        return ignores
 
     @abstractmethod
     def _put_prompt(self, request: inference_pb2.GenerateRequest) -> None: ...

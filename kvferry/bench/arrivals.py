@@ -25,10 +25,6 @@ def gamma(rate: float, burstiness: float, seed: int) -> Iterator[float]:
     return itertools.accumulate(drawn.gammavariate(shape, scale) for _ in itertools.count())
 
 
-def poisson(rate: float, seed: int) -> Iterator[float]:
-    return gamma(rate, 1.0, seed)
-
-
 def scaled(at_s: Iterable[float], speed: float) -> Iterator[float]:
     """A trace's own times from its first on, ``speed`` times as fast."""
     _check_positive("speed", speed)

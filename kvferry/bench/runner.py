@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol
 
 from kvferry import errors
-from kvferry.aio import AsyncClient
+from kvferry.bench.doors import Door
 from kvferry.bench.record import Record
-from kvferry.bench.workload import Ask
+from kvferry.bench.workload import Ask, Prompt
 
 LOOK_EVERY_S = 0.05
 INTERRUPTED = "INTERRUPTED"
+# How long a place of a closed loop rests after a failure: without, refusals would be asked for as fast as they are given.
+MIN_PAUSE_S, MAX_PAUSE_S = 0.1, 5.0
 
-
-class Door(Protocol):
-    """A way into the system."""
-
-    def stream(self, prompt: list[int], num_output_tokens: int, timeout_s: float) -> AsyncGenerator[int, None]:
-        """How many tokens came, each time some did; ends with the answer.  Raises kvferry.Error."""
-        ...
-
-
-class GrpcDoor:
-    """Owns nothing: ``client`` is the caller's.  It should not try again by itself, or refusals are not seen."""
-
-    def __init__(self, client: AsyncClient, model: str = "") -> None:
-        self._client = client
-        self._model = model
-
-    async def stream(self, prompt: list[int], num_output_tokens: int, timeout_s: float) -> AsyncGenerator[int, None]:
-        asked = self._client.generate(
-            prompt, model=self._model, max_tokens=num_output_tokens, ignore_eos=True, temperature=0, timeout=timeout_s
-        )
-        async with asked as answer:
-            async for chunk in answer:
-                if chunk.tokens:
-                    yield len(chunk.tokens)
+Schedule = Iterable[tuple[float, Ask, Callable[[], Prompt]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +33,8 @@ class Outcome:
 
 class Runner:
     """One load.  At most ``max_open`` streams at once; a send that must wait for one to end is late, and its latency
-    counts from when it was due.  In a closed loop (``closed``) a request is due when another has ended."""
+    counts from when it was due.  In a closed loop (``closed``) a request is due when another has ended, and some time later
+    where that one failed."""
 
     def __init__(
         self, door: Door, *, max_open: int, closed: bool, timeout_s: float,
@@ -75,7 +54,7 @@ class Runner:
         """Sends nothing more and cancels what is under way; ``run`` returns what there is.  Idempotent."""
         self._stopped.set()
 
-    async def run(self, schedule: Iterable[tuple[float, Ask, Callable[[], list[int]]]]) -> Outcome:
+    async def run(self, schedule: Schedule) -> Outcome:
         """``schedule``: when, what, and how to make its prompt, in order of time."""
         self._began_s, cpu_s = time.monotonic(), time.process_time()
         sending = asyncio.create_task(self._send(schedule))
@@ -95,7 +74,7 @@ class Runner:
             tuple(self._records), (time.process_time() - cpu_s) / seconds, self._loop_lag_s, self._stopped.is_set()
         )
 
-    async def _send(self, schedule: Iterable[tuple[float, Ask, Callable[[], list[int]]]]) -> None:
+    async def _send(self, schedule: Schedule) -> None:
         async with asyncio.TaskGroup() as streams:
             for at_s, ask, make_prompt in schedule:
                 prompt = make_prompt()
@@ -106,11 +85,12 @@ class Runner:
                 streams.create_task(self._follow(due_s, ask, prompt))
                 await asyncio.sleep(0)  # lets it go before the next prompt is made
 
-    async def _follow(self, due_s: float, ask: Ask, prompt: list[int]) -> None:
+    async def _follow(self, due_s: float, ask: Ask, prompt: Prompt) -> None:
         sent_s = self._now_s()
         token_at_s: list[float] = []
         error: str | None = INTERRUPTED
         refused = False
+        pause_s = 0.0
         try:
             async with aclosing(self._door.stream(prompt, ask.num_output_tokens, self._timeout_s)) as answer:
                 async for num_tokens in answer:
@@ -118,11 +98,16 @@ class Runner:
             error = None
         except errors.Error as failure:
             error, refused = failure.reason, isinstance(failure, errors.OverloadedError)
+            pause_s = min(max(failure.retry_after_s or 0.0, MIN_PAUSE_S), MAX_PAUSE_S)
         finally:
-            self._places.release()
-            record = Record(due_s, sent_s, self._now_s(), len(prompt), tuple(token_at_s), error, refused)
+            record = Record(
+                due_s, sent_s, self._now_s(), ask.num_prompt_tokens, tuple(token_at_s), error, refused, ask.cut
+            )
             self._records.append(record)
             self._on_end(record)
+        if self._closed and pause_s > 0:
+            await asyncio.sleep(pause_s)
+        self._places.release()
 
     async def _watch(self) -> None:
         while True:

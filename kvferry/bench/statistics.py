@@ -31,6 +31,7 @@ class Summary:
     num_requests: int
     num_completed: int
     num_refused: int
+    num_cut: int
     errors: Mapping[str, int]
     ttft: Spread | None
     second_token: Spread | None
@@ -58,6 +59,7 @@ def summarize(records: Sequence[Record], slo: Slo) -> Summary:
         num_requests=len(records),
         num_completed=len(completed),
         num_refused=sum(record.refused for record in records),
+        num_cut=sum(record.cut for record in records),
         errors=dict(Counter(record.error for record in records if record.error is not None)),
         ttft=_spread(record.ttft_s for record in completed),
         second_token=_spread(record.second_token_s for record in completed),

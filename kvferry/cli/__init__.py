@@ -10,6 +10,7 @@ import typer
 from kvferry._version import __version__
 from kvferry.cli import certs
 from kvferry.cli.bench import bench
+from kvferry.cli.calibrate import calibrate
 from kvferry.cli.chat import chat
 from kvferry.cli.demo import demo
 from kvferry.cli.doctor import doctor
@@ -45,6 +46,7 @@ def _root(
       kvferry explain ID         why a request went where it did
       kvferry bench              put load on it, and see what its clients would feel
       kvferry plan TRACE         whether to split for your traffic, and into what
+      kvferry calibrate          how long steps take here, for plans
       kvferry drain WORKER       let a worker finish what it has, before it is ended
       kvferry role WORKER decode the same, and it goes on in that role
       kvferry doctor             what this host gives, and what to change
@@ -67,7 +69,7 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, bench, plan, drain, role, doctor, key):
+    for command in (demo, serve, generate, chat, status, explain, bench, plan, calibrate, drain, role, doctor, key):
         app.command()(command)
     app.add_typer(certs.app, name="certs")
     return app

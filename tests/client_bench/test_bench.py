@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import json
 import random
+import re
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,16 +19,19 @@ from typer.testing import CliRunner
 
 from kvferry import errors
 from kvferry.bench import arrivals, lengths, slo, workload
+from kvferry.bench.doors import Target
+from kvferry.bench.plots import HEIGHT, MAX_POINTS, WIDTH, Line, plot
 from kvferry.bench.record import Record, percentile
 from kvferry.bench.runner import Outcome, Runner
 from kvferry.bench.statistics import summarize
 from kvferry.cli import make_app
-from kvferry.cli.bench import bottleneck
+from kvferry.cli.figures import bottleneck
 from tests.sdk.fake_gateway import FakeGateway, answer, refuse
 
 APP = make_app(rich=False)
 ASK = workload.Ask(0.0, 3, 2)
 TIMES = st.floats(0, 1e3)
+PROMPTS = workload.Prompts(50_000, seed=3)
 
 
 @st.composite
@@ -123,6 +128,7 @@ def test_what_is_asked_fits_the_context(prompt: int, output: int, context: int) 
     assert 1 <= ask.num_prompt_tokens <= prompt
     assert 1 <= ask.num_output_tokens <= output
     assert ask.num_prompt_tokens + ask.num_output_tokens <= context
+    assert ask.cut == (prompt + output > context)
 
 
 @given(st.floats(0.5, 200))
@@ -134,13 +140,75 @@ def test_the_search_ends_near_the_highest_good_rate(highest: float) -> None:
     assert highest * 0.88 <= search.best <= highest
 
 
+def test_conversations_give_questions_and_the_lengths_of_answers(tmp_path: Path) -> None:
+    path = tmp_path / "shared.json"
+    turns = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Who?"},
+        {"from": "gpt", "value": "Nobody"},
+    ]
+    asked = {"messages": [{"role": "user", "content": "Why so?"}, {"role": "assistant", "content": "Because."}]}
+    path.write_text(json.dumps([{"conversations": turns}, {"conversations": turns[:1]}, asked]))
+    first, second = workload.read_conversations(path)
+    assert (first.text, first.num_prompt_tokens, first.num_output_tokens) == ("Who?", 1, 2)
+    assert (second.text, second.num_prompt_tokens, second.num_output_tokens) == ("Why so?", 2, 2)
+    assert workload.Prompts(1000, 0).make(first, 0) == "Who?"
+    path.write_text('{"conversations": []}')
+    with pytest.raises(errors.InvalidRequestError, match="not like ShareGPT"):
+        workload.read_conversations(path)
+
+
+@given(st.integers(1, 300_000), st.integers(0, 2**31), st.integers(0, 2**31))
+def test_prompts_share_nothing_by_chance(length: int, number: int, other: int) -> None:
+    ask = workload.Ask(0.0, length, 1)
+    prompt = PROMPTS.make(ask, number)
+    assert len(prompt) == length
+    assert prompt == PROMPTS.make(ask, number)
+    if length >= 16 and number != other:
+        assert prompt[:16] != PROMPTS.make(ask, other)[:16]
+
+
+class RefusingDoor:
+    """Counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    async def target(self) -> Target:
+        return Target("full", None, 1000)
+
+    async def stream(
+        self, prompt: workload.Prompt, num_output_tokens: int, timeout_s: float
+    ) -> AsyncGenerator[int, None]:
+        self.num_asked += 1
+        raise errors.OverloadedError("full", retry_after_s=0.2)
+        yield 1
+
+
+async def test_a_closed_loop_that_is_refused_asks_again_after_a_pause() -> None:
+    door = RefusingDoor()
+    runner = Runner(door, max_open=3, closed=True, timeout_s=10)
+    loop = asyncio.get_running_loop()
+    ends_s = loop.time() + 0.5
+    asks = itertools.takewhile(lambda _: loop.time() < ends_s, itertools.repeat((0.0, ASK, lambda: [1])))
+    outcome = await runner.run(asks)
+    # Three places, each free again after at least 0.2 s, until the one that was free when the time was over.
+    assert 3 <= door.num_asked == len(outcome.records) <= 12
+    assert all(record.refused for record in outcome.records)
+
+
 class StallingDoor:
     """Serves one at a time; the first takes ``stall_s``."""
 
     def __init__(self, stall_s: float) -> None:
         self._stall_s = stall_s
 
-    async def stream(self, prompt: list[int], num_output_tokens: int, timeout_s: float) -> AsyncGenerator[int, None]:
+    async def target(self) -> Target:
+        return Target("stalling", None, 1000)
+
+    async def stream(
+        self, prompt: workload.Prompt, num_output_tokens: int, timeout_s: float
+    ) -> AsyncGenerator[int, None]:
         stall_s, self._stall_s = self._stall_s, 0.0
         await asyncio.sleep(stall_s)
         yield 1
@@ -181,13 +249,30 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     with FakeGateway(answer("Pa", "ris", "."), refuse(errors.OverloadedError("full")), answer("Pa", "ris")) as gateway:
         asked = ["bench", "--address", gateway.address, "--rate", "50", "--requests", "6", "--slo", "ttft=60s"]
-        done = CliRunner().invoke(APP, [*asked, "--prompt-tokens", "5", "--output-tokens", "3", "--json", str(out)])
+        lengths_asked = ["--prompt-tokens", "2046", "--output-tokens", "3"]
+        done = CliRunner().invoke(
+            APP, [*asked, *lengths_asked, "--json", str(out), "--html", str(tmp_path / "out.html")]
+        )
     assert done.exit_code == 0, done.output
     assert "5 of 6 answered" in done.stdout
     assert "failed: 1 OVERLOADED" in done.stdout
+    assert "6 requests were longer than the model's context" in done.stdout
     report = json.loads(out.read_text())
     assert (report["num_requests"], report["num_refused"]) == (6, 1)
     assert report["goodput_per_s"] == report["requests_per_s"] > 0
+    html = (tmp_path / "out.html").read_text()
+    assert html.count("<svg") == 5
+    assert "5 of 6 requests answered" in html
+    assert not re.search(r"(src|href)=|url\(|@import|<script", html)  # all that it needs is in it
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), min_size=1, max_size=1000))
+def test_plots_are_xml_and_stay_within_their_frame(points: list[tuple[float, float]]) -> None:
+    drawn = plot([Line("a & <b>", sorted(points))], "x", "y")
+    [line] = ElementTree.fromstring(drawn).iter("polyline")
+    places = [tuple(map(float, place.split(","))) for place in line.attrib["points"].split()]
+    assert 1 <= len(places) <= MAX_POINTS + 1
+    assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in places)
 
 
 @pytest.mark.parametrize("flags", [[], ["--rate", "1", "--find-rate"], ["--rate", "1", "--slo", "x"]])

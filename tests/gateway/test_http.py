@@ -122,6 +122,24 @@ async def test_a_streamed_completion_with_usage() -> None:
     assert (last["choices"], last["usage"]) == ([], USAGE)
 
 
+async def test_a_stream_tells_its_tokens_so_far() -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *events, last, _ = events_of(await post(answering(), TEXT, text(stream=True, stream_options=options)))
+    assert [event["usage"]["completion_tokens"] for event in events] == [3, 7, 5]
+    assert {event["usage"]["prompt_tokens"] for event in (*events, last)} == {7}
+    assert (last["choices"], last["usage"]) == ([], USAGE)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"ignore_eos": True}, {"ignore_eos": True, "min_tokens": 3}, {"min_tokens": 9}],
+)
+async def test_answers_as_long_as_asked(fields: dict[str, Any]) -> None:
+    front_door = answering()
+    assert (await post(front_door, TEXT, text(max_tokens=9, **fields))).status_code == 200
+    assert front_door.requests[0].sampling == common_pb2.SamplingParams(max_tokens=9, ignore_eos=True)
+
+
 async def test_text_of_any_kind_survives_the_event_stream() -> None:
     odd = 'a\n\n\r"data: \u2028\x85\x1e🦆\ud7ff'
     *events, _ = events_of(await post(ScriptedFrontDoor(started(), chunk(odd), finished()), TEXT, text(stream=True)))
@@ -265,6 +283,9 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, text(stream="yes"), "stream", "valid boolean"),
     (TEXT, text(stream_options={"include_usage": True}), "stream_options", "'stream': true"),
     (TEXT, text(stream=True, stream_options={"x": 1}), "stream_options.x", "unknown field"),
+    (TEXT, text(max_tokens=9, min_tokens=3), "min_tokens", "only with 'ignore_eos': true"),
+    (TEXT, text(max_tokens=9, min_tokens=10, ignore_eos=True), "min_tokens", "at most 'max_tokens', which is 9"),
+    (TEXT, text(min_tokens=3, ignore_eos=True, stop="x"), "min_tokens", "does not go with 'stop'"),
     (TEXT, text(logprobs=21), "logprobs", "less than or equal to 20"),
     (TEXT, text(logprobs=True), "logprobs", "valid integer"),
     (CHAT, chat(logprobs=1), "logprobs", "valid boolean"),

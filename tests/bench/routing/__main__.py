@@ -1,8 +1,8 @@
 """make bench-routing: what routing policies make of loads with shared prefixes, on four workers, in virtual time.
 
 The gateway's rules, the schedulers and the pools are the real ones; how long a step takes is a line through measured steps
-of the real engine on this machine.  ``informed`` is kv-aware with a view that is never old; ``oracle`` tries every option of
-every request on the future as it will be, and takes the one with which callers wait least for first tokens (oracle.py).
+of the real engine on this machine.  ``informed`` is kv-aware with a view that is never old; ``oracle`` tries every option
+of every request on the future as it will be, and takes the one with which callers wait least for first tokens (oracle.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +19,7 @@ from rich.table import Table
 
 from gateway.candidates import Role
 from gateway.routing import Policy
+from services.engine.checkpoint import DEFAULT_MODEL
 from services.engine.scheduler import Limits
 from services.planner.simulator.arrivals import Served
 from services.planner.simulator.cluster import Cluster, ViewDelays
@@ -148,13 +149,13 @@ def _costs(console: Console, path: Path | None, rounds: int) -> tuple[CostModel,
     if path is not None and path.exists():
         read = json.loads(path.read_text())
         return CostModel(**read["costs"]), read["block_nbytes"]
-    from tests.bench.routing.fit import measure  # with torch, which the rest does without
+    from services.planner.calibrate.steps import calibrate  # with the engine, which the rest does without
 
-    costs, block_nbytes, error = measure(rounds)
-    say(console, f"measured: {costs}; the median step is off by {error:.1%}")
+    found = calibrate(DEFAULT_MODEL, "auto", 1, rounds, lambda done, total, what: None)
+    say(console, f"measured: {found.costs}; the median step is off by {found.fit.median_error:.1%}")
     if path is not None:
-        path.write_text(json.dumps({"costs": asdict(costs), "block_nbytes": block_nbytes}))
-    return costs, block_nbytes
+        path.write_text(json.dumps(found.content()))
+    return found.costs, found.block_nbytes
 
 
 def _table(where: str, found: dict[str, list[Figures]]) -> Table:
