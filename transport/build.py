@@ -41,9 +41,11 @@ def ucx_libraries() -> Path:
 
 
 def library_path() -> Path:
-    """Names the compiled binding after its source and the UCX it is linked with, so that a stale one is never loaded."""
+    """Names the compiled binding after its source and the UCX it is linked with, so that a stale one is never loaded.
+    By what UCX's file holds: its date is another one in an image that was pulled."""
     ucp = ucx_libraries() / "libucp.so.0"
-    stamp = f"{FLAGS}{[source.read_text() for source in SOURCES]}{ucp}{ucp.stat().st_size}{ucp.stat().st_mtime_ns}"
+    content = hashlib.sha256(ucp.read_bytes()).hexdigest()
+    stamp = f"{FLAGS}{[source.read_text() for source in SOURCES]}{ucp}{content}"
     return BUILD / f"libkvferry_ucp.{hashlib.sha256(stamp.encode()).hexdigest()[:12]}.so"
 
 
