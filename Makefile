@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-routing bench-scale bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images test-containers chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-routing bench-scale bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,13 +39,25 @@ serve: $(STAMP) ## Start a cluster and keep it up (Ctrl-C stops it)
 	@kvferry serve
 
 test: $(STAMP) ## Run every test that needs no GPU
-	@python -m pytest -m "not gpu and not rdma" $(ARGS)
+	@python -m pytest -m "not gpu and not rdma and not containers" $(ARGS)
 
 test-fast: $(STAMP) ## Run the tests that start no process
-	@python -m pytest -m "not gpu and not rdma" --ignore=tests/integration $(ARGS)
+	@python -m pytest -m "not gpu and not rdma and not containers" --ignore=tests/integration $(ARGS)
 
 chaos: $(STAMP) ## Kill, stop and restart parts of a cluster under load (SEED=n SECONDS_LIMIT=600)
 	@python -m tests.chaos $(if $(SEED),--seed $(SEED)) --seconds $(SECONDS_LIMIT) $(ARGS)
+
+# Arguments of the build that a site may need; from make's command line or the environment.
+IMAGE_ARGS := BASE_IMAGE PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST
+
+images: ## Build the images of gateway and CPU worker (BASE_IMAGE=python:3.11-slim ARGS="--network=host")
+	@for target in gateway worker; do DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile --target $$target --tag kvferry-$$target \
+	  --build-arg "VERSION=$$($(PYTHON) -c 'import runpy; print(runpy.run_path("kvferry/_version.py")["__version__"])')" \
+	  --build-arg "REVISION=$$(git rev-parse HEAD)" \
+	  $(foreach name,$(IMAGE_ARGS),$(if $($(name)),--build-arg "$(name)=$($(name))")) $(ARGS) . || exit; done
+
+test-containers: $(STAMP) ## A cluster of containers, killed and restarted; wants docker compose and make images
+	@python -m pytest -m containers tests/containers $(ARGS)
 
 bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--only tcp")
 	@python -m tests.bench.transport $(ARGS)
