@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
         "plan",
         "routing",
         "scale",
+        "split",
         "gateway",
         "gpu",
     ],
