@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -46,6 +48,20 @@ class Found:
     num_failed: int
 
 
+class Loads(NamedTuple):
+    """By round."""
+
+    quiet: list[Found]
+    mixed: list[Found]
+
+    def of(self, quantity: str) -> tuple[list[float], list[float]]:
+        return [getattr(f, quantity) for f in self.quiet], [getattr(f, quantity) for f in self.mixed]
+
+    def medians(self, quantity: str) -> tuple[float, float]:
+        quiet, mixed = self.of(quantity)
+        return statistics.median(quiet), statistics.median(mixed)
+
+
 def found_in(records: Sequence[Record], objectives: Slo, seconds: float) -> Found:
     """Raises RuntimeError where nothing was answered."""
     whole = [record for record in records if record.error is None]
@@ -66,19 +82,18 @@ def main() -> None:
     base = Mix(options.streams, options.longs)
     colocated = tuned(console, base.scaled(options.tune_at), objectives, options)
     fleets = {"split": Fleet("split", 1, 1, SPLIT_CHUNK), "colocated": colocated}
-    found: dict[str, list[tuple[Found, Found]]] = {name: [] for name in fleets}  # quiet, mixed; by rate
+    found: dict[str, list[Loads]] = {name: [] for name in fleets}  # by rate
     for name, fleet in fleets.items():
         with fleet.running() as address:
             for factor in options.factors:
-                mix = base.scaled(factor)
-                quiet, mixed = (
-                    found_in(
-                        measure(address, each, options.warm, options.seconds, options.seed), objectives, options.seconds
-                    )
-                    for each in (mix.quiet(), mix)
-                )
-                found[name].append((quiet, mixed))
-                say(console, f"{name}, rate x{factor:g}: quiet {told(quiet)}; with long prompts {told(mixed)}")
+                loads = Loads([], [])
+                for seed in range(options.seed, options.seed + options.rounds):
+                    for mix, into in ((base.scaled(factor).quiet(), loads.quiet), (base.scaled(factor), loads.mixed)):
+                        records = measure(address, mix, options.warm, options.seconds, seed)
+                        into.append(found_in(records, objectives, options.seconds))
+                    where = f"{name}, rate x{factor:g}"
+                    say(console, f"{where}: quiet {told(loads.quiet[-1])}; with long prompts {told(loads.mixed[-1])}")
+                found[name].append(loads)
     rows = rows_of(found, options.factors)
     console.print(figures(found, options.factors))
     console.print(table(rows))
@@ -107,40 +122,39 @@ def told(found: Found) -> str:
     )
 
 
-def rows_of(found: dict[str, list[tuple[Found, Found]]], factors: Sequence[float]) -> list[Row]:
+def rows_of(found: dict[str, list[Loads]], factors: Sequence[float]) -> list[Row]:
     rows = []
-    for number, factor in enumerate(factors):
-        (split_quiet, split), (_, colocated) = found["split"][number], found["colocated"][number]
+    for factor, split, colocated in zip(factors, found["split"], found["colocated"], strict=True):
         at = f"rate x{factor:g}"
+        (quiet_itl, itl), (_, ttft) = split.of("itl_p99_s"), split.of("ttft_p99_s")
+        (_, their_itl), (_, their_ttft) = colocated.of("itl_p99_s"), colocated.of("ttft_p99_s")
+        good, their_good = split.of("goodput")[1], [max(g, 1e-3) for g in colocated.of("goodput")[1]]
         rows += [
-            less_is_better(f"{at}: p99 ITL split / its quiet value", [split.itl_p99_s], [split_quiet.itl_p99_s],
-                           1 / QUIET_GOAL, "s"),
-            less_is_better(f"{at}: p99 ITL, split / colocated", [split.itl_p99_s], [colocated.itl_p99_s], 1.0, "s"),
-            less_is_better(f"{at}: p99 TTFT, split / colocated", [split.ttft_p99_s], [colocated.ttft_p99_s], 1.0, "s"),
-            more_is_better(f"{at}: goodput, split / colocated", [split.goodput], [max(colocated.goodput, 1e-3)], 1.0,
-                           "requests/s"),
-        ]  # fmt: skip
+            less_is_better(f"{at}: p99 ITL split / its quiet value", itl, quiet_itl, 1 / QUIET_GOAL, "s"),
+            less_is_better(f"{at}: p99 ITL, split / colocated", itl, their_itl, 1.0, "s"),
+            less_is_better(f"{at}: p99 TTFT, split / colocated", ttft, their_ttft, 1.0, "s"),
+            more_is_better(f"{at}: goodput, split / colocated", good, their_good, 1.0, "requests/s"),
+        ]
     return rows
 
 
-def figures(found: dict[str, list[tuple[Found, Found]]], factors: Sequence[float]) -> Table:
+def figures(found: dict[str, list[Loads]], factors: Sequence[float]) -> Table:
     drawn = Table("fleet", "rate", "quiet ITL p99 ms", "ITL p99 ms", "TTFT p50 s", "TTFT p99 s", "good/s", "good")
     for name, each in found.items():
-        for factor, (quiet, mixed) in zip(factors, each, strict=True):
+        for factor, loads in zip(factors, each, strict=True):
+            quiet, mixed = loads.medians("itl_p99_s")
             drawn.add_row(
-                name, f"x{factor:g}", f"{1e3 * quiet.itl_p99_s:.0f}", f"{1e3 * mixed.itl_p99_s:.0f}",
-                f"{mixed.ttft_p50_s:.2f}", f"{mixed.ttft_p99_s:.2f}", f"{mixed.goodput:.2f}", f"{mixed.attained:.0%}",
+                name, f"x{factor:g}", f"{1e3 * quiet:.0f}", f"{1e3 * mixed:.0f}",
+                f"{loads.medians('ttft_p50_s')[1]:.2f}", f"{loads.medians('ttft_p99_s')[1]:.2f}",
+                f"{loads.medians('goodput')[1]:.2f}", f"{loads.medians('attained')[1]:.0%}",
             )  # fmt: skip
     return drawn
 
 
-def page(found: dict[str, list[tuple[Found, Found]]], factors: Sequence[float]) -> str:
+def page(found: dict[str, list[Loads]], factors: Sequence[float]) -> str:
     def lines(quantity: str, scale: float = 1.0) -> list[Line]:
         return [
-            Line(
-                name,
-                [(factor, scale * getattr(mixed, quantity)) for factor, (_, mixed) in zip(factors, each, strict=True)],
-            )
+            Line(name, [(f, scale * loads.medians(quantity)[1]) for f, loads in zip(factors, each, strict=True)])
             for name, each in found.items()
         ]
 
@@ -167,6 +181,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--slo", default="ttft=5s,itl=100ms", help="what a good request keeps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load that count")
     parser.add_argument("--warm", type=float, default=5.0, help="seconds before, that do not")
+    parser.add_argument("--rounds", type=int, default=1, help="of each load, with the seeds from --seed on")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
