@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
         "routing",
         "scale",
         "split",
+        "load",
         "gateway",
         "gpu",
     ],
