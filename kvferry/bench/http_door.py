@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -77,10 +79,17 @@ class HttpDoor:
 
 
 @asynccontextmanager
-async def open_http_door(url: str, api_key: str | None, model: str, max_open: int) -> AsyncIterator[HttpDoor]:
-    """Up to ``max_open`` connections, one for each stream."""
+async def open_http_door(
+    url: str, api_key: str | None, ca: Path | None, model: str, max_open: int
+) -> AsyncIterator[HttpDoor]:
+    """Up to ``max_open`` connections, one for each stream.  ``ca`` says whose certificates to trust; None: the system's.
+    Raises InvalidRequestError where it cannot be read."""
     headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    connector = aiohttp.TCPConnector(limit=max_open)
+    try:
+        trusted = ssl.create_default_context(cafile=ca)
+    except OSError as error:
+        raise errors.InvalidRequestError(f"{ca} holds no certificates: {error.strerror or error}") from error
+    connector = aiohttp.TCPConnector(limit=max_open, ssl=trusted)
     async with aiohttp.ClientSession(connector=connector, headers=headers, read_bufsize=1 << 16) as session:
         yield HttpDoor(session, url, model)
 

@@ -34,6 +34,7 @@ _LOAD, _SHAPE = "Load", "Requests"
 def bench(
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
+    tls_ca: options.TlsCa = None,
     http: Annotated[
         str | None,
         typer.Option(
@@ -139,20 +140,44 @@ def bench(
             warmup_s=warmup, duration_s=duration, num_requests=requests, timeout_s=timeout,
         )  # fmt: skip
         wanted = slo.Slo() if objectives is None else slo.parse(objectives)
-        interrupted = asyncio.run(
-            _run(address, http, api_key, model, load, wanted, attain if find_rate else None, json_file, html_file)
-        )
+        way_in = _WayIn(address, http, api_key, tls_ca, model)
+        interrupted = asyncio.run(_run(way_in, load, wanted, attain if find_rate else None, json_file, html_file))
     if interrupted:
         raise typer.Exit(130)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _WayIn:
+    """``http``: the URL to put load on instead of ``address``."""
+
+    address: str
+    http: str | None
+    api_key: str | None
+    tls_ca: Path | None
+    model: str
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Door]:
+        if self.http is not None:
+            try:
+                from kvferry.bench.http_door import open_http_door
+            except ModuleNotFoundError as error:
+                raise InvalidRequestError("--http needs aiohttp: pip install 'kvferry[load]'") from error
+            async with open_http_door(self.http, self.api_key, self.tls_ca, self.model, MAX_OPEN) as door:
+                yield door
+            return
+        tls = options.client_tls(self.tls_ca)
+        # Refusals are to be seen, not tried again.
+        async with AsyncClient(self.address, api_key=self.api_key, tls=tls, max_attempts=1) as client:
+            yield GrpcDoor(client, self.model)
+
+
 async def _run(
-    address: str, http: str | None, api_key: str | None, model_name: str, load: Load, wanted: slo.Slo, attain: float | None,
-    json_file: Path | None, html_file: Path | None,
-) -> bool:  # fmt: skip
+    way_in: _WayIn, load: Load, wanted: slo.Slo, attain: float | None, json_file: Path | None, html_file: Path | None
+) -> bool:
     """Whether it was interrupted.  ``attain``: search for the highest rate."""
     html: str | None
-    async with _door(address, http, api_key, model_name) as door:
+    async with way_in.open() as door:
         target = await door.target()
         if attain is None:
             outcome = await _measure(door, load, target)
@@ -187,21 +212,6 @@ async def _run(
     if html_file is not None and html is not None:
         _write(html_file, html)
     return outcome.interrupted
-
-
-@asynccontextmanager
-async def _door(address: str, http: str | None, api_key: str | None, model_name: str) -> AsyncIterator[Door]:
-    # Refusals are to be seen, not tried again.
-    if http is not None:
-        try:
-            from kvferry.bench.http_door import open_http_door
-        except ModuleNotFoundError as error:
-            raise InvalidRequestError("--http needs aiohttp: pip install 'kvferry[load]'") from error
-        async with open_http_door(http, api_key, model_name, MAX_OPEN) as door:
-            yield door
-        return
-    async with AsyncClient(address, api_key=api_key, max_attempts=1) as client:
-        yield GrpcDoor(client, model_name)
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import typer
 
 from kvferry import errors
 from kvferry.api.worker.v1 import worker_pb2
-from kvferry.cli import operator, options, output
+from kvferry.cli import options, output, worker_call
 from kvferry.client import DEFAULT_ADDRESS
 from kvferry.types import Worker
 
@@ -18,8 +18,8 @@ def drain(
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
     tls_ca: options.TlsCa = None,
-    tls_cert: operator.Certificate = None,
-    tls_key: operator.Key = None,
+    tls_cert: worker_call.Certificate = None,
+    tls_key: worker_call.Key = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for what it has.")] = 600.0,
 ) -> None:
     """Let a worker finish what it has and take nothing new.
@@ -33,8 +33,8 @@ def drain(
     Example:
       kvferry drain decode-1
     """
-    tls = operator.operator_tls(tls_ca, tls_cert, tls_key)
-    with operator.workers(address, api_key, tls_ca, tls) as workers:
+    tls = worker_call.operator_tls(tls_ca, tls_cert, tls_key)
+    with worker_call.workers(address, api_key, tls_ca, tls) as workers:
         worker = workers.find(worker_id)
         workers.wait(
             worker,
@@ -50,4 +50,4 @@ def _told(error: errors.Error, worker: Worker) -> errors.Error:
         return errors.UnavailableError(
             f"{worker.worker_id} is not done yet; it takes nothing new, so ask again, or allow more with --timeout"
         )
-    return operator.named(error, worker)
+    return worker_call.named(error, worker)

@@ -10,7 +10,7 @@ import typer
 from kvferry import errors
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
-from kvferry.cli import operator, options, output
+from kvferry.cli import options, output, worker_call
 from kvferry.cli.members import ClusterError
 from kvferry.client import DEFAULT_ADDRESS
 from kvferry.types import Worker, WorkerRole
@@ -30,8 +30,8 @@ def role(
     address: options.Address = DEFAULT_ADDRESS,
     api_key: options.ApiKey = None,
     tls_ca: options.TlsCa = None,
-    tls_cert: operator.Certificate = None,
-    tls_key: operator.Key = None,
+    tls_cert: worker_call.Certificate = None,
+    tls_key: worker_call.Key = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for what it has.")] = 600.0,
 ) -> None:
     """Let a worker finish what it has and go on in the other role.
@@ -44,8 +44,8 @@ def role(
     Example:
       kvferry role decode-1 prefill
     """
-    tls = operator.operator_tls(tls_ca, tls_cert, tls_key)
-    with operator.workers(address, api_key, tls_ca, tls) as workers:
+    tls = worker_call.operator_tls(tls_ca, tls_cert, tls_key)
+    with worker_call.workers(address, api_key, tls_ca, tls) as workers:
         worker = workers.find(worker_id)
         others = [w for w in workers.known if w.role is WorkerRole.DECODE and w is not worker and not w.draining]
         if to is NewRole.PREFILL and not others:
@@ -65,4 +65,4 @@ def _told(error: errors.Error, worker: Worker) -> errors.Error:
         return errors.UnavailableError(
             f"{worker.worker_id} was not done in time and stays a {worker.role.value} worker; allow more with --timeout"
         )
-    return operator.named(error, worker)
+    return worker_call.named(error, worker)

@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
         "plan",
         "routing",
         "scale",
+        "split",
+        "load",
         "gateway",
         "gpu",
     ],

@@ -80,6 +80,7 @@ class _Speaking:
 
     def __init__(self) -> None:
         self._num_tokens: dict[int, int] = {}  # by handle
+        self._max_tokens: dict[int, int] = {}
         self._unread = worker_pb2.DecodeResponse()
         self._drawn = asyncio.Event()
 
@@ -87,8 +88,13 @@ class _Speaking:
         async for request in requests:
             if request.WhichOneof("action") == "open":
                 self._num_tokens[request.open.handle] = 0
+                self._max_tokens[request.open.handle] = request.open.sampling.max_tokens
             else:
-                self._num_tokens.pop(request.cancel.handle, None)
+                self._forget(request.cancel.handle)
+
+    def _forget(self, handle: int) -> None:
+        self._num_tokens.pop(handle, None)
+        self._max_tokens.pop(handle, None)
 
     async def step(self, pace: Pace, place: float) -> None:
         while True:
@@ -96,10 +102,17 @@ class _Speaking:
             if len(self._unread.events) > MAX_UNREAD_EVENTS:
                 continue
             drawn = stamp(time.monotonic())
+            ended = []
             for handle, index in self._num_tokens.items():
                 token = common_pb2.Token(index=index, id=drawn)
                 self._unread.events.append(worker_pb2.DecodeEvent(handle=handle, token=token))
                 self._num_tokens[handle] = index + 1
+                if index + 1 == self._max_tokens[handle]:
+                    ended.append(handle)
+            for handle in ended:
+                finished = worker_pb2.DecodeFinished(reason=common_pb2.FINISH_REASON_LENGTH)
+                self._unread.events.append(worker_pb2.DecodeEvent(handle=handle, finished=finished))
+                self._forget(handle)
             self._drawn.set()
 
     async def take(self) -> worker_pb2.DecodeResponse:

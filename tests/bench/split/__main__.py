@@ -1,0 +1,190 @@
+"""make bench-split: the same two cores as one prefill and one decode worker, and as two workers that do both.
+
+Streams of short prompts run while long prompts arrive, at rising rates.  The colocated workers cut prompts into chunks;
+which size serves them best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies
+count from when a request was due.  A request is good that keeps the objectives; the quiet value is the same fleet's, under
+the same streams without long prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from kvferry.bench import slo
+from kvferry.bench.plots import Line, plot
+from kvferry.bench.record import Record, percentile
+from kvferry.bench.slo import Slo
+from tests.bench.split.fleets import Fleet, measure
+from tests.bench.split.load import Mix, is_stream
+from tests.bench.system.systems import ROOT
+from tests.bench.terminal import say
+from tests.bench.transport.report import table, write_json
+from tests.bench.transport.rows import Row, less_is_better, more_is_better
+
+OUT = ROOT / "build" / "bench" / "split.json"
+PAGE = ROOT / "build" / "bench" / "split.html"
+QUIET_GOAL = 1.3
+SPLIT_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Seconds; ``itl_p99_s`` of the streams alone, ``goodput`` in requests/s over the seconds in which they were due."""
+
+    itl_p99_s: float
+    itl_p50_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    goodput: float
+    attained: float
+    num_failed: int
+
+
+class Loads(NamedTuple):
+    """By round."""
+
+    quiet: list[Found]
+    mixed: list[Found]
+
+    def of(self, quantity: str) -> tuple[list[float], list[float]]:
+        return [getattr(f, quantity) for f in self.quiet], [getattr(f, quantity) for f in self.mixed]
+
+    def medians(self, quantity: str) -> tuple[float, float]:
+        quiet, mixed = self.of(quantity)
+        return statistics.median(quiet), statistics.median(mixed)
+
+
+def found_in(records: Sequence[Record], objectives: Slo, seconds: float) -> Found:
+    """Raises RuntimeError where nothing was answered."""
+    whole = [record for record in records if record.error is None]
+    gaps = sorted(gap for record in whole if is_stream(record) for gap in record.gaps_s)
+    ttfts = sorted(ttft for record in whole if (ttft := record.ttft_s) is not None)
+    if not gaps or not ttfts:
+        raise RuntimeError(f"no stream of {len(records)} requests was answered: {records[0].error if records else ''}")
+    good = sum(map(objectives.is_met_by, whole))
+    return Found(
+        percentile(gaps, 99), percentile(gaps, 50), percentile(ttfts, 50), percentile(ttfts, 99), good / seconds,
+        good / len(records), len(records) - len(whole),
+    )  # fmt: skip
+
+
+def main() -> None:
+    options = parse()
+    console, objectives = Console(), slo.parse(options.slo)
+    base = Mix(options.streams, options.longs)
+    colocated = tuned(console, base.scaled(options.tune_at), objectives, options)
+    fleets = {"split": Fleet("split", 1, 1, SPLIT_CHUNK), "colocated": colocated}
+    found: dict[str, list[Loads]] = {name: [] for name in fleets}  # by rate
+    for name, fleet in fleets.items():
+        with fleet.running() as address:
+            for factor in options.factors:
+                loads = Loads([], [])
+                for seed in range(options.seed, options.seed + options.rounds):
+                    for mix, into in ((base.scaled(factor).quiet(), loads.quiet), (base.scaled(factor), loads.mixed)):
+                        records = measure(address, mix, options.warm, options.seconds, seed)
+                        into.append(found_in(records, objectives, options.seconds))
+                    where = f"{name}, rate x{factor:g}"
+                    say(console, f"{where}: quiet {told(loads.quiet[-1])}; with long prompts {told(loads.mixed[-1])}")
+                found[name].append(loads)
+    rows = rows_of(found, options.factors)
+    console.print(figures(found, options.factors))
+    console.print(table(rows))
+    write_json(rows, OUT)
+    PAGE.write_text(page(found, options.factors))
+    say(console, f"colocated chunks of {colocated.chunk_tokens}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    say(console, f"wrote {OUT.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
+
+
+def tuned(console: Console, mix: Mix, objectives: Slo, options: argparse.Namespace) -> Fleet:
+    """Two workers for both phases, with the chunk size under which most requests are good; of equals the lower gaps."""
+    tried: list[tuple[Found, Fleet]] = []
+    for chunk in options.chunks:
+        fleet = Fleet(f"colocated-{chunk}", 0, 2, chunk)
+        with fleet.running() as address:
+            records = measure(address, mix, options.warm, options.seconds, options.seed)
+        tried.append((found_in(records, objectives, options.seconds), fleet))
+        say(console, f"colocated, chunks of {chunk}: {told(tried[-1][0])}")
+    return max(tried, key=lambda pair: (pair[0].goodput, -pair[0].itl_p99_s))[1]
+
+
+def told(found: Found) -> str:
+    return (
+        f"ITL p50 {1e3 * found.itl_p50_s:.0f}, p99 {1e3 * found.itl_p99_s:.0f} ms, TTFT p50 {found.ttft_p50_s:.2f}, "
+        f"p99 {found.ttft_p99_s:.2f} s, good {found.goodput:.2f}/s ({found.attained:.0%}), failed {found.num_failed}"
+    )
+
+
+def rows_of(found: dict[str, list[Loads]], factors: Sequence[float]) -> list[Row]:
+    rows = []
+    for factor, split, colocated in zip(factors, found["split"], found["colocated"], strict=True):
+        at = f"rate x{factor:g}"
+        (quiet_itl, itl), (_, ttft) = split.of("itl_p99_s"), split.of("ttft_p99_s")
+        (_, their_itl), (_, their_ttft) = colocated.of("itl_p99_s"), colocated.of("ttft_p99_s")
+        good, their_good = split.of("goodput")[1], [max(g, 1e-3) for g in colocated.of("goodput")[1]]
+        rows += [
+            less_is_better(f"{at}: p99 ITL split / its quiet value", itl, quiet_itl, 1 / QUIET_GOAL, "s"),
+            less_is_better(f"{at}: p99 ITL, split / colocated", itl, their_itl, 1.0, "s"),
+            less_is_better(f"{at}: p99 TTFT, split / colocated", ttft, their_ttft, 1.0, "s"),
+            more_is_better(f"{at}: goodput, split / colocated", good, their_good, 1.0, "requests/s"),
+        ]
+    return rows
+
+
+def figures(found: dict[str, list[Loads]], factors: Sequence[float]) -> Table:
+    drawn = Table("fleet", "rate", "quiet ITL p99 ms", "ITL p99 ms", "TTFT p50 s", "TTFT p99 s", "good/s", "good")
+    for name, each in found.items():
+        for factor, loads in zip(factors, each, strict=True):
+            quiet, mixed = loads.medians("itl_p99_s")
+            drawn.add_row(
+                name, f"x{factor:g}", f"{1e3 * quiet:.0f}", f"{1e3 * mixed:.0f}",
+                f"{loads.medians('ttft_p50_s')[1]:.2f}", f"{loads.medians('ttft_p99_s')[1]:.2f}",
+                f"{loads.medians('goodput')[1]:.2f}", f"{loads.medians('attained')[1]:.0%}",
+            )  # fmt: skip
+    return drawn
+
+
+def page(found: dict[str, list[Loads]], factors: Sequence[float]) -> str:
+    def lines(quantity: str, scale: float = 1.0) -> list[Line]:
+        return [
+            Line(name, [(f, scale * loads.medians(quantity)[1]) for f, loads in zip(factors, each, strict=True)])
+            for name, each in found.items()
+        ]
+
+    plots = (
+        plot(lines("itl_p99_s", 1e3), "rate, times the base", "p99 ITL of streams, ms"),
+        plot(lines("ttft_p99_s"), "rate, times the base", "p99 TTFT, s"),
+        plot(lines("goodput"), "rate, times the base", "good requests/s"),
+    )
+    style = "body{font:14px system-ui;max-width:520px;margin:auto}svg{width:100%}.grid{stroke:#ddd}text{font-size:10px}"
+    return f"<!doctype html><meta charset=utf-8><title>split or not</title><style>{style}</style>{''.join(plots)}\n"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench-split", description=__doc__)
+    parser.add_argument(
+        "--streams", type=float, default=0.8, help="short prompts a second at rate 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--longs", type=float, default=0.15, help="long prompts a second at rate 1 (default: %(default)s)"
+    )
+    parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="rates, times these")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128, 256], help="sizes to try when colocated")
+    parser.add_argument("--tune-at", type=float, default=1.0, help="the rate at which they are tried")
+    parser.add_argument("--slo", default="ttft=5s,itl=100ms", help="what a good request keeps (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of each load that count")
+    parser.add_argument("--warm", type=float, default=5.0, help="seconds before, that do not")
+    parser.add_argument("--rounds", type=int, default=1, help="of each load, with the seeds from --seed on")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

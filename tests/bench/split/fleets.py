@@ -1,0 +1,69 @@
+"""Two workers with one core each: one for each phase, or two that do both."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from kvferry.aio import AsyncClient
+from kvferry.bench.doors import GrpcDoor
+from kvferry.bench.record import Record
+from kvferry.bench.runner import Runner
+from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.members import ClusterConfig, Member, Role, clone_root, plan
+from tests.bench.split.load import Mix
+from tests.bench.system.systems import ROOT
+
+TIMEOUT_S = 60.0
+MAX_OPEN = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """``chunk_tokens``: the most prompt tokens in a step."""
+
+    name: str
+    num_prefill: int
+    num_decode: int
+    chunk_tokens: int
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Its address.  Raises ClusterError."""
+        config = ClusterConfig(
+            grpc_port=0, http_port=0, threads=1, pin=False, kv_memory="1GiB", num_prefill=self.num_prefill,
+            num_decode=self.num_decode, log_level="warning",
+        )  # fmt: skip
+        planned = plan(config, clone_root())
+        cores = iter(sorted(os.sched_getaffinity(0)))
+
+        def given(member: Member) -> Member:
+            if member.role not in (Role.PREFILL, Role.DECODE):
+                return member
+            extra = ("--cpus", str(next(cores)), "--chunk-tokens", str(self.chunk_tokens))
+            return replace(member, command=(*member.command, *extra))
+
+        members = [given(member) for member in planned.members]
+        cluster = LocalCluster(members, ROOT / "build/logs/bench-split" / self.name, restart=False)
+        cluster.start()
+        try:
+            yield planned.grpc_address
+        finally:
+            cluster.stop()
+
+
+def measure(address: str, mix: Mix, warm_s: float, seconds: float, seed: int) -> list[Record]:
+    """What became of the requests that were due after the first ``warm_s``, all answered or failed."""
+    return asyncio.run(_measure(address, mix, warm_s, seconds, seed))
+
+
+async def _measure(address: str, mix: Mix, warm_s: float, seconds: float, seed: int) -> list[Record]:
+    async with AsyncClient(address, max_attempts=1) as client:
+        door = GrpcDoor(client)
+        vocab_size = (await door.target()).vocab_size
+        runner = Runner(door, max_open=MAX_OPEN, closed=False, timeout_s=TIMEOUT_S)
+        outcome = await runner.run(mix.schedule(warm_s + seconds, vocab_size, seed))
+    return [record for record in outcome.records if record.scheduled_s >= warm_s]
