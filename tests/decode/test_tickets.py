@@ -202,7 +202,7 @@ class TicketMachine(RuleBasedStateMachine):
 
 
 TestTickets = TicketMachine.TestCase
-TestTickets.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestTickets.settings = settings(max_examples=80, stateful_step_count=40)
 
 
 @pytest.mark.parametrize(

@@ -377,4 +377,4 @@ class DirectoryMachine(RuleBasedStateMachine):
 
 
 TestDirectoryMachine = DirectoryMachine.TestCase
-TestDirectoryMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestDirectoryMachine.settings = settings(max_examples=60, stateful_step_count=40)

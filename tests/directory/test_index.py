@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.api.directory.v1 import directory_pb2
@@ -99,7 +99,6 @@ OPERATIONS = st.lists(
 
 
 # One table of at first 8 slots: most blocks collide, and it grows and shrinks.
-@settings(deadline=None)
 @given(OPERATIONS, st.lists(NUMBERS, max_size=4), st.sampled_from([0, 10]), st.sampled_from([7, 1000]))
 def test_index_equals_the_naive_one(
     operations: list[tuple[str, str, list[int], Tier]], chains: list[list[int]], table_bits: int, max_entries: int
@@ -119,7 +118,6 @@ def test_index_equals_the_naive_one(
         assert index.num_entries == naive.num_entries
 
 
-@settings(deadline=None)
 @given(OPERATIONS, st.lists(NUMBERS, max_size=4), st.integers(1, 5))
 def test_it_is_right_while_cleared_blocks_are_yet_to_be_dropped(
     operations: list[tuple[str, str, list[int], Tier]], chains: list[list[int]], max_hashes: int
@@ -141,7 +139,6 @@ def test_it_is_right_while_cleared_blocks_are_yet_to_be_dropped(
         assert index.num_entries == naive.num_entries
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32))
 def test_it_holds_more_workers_than_one_group(seed: int) -> None:
     rng = random.Random(seed)

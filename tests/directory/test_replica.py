@@ -181,7 +181,7 @@ class ReplicaMachine(RuleBasedStateMachine):
 
 
 TestReplicaMachine = ReplicaMachine.TestCase
-TestReplicaMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+TestReplicaMachine.settings = settings(max_examples=60, stateful_step_count=50)
 
 
 def test_nothing_is_shown_before_all_is_read() -> None:

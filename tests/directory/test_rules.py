@@ -196,7 +196,7 @@ class RulesMachine(RuleBasedStateMachine):
 
 def test_redis_and_memory_have_the_same_rules(redis_server: RedisServer) -> None:
     run_state_machine_as_test(
-        lambda: RulesMachine(redis_server), settings=settings(max_examples=12, stateful_step_count=30, deadline=None)
+        lambda: RulesMachine(redis_server), settings=settings(max_examples=12, stateful_step_count=30)
     )
 
 

@@ -39,7 +39,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     params=st.lists(samplings, min_size=1, max_size=5),
     vocab=st.sampled_from([40, 256, 3000]),

@@ -147,7 +147,7 @@ class TierMachine(RuleBasedStateMachine):
 
 
 TestTier = TierMachine.TestCase
-TestTier.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestTier.settings = settings(max_examples=80, stateful_step_count=50)
 
 
 def filled(num_blocks: int, num_slots: int) -> tuple[BlockPool, HostTier]:

@@ -175,7 +175,7 @@ mixed = st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1,
 
 
 @pytest.mark.parametrize("name", SETS)
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(config=models, shape=decodes | mixed, block_size=st.sampled_from([8, 16, 32]), seed=st.integers(0, 999))
 def test_float32_equals_torch(name: str, config: ModelConfig, shape: list[tuple[int, int]], block_size: int,
                               seed: int) -> None:  # fmt: skip
@@ -190,7 +190,7 @@ def test_float32_equals_torch(name: str, config: ModelConfig, shape: list[tuple[
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", SETS)
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(config=models, shape=decodes | mixed, seed=st.integers(0, 999))
 def test_narrow_formats_compute_the_same_model(name: str, dtype: str, config: ModelConfig,
                                                        shape: list[tuple[int, int]], seed: int) -> None:  # fmt: skip
@@ -255,7 +255,7 @@ def test_int8_meets_weights_that_were_quantized(weight: torch.Tensor) -> None:
     assert torch.equal(int8_weights(weight), weight)
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     count=st.integers(2, 256),
     size=st.floats(1e-2, 1e2),
@@ -272,7 +272,7 @@ def test_int8_meets_steps_of_any_size_as_float16_can(count: int, size: float, of
     assert (int8_weights(weight) - weight).abs().max() <= rounding
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(size=st.floats(1e-2, 1e2), offset=st.floats(-1, 1), cut=st.integers(1, 96), seed=st.integers(0, 999))
 def test_int8_meets_others_within_half_a_step(size: float, offset: float, cut: int, seed: int) -> None:
     weight = (torch.rand(40, cut, generator=torch.Generator().manual_seed(seed)) + offset - 0.5) * size

@@ -99,7 +99,7 @@ def dense_sum(case: Case) -> F64:
 
 
 @pytest.mark.parametrize("kind", ["torch", "flashinfer"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases())
 def test_any_batch_equals_the_dense_sum(kind: str, case: Case) -> None:
     plan = attention_of(case, kind).plan(case.batch)
@@ -112,7 +112,7 @@ def test_any_batch_equals_the_dense_sum(kind: str, case: Case) -> None:
     assert arena[:, 1 - LAYER].isnan().all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=cases())
 def test_every_sequence_is_decoded_or_in_a_chunk_and_nothing_is_both(case: Case) -> None:
     pages = plan_pages(case.batch)

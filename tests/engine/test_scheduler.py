@@ -97,7 +97,7 @@ def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000, ahead: boo
     raise AssertionError("the scheduler did not come to an end")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.integers(1, 20)), min_size=1, max_size=10

@@ -291,5 +291,5 @@ class Interruptions(RuleBasedStateMachine):
         assert self.scheduler.pool.counts().active == 0
 
 
-Interruptions.TestCase.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+Interruptions.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
 TestInterruptions = Interruptions.TestCase

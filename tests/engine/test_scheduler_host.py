@@ -101,7 +101,7 @@ def sequence_hash(s: Scheduler, prompt: list[int]) -> bytes:
     return q.chain[1]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=30), st.integers(1, 20), st.booleans()),

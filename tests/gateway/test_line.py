@@ -64,7 +64,7 @@ class Waiting(RuleBasedStateMachine):
 
 
 TestWaiting = Waiting.TestCase
-TestWaiting.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestWaiting.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 def served_of(weights: dict[str, float], num_turns: int) -> Counter[str]:

@@ -116,7 +116,7 @@ def loads(draw: st.DrawFn) -> list[Ask]:
     return asks
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(loads(), st.integers(0, 3), st.integers(1, 3), st.sampled_from([800, 2000, 64000]), st.floats(0.005, 0.1))
 def test_every_token_is_computed_once_and_every_gap_counted(
     asks: list[Ask], num_prefill: int, num_decode: int, kv_tokens: int, bound_s: float

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from kvferry.bench.record import percentile
@@ -61,7 +61,6 @@ def request(among: Catalogue, traffic: Traffic, slo: Slo, **changes: Any) -> Req
     return replace(made, **changes)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 300))
 def test_the_fewest_are_found(needed: int, guess: int, most: int) -> None:
     assert fewest(lambda n: n >= needed, guess, most) == (needed if needed <= most else None)

@@ -15,7 +15,7 @@ def ferry(num_tokens: int, first: int = 0) -> Ferry:
     return Ferry(-(-num_tokens // BLOCK) - first, first, num_tokens, BLOCK)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_every_block_once_then_one_commit_or_one_stop(data: st.DataObject) -> None:
     num_tokens = data.draw(st.integers(1, 40))

@@ -23,7 +23,7 @@ def copy(batch: Pieces, source: U8, target: U8) -> None:
         target[there : there + size] = source[here : here + size]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.data())
 def test_the_range_arrives_and_nothing_else_is_touched(data: st.DataObject) -> None:
     source, target, begin, end = data.draw(sides(same_dtype=True))
@@ -59,7 +59,7 @@ def on_ranks(placement: Placement, kv: U8) -> list[U8]:
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_heads_arrive_whichever_ranks_have_them(data: st.DataObject) -> None:
     source, target, begin, end = data.draw(sides(same_dtype=True))
@@ -110,7 +110,7 @@ def test_a_rank_sends_to_those_that_have_its_heads() -> None:
     assert ways(three, three) == [(rank, rank, 2) for rank in range(3)], "whole blocks"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(sides(same_dtype=False))
 def test_stretches_cover_the_range_within_one_block_on_each_side(drawn: tuple[Placement, Placement, int, int]) -> None:
     source, target, begin, end = drawn

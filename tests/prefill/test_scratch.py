@@ -58,7 +58,7 @@ class ScratchMachine(RuleBasedStateMachine):
 
 
 TestScratch = ScratchMachine.TestCase
-TestScratch.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestScratch.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_a_waiting_claim_that_gives_up_lets_the_next_go() -> None:
@@ -76,7 +76,7 @@ def test_what_can_never_be_served_is_refused(nbytes: int) -> None:
         Scratch(NBYTES).claim(nbytes)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(target=layouts, nbytes=st.integers(1, 4096))
 def test_a_go_fits_with_room_for_another_where_there_is_any(target: KvLayout, nbytes: int) -> None:
     if nbytes < target.token_nbytes:

@@ -20,17 +20,21 @@ from services.decode.servicer import DecodeServicer
 from services.engine.batch import Batch
 from services.engine.blocks import BlockPool
 from services.engine.engine import Engine
+from services.engine.hashing import chain_root
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
 from services.engine.ready import Ready
 from services.engine.sampling_params import Drawn
 from services.engine.scheduler import Limits, Scheduler
+from services.engine.sequence import Sequence as EngineSequence
+from services.engine.sequence import SequenceId
 from services.engine.steps import Blocking, Draws
 from services.engine.weights import DTYPES
 from services.prefill.conversion import Converter
 from services.prefill.ferries import Ferries
 from services.runtime.channels import Channels
 from services.runtime.process import this_process
+from services.worker.convert import to_sequence
 from services.worker.digester import Digester
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
@@ -100,10 +104,17 @@ class Side:
         whole = torch.cat([pool[list(blocks)] for pool in self.pools], dim=4)
         return whole.movedim(3, 1).flatten(0, 1)[:num_tokens]
 
+    def alone(self, prompt: Sequence[int]) -> EngineSequence:
+        """Computed and answered here, whatever the worker's role is."""
+        return to_sequence(
+            SequenceId("alone"), list(prompt), sampling(), chain_root=chain_root(MODEL.revision, SALT),
+            eos_ids=frozenset(MODEL.eos_token_ids), vocab_size=MODEL.vocab_size, context_length=MODEL.context_length,
+            prefill_only=False, speculate=False,
+        )  # fmt: skip
+
     async def cache(self, prompt: Sequence[int]) -> None:
         """Leaves the prompt's full blocks in the prefix cache."""
-        sequence = self.worker.make_sequence("cache", list(prompt), sampling(), SALT)
-        self.worker.add(sequence)
+        self.worker.add(self.alone(prompt))
         changed = self.worker.router.changed
         while not self.worker.is_idle():
             changed.clear()

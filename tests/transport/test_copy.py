@@ -45,7 +45,7 @@ def test_every_byte_of_the_range_is_copied_and_none_besides(library: ctypes.CDLL
     source = np.random.default_rng(3).integers(1, 256, ROOM, np.uint8)
 
     @given(to=st.integers(0, 200), start=st.integers(0, 200), n=st.integers(0, 2000) | st.integers(0, ROOM - 200))
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     def holds(to: int, start: int, n: int) -> None:
         target = np.zeros(ROOM + 64, np.uint8)
         library.copy_by(way, target.ctypes.data + to, source.ctypes.data + start, n)

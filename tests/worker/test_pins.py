@@ -184,7 +184,7 @@ class PinMachine(RuleBasedStateMachine):
 
 
 TestPins = PinMachine.TestCase
-TestPins.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestPins.settings = settings(max_examples=80, stateful_step_count=40)
 
 
 def test_the_longest_prefix_held_is_pinned() -> None:

@@ -170,7 +170,7 @@ class PullMachine(RuleBasedStateMachine):
 
 
 TestPulls = PullMachine.TestCase
-TestPulls.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPulls.settings = settings(max_examples=150, stateful_step_count=40)
 
 
 def test_what_was_pulled_is_evicted_before_what_it_stands_on() -> None:
