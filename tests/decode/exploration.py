@@ -12,13 +12,10 @@ that was lost is asked for again.
 
 from __future__ import annotations
 
-import gc
-from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
 from typing import NamedTuple
 
 from services.decode.tickets import Ticket, TicketBook, TicketRefusedError, TicketState, WriterId, Written
@@ -26,15 +23,12 @@ from services.engine.blocks import BlockPool
 from services.engine.layout import KvLayout
 from services.engine.sequence import SequenceId
 from services.prefill.ferry import Commit, Ferry, FerryState, Stopped, Write
-from tests.decode.memo import Memo, Numbers, Violation
+from tests.exploration.memo import Memo, Numbers, Violation
+from tests.exploration.search import search
 
 LIFETIME_S = 1.0
 # One token a block.
 LAYOUT = KvLayout(model_revision="r", dtype="float32", block_size=1, num_layers=1, num_kv_heads=1, head_dim=1)
-
-
-class Counterexample(Exception):
-    """The shortest way to a broken promise, one action a line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,44 +276,16 @@ class Explorer:
     def explore(self) -> int:
         """The number of states.  Raises Counterexample with the shortest trace to a broken promise, or to a state from
         which some block never comes back."""
-        gc.disable()  # it would look through all worlds again and again, and they hold no cycles
-        try:
-            return self._explore()
-        finally:
-            gc.enable()
+        start = (self.scenes.of(self.start()), 0)
+        return search(
+            start, self.steps, lambda state: self.is_end(state[0]), otherwise="from here some block never comes back"
+        )
 
-    def _explore(self) -> int:
-        worlds = {(self.scenes.of(self.start()), 0): 0}  # by what there is, and the messages that were sent
-        came_from = [(0, "")]
-        before: list[list[int]] = [[]]  # by steps that are no faults
-        ends: list[int] = []  # where all blocks are back
-        queue = deque(worlds)
-        for number in count():
-            if not queue:
-                break
-            scene, messages = queue.popleft()
-            try:
-                if self.is_end(scene):
-                    ends.append(number)
-                for label, after, sent, fault in self.actions(scene, messages):
-                    found = worlds.setdefault((after, messages | sent), len(worlds))
-                    if found == len(came_from):
-                        came_from.append((number, label))
-                        before.append([])
-                        queue.append((after, messages | sent))
-                    if not fault:
-                        before[found].append(number)
-            except Violation as e:
-                raise Counterexample(_trace(came_from, number, str(e))) from e
-        good = set(ends)
-        while ends:
-            fresh = set(before[ends.pop()]) - good
-            good |= fresh
-            ends += fresh
-        for number in range(len(worlds)):  # in order of distance
-            if number not in good:
-                raise Counterexample(_trace(came_from, number, "from here some block never comes back"))
-        return len(worlds)
+    def steps(self, state: tuple[int, int]) -> Iterator[tuple[str, tuple[int, int], bool]]:
+        """``state``: a scene, and the messages that were sent."""
+        scene, messages = state
+        for label, after, sent, fault in self.actions(scene, messages):
+            yield label, (after, messages | sent), fault
 
     def _view(self, owner: int) -> View:
         view: View = self.owners.call(owner, "view")[1]
@@ -615,12 +581,3 @@ def _with(processes: tuple[int, ...], index: int, process: int) -> tuple[int, ..
 def _moved(world: World, index: int, turn: Turn) -> World:
     owner, incarnation, processes, messages, attempts = world
     return World(owner, incarnation, _with(processes, index, turn.process), messages | turn.messages, attempts)
-
-
-def _trace(came_from: list[tuple[int, str]], number: int, what: str) -> str:
-    labels = []
-    while number:
-        number, label = came_from[number]
-        labels.append(label)
-    lines = [f"{place}. {label}" for place, label in enumerate(reversed(labels), 1)]
-    return "\n".join([*lines, f"=> {what}"])
