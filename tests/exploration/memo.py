@@ -8,6 +8,8 @@ from collections.abc import Hashable
 from enum import Enum
 from typing import Any, Generic, TypeVar
 
+from google.protobuf.message import Message
+
 T = TypeVar("T", bound=Hashable)
 
 
@@ -84,6 +86,8 @@ def _frozen(value: object) -> object:
             return tuple(map(_frozen, value))
         case set() | frozenset():
             return frozenset(map(_frozen, value))
+        case Message():
+            return type(value), value.SerializeToString(deterministic=True)
     slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
     names = [*getattr(value, "__dict__", ()), *(s for s in slots if hasattr(value, s))]
     return type(value), tuple((name, _frozen(getattr(value, name))) for name in names)
