@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast images test-containers chaos check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-routing bench-scale bench-split bench-load bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images test-containers chaos fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-routing bench-scale bench-split bench-load bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ images: ## Build the images of gateway and CPU worker (BASE_IMAGE=python:3.11-sl
 
 test-containers: $(STAMP) ## A cluster of containers, killed and restarted; wants docker compose and make images
 	@python -m pytest -m containers tests/containers $(ARGS)
+
+fuzz: $(STAMP) ## Read damaged requests, checkpoints, descriptors and traces (SECONDS_LIMIT=600, ARGS="--only gguf")
+	@python -m tests.fuzz --seconds $(SECONDS_LIMIT) $(ARGS)
 
 bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--only tcp")
 	@python -m tests.bench.transport $(ARGS)

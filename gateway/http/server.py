@@ -6,28 +6,41 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
+from functools import partial
+from typing import cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.http.slow_heads import BoundedHeads
 from services.runtime.startup import cannot_listen
 from services.runtime.tls import Certificates
 
 # What a request may still take to say goodbye, once its grace is over and it was cancelled.
 _CANCELLED_S = 2.0
 MAX_HEAD_NBYTES = 64 * 1024
+HEAD_TIMEOUT_S = 10.0
+# Between two requests; what a client's pool keeps for longer it must be ready to open anew.
+IDLE_TIMEOUT_S = 5.0
 
 
 class HttpServer:
     """Serves ``app`` in the loop that calls ``start``, over TLS where there are ``certificates``.  Signals are left to the
-    process; ``start`` and ``stop`` are called once each, in this order."""
+    process; ``start`` and ``stop`` are called once each, in this order.  A connection is closed on which no head of a
+    request is complete ``head_timeout_s`` after it began, or that is idle for ``idle_timeout_s`` after a request."""
 
-    def __init__(self, app: ASGIApp, certificates: Certificates | None = None) -> None:
+    def __init__(
+        self, app: ASGIApp, certificates: Certificates | None = None, *, head_timeout_s: float = HEAD_TIMEOUT_S,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
+    ) -> None:  # fmt: skip
         # httptools, which uvicorn would prefer where it is installed, bounds no head.
         config = uvicorn.Config(
-            app, http="h11", lifespan="off", ws="none", access_log=False, log_config=None, server_header=False,
+            app, http=cast(type[asyncio.Protocol], partial(BoundedHeads, head_timeout_s=head_timeout_s)),
+            lifespan="off", ws="none", access_log=False, log_config=None, server_header=False,
             h11_max_incomplete_event_size=MAX_HEAD_NBYTES,
         )  # fmt: skip
+        # Despite its annotation the setting takes fractions: it goes into loop.call_later.
+        config.timeout_keep_alive = idle_timeout_s  # type: ignore[assignment]
         if certificates is not None:
             # Its own options would read the files once, and never again.
             config.load()

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from itertools import cycle, pairwise
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kvferry.bench.lengths import Draw
 from kvferry.errors import InvalidRequestError
 
 HASHED_TOKENS = 512  # that one of Mooncake's hash ids stands for
+MAX_TRACE_TOKENS = 2**31 - 1
 CHARS_PER_TOKEN = 4  # of English text, about: the light client has no tokenizer
 
 _ROW_TOKENS = 1 << 17
@@ -61,11 +63,13 @@ def read_trace(path: Path) -> list[Ask]:
             asks = []
             for ask in read(lines):
                 number += 1
+                if not (max(ask.num_prompt_tokens, ask.num_output_tokens) <= MAX_TRACE_TOKENS and isfinite(ask.at_s)):
+                    raise ValueError("a number is out of range")
                 if ask.num_prompt_tokens > 0 and ask.num_output_tokens > 0:
                     asks.append(ask)
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError, csv.Error) as error:
         raise InvalidRequestError(
             f"{path}: entry {number + 1} is neither Mooncake's (timestamp, input_length, output_length, hash_ids; "
             f".jsonl) nor Azure's (TIMESTAMP,ContextTokens,GeneratedTokens; .csv): {error!r}"
@@ -102,7 +106,7 @@ def read_conversations(path: Path) -> list[Ask]:
         found = [ask for entry in json.loads(path.read_text(encoding="utf-8")) if (ask := _first_turn(entry))]
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidRequestError(
             f'{path} is not like ShareGPT: a JSON array of {{"conversations": [{{"from": "human", "value": ..}}, '
             f'{{"from": "gpt", "value": ..}}]}}: {error!r}'

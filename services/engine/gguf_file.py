@@ -68,6 +68,8 @@ class GgufFile:
             dims, ggml_type, offset = cursor.scalars("Q", num_dims), cursor.scalar("I"), cursor.scalar("Q")
             raw.append((name, tuple(int(d) for d in reversed(dims)), int(ggml_type), int(offset)))
         alignment = int(self.get("general.alignment", int, 32))
+        if alignment < 1:
+            raise ValueError("alignment")
         start = -(-cursor.offset // alignment) * alignment
         self.tensors = {name: GgufTensor(name, shape, kind, start + offset) for name, shape, kind, offset in raw}
         self.nbytes = len(data)
@@ -95,11 +97,11 @@ class GgufFile:
         count = 1
         for size in tensor.shape:
             count *= size
+        if tensor.offset + 4 * count > self.nbytes:
+            raise ModelError(f"the model file {self.path} ends early; download it again")
         with self.path.open("rb") as file:
             file.seek(tensor.offset)
             raw = file.read(4 * count)
-        if len(raw) < 4 * count:
-            raise ModelError(f"the model file {self.path} ends early; download it again")
         return struct.unpack(f"<{count}f", raw)
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:

@@ -26,8 +26,7 @@ _MAX_HEADER_NBYTES = 100 << 20
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files, in the order of their names; ModelError when there are none or one is missing."""
     if (directory / _INDEX).is_file():
-        names = sorted(set(_read_json(directory / _INDEX).get("weight_map", {}).values()))
-        files = [directory / name for name in names]
+        files = [directory / name for name in _indexed(directory / _INDEX)]
     else:
         files = [directory / _SINGLE]
     missing = [file.name for file in files if not file.is_file()]
@@ -36,6 +35,17 @@ def weight_files(directory: Path) -> list[Path]:
         hint = "it has pickled weights only; convert them to safetensors" if pickled else "download the model again"
         raise ModelError(f"the model directory {directory} lacks {', '.join(missing) or _SINGLE}; {hint}")
     return files
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index names, which must lie beside it."""
+    weight_map = _read_json(path).get("weight_map", {})
+    names = set()
+    for name in weight_map.values() if isinstance(weight_map, dict) else (None,):
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise ModelError(f"{path} names {str(name)[:64]!r}, which is no file beside it; download it again")
+        names.add(name)
+    return sorted(names)
 
 
 def read_config(directory: Path, name: str) -> ModelConfig:
@@ -49,7 +59,7 @@ def read_config(directory: Path, name: str) -> ModelConfig:
     _refuse_unsupported(raw, directory)
     try:
         return _config(raw, directory, name)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ModelError(f"{directory / 'config.json'} lacks or misstates {error}") from error
 
 
@@ -99,10 +109,16 @@ def read_tokenizer(directory: Path, config: ModelConfig) -> Tokenizer:
 def read_chat_template(directory: Path) -> str | None:
     path = directory / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}; download it again") from error
     stated = _read_json(directory / "tokenizer_config.json", optional=True).get("chat_template")
     if isinstance(stated, list):  # several by name
-        stated = next((entry["template"] for entry in stated if entry.get("name") == "default"), None)
+        stated = next(
+            (entry.get("template") for entry in stated if isinstance(entry, dict) and entry.get("name") == "default"),
+            None,
+        )
     return stated if isinstance(stated, str) else None
 
 
@@ -170,23 +186,32 @@ def _fingerprint(directory: Path) -> str:
         with path.open("rb") as file:
             prefix = file.read(8)
             header_nbytes = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else _MAX_HEADER_NBYTES + 1
-            if header_nbytes > min(nbytes, _MAX_HEADER_NBYTES):
+            if 8 + header_nbytes > min(nbytes, _MAX_HEADER_NBYTES):
                 raise ModelError(f"{path} is damaged; download it again")
             header = file.read(header_nbytes)
             digest.update(f"{path.name}:{nbytes};".encode())
             digest.update(header)
-            for begin, end in sorted(_tensor_ranges(header, path)):
+            for begin, end in sorted(_tensor_ranges(header, path, nbytes - 8 - header_nbytes)):
                 for offset in (begin, (begin + end) // 2):
                     file.seek(8 + header_nbytes + offset)
                     digest.update(file.read(min(_SAMPLE_NBYTES, end - offset)))
     return digest.hexdigest()
 
 
-def _tensor_ranges(header: bytes, path: Path) -> list[tuple[int, int]]:
+def _tensor_ranges(header: bytes, path: Path, data_nbytes: int) -> list[tuple[int, int]]:
+    """Within a file that has ``data_nbytes`` behind its header."""
     try:
         tensors = json.loads(header)
-        return [tuple(entry["data_offsets"]) for name, entry in tensors.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        ranges = []
+        for name, entry in tensors.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if not (isinstance(begin, int) and isinstance(end, int) and 0 <= begin <= end <= data_nbytes):
+                raise ValueError(f"the tensor {name} lies beyond the end")
+            ranges.append((begin, end))
+        return ranges
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} is damaged; download it again") from error
 
 
@@ -197,7 +222,7 @@ def _read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}; download the model again") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is no JSON; download it again") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} is no JSON object; download it again")

@@ -10,7 +10,8 @@ import pytest
 
 from services.decode.tickets import Ticket, TicketBook, TicketState
 from services.prefill.ferry import Action, Commit, Ferry, FerryState, Stopped
-from tests.decode.exploration import Counterexample, Explorer, Setup
+from tests.decode.exploration import Explorer, Setup
+from tests.exploration.search import Counterexample
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,69 @@ async def test_heads_and_nested_bodies_are_bounded() -> None:
         assert not front_door.requests
 
 
+@asynccontextmanager
+async def impatient(**timeouts: float) -> AsyncIterator[int]:
+    app = create_app(ScriptedFrontDoor(started(), finished()), vocabulary=VOCABULARY)
+    server = HttpServer(app, **timeouts)
+    try:
+        yield await server.start("127.0.0.1", 0)
+    finally:
+        await server.stop(0.2)
+
+
+@pytest.mark.parametrize("after_a_request", [False, True])
+async def test_a_head_that_comes_byte_by_byte_is_not_waited_for(after_a_request: bool) -> None:
+    async with impatient(head_timeout_s=0.3, idle_timeout_s=60) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        if after_a_request:
+            writer.write(b"GET /health HTTP/1.1\r\nhost: g\r\n\r\n")
+            assert b"ready" in await reader.readuntil(b"}")
+        writer.write(b"GET /health HTTP/1.1\r\n")
+        async with asyncio.timeout(SOON_S):
+            with suppress(ConnectionError):
+                while not writer.is_closing() and not reader.at_eof():
+                    writer.write(b"x: y\r\n")
+                    await asyncio.sleep(0.02)
+        writer.close()
+
+
+async def test_a_head_that_stops_is_answered_408() -> None:
+    async with impatient(head_timeout_s=0.3) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HT")
+        async with asyncio.timeout(SOON_S):
+            answer = await reader.read()
+        assert b" 408 " in answer
+        assert b"the request's head took longer than 0.3 s" in answer
+        writer.close()
+
+
+@pytest.mark.parametrize("after_a_request", [False, True])
+async def test_a_connection_that_says_nothing_is_closed(after_a_request: bool) -> None:
+    async with impatient(head_timeout_s=0.3, idle_timeout_s=0.3) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        if after_a_request:
+            writer.write(b"GET /health HTTP/1.1\r\nhost: g\r\n\r\n")
+            assert b"ready" in await reader.readuntil(b"}")
+        async with asyncio.timeout(SOON_S):
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_an_answer_may_take_longer_than_a_head() -> None:
+    gate = asyncio.Event()
+    server = HttpServer(
+        create_app(ScriptedFrontDoor(started(), gate, chunk("abc"), finished()), vocabulary=VOCABULARY),
+        head_timeout_s=0.2, idle_timeout_s=0.2,
+    )  # fmt: skip
+    port = await server.start("127.0.0.1", 0)
+    async with asking(port, body(True)) as reader:
+        await asyncio.sleep(0.6)
+        gate.set()
+        assert b"abc" in await reader.readuntil(b"[DONE]")
+    await server.stop(0.2)
+
+
 async def test_a_finished_request_is_not_taken_for_a_hang_up() -> None:
     front_door = ScriptedFrontDoor(started(), chunk("abc"), finished())
     async with serving(front_door) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
