@@ -3,9 +3,9 @@
 Requests go to the worker with the least to do.  A prefill worker takes prompts in their order, up to ``step_tokens`` a
 step, and writes each chunk while it computes the next, over a link of its own and one of the decode worker's, both of which
 carry one thing after the other.  A decode worker computes one token of each of its sequences a step; without prefill
-workers also prompts, with what is left of ``step_tokens``, or in steps of their own.  Room for prompt and answer is set aside before a prompt is
-computed, and who finds none waits in the gateway's line; so nobody is preempted.  Cached tokens are not computed but are
-kept, and written, like the others.
+workers also prompts, with what is left of ``step_tokens`` or in steps of their own.  Room for prompt and answer is set
+aside before a prompt is computed, and who finds none waits in the gateway's line; so nobody is preempted.  Cached tokens
+are not computed but are kept, and written, like the others.
 """
 
 from __future__ import annotations
