@@ -20,8 +20,10 @@ PAPERS = ("distserve", "splitwise")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench-published", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="arrival orders; the median counts")
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3, help="arrival orders, of which most must keep the objectives")
+    parser.add_argument(
+        "--requests", type=int, default=1000, help="of a run; Splitwise needs some 4000 to fill its machines"
+    )
     parser.add_argument("--spread", type=float, default=0.5, help="of DistServe's lengths: standard deviation to mean")
     parser.add_argument("--only", choices=PAPERS)
     parser.add_argument("--json", type=Path)
