@@ -19,7 +19,7 @@ typedef struct {
 } Cost;
 
 typedef struct {
-    int64_t num_workers, step_tokens, kv_tokens, max_running;
+    int64_t num_workers, step_tokens, kv_tokens, max_running, prompts_alone;
     Cost cost;
 } Pool;
 
@@ -46,7 +46,7 @@ typedef struct {
     int32_t waiting, waiting_last, chunked, chunked_last, incoming, incoming_last, fresh;
     int64_t num_chunked, num_decoding, num_planned, num_requests, kv_used;
     int64_t steps, num_slow;
-    double context, planned_tokens, queued_tokens, took_s, link_free_s;
+    double context, planned_tokens, queued_tokens, took_s, stalled_s, link_free_s;
     int busy;
     Finish *heap;
     int64_t heap_room;
@@ -217,7 +217,7 @@ static void start_step(Run *run, Worker *w) {
         w->kv_used += kept_tokens(run, w, request);
         w->num_chunked++;
     }
-    int64_t budget = pool->step_tokens - w->num_decoding;
+    int64_t budget = pool->step_tokens - (pool->prompts_alone ? 0 : w->num_decoding);
     double terms[NUM_TERMS] = {1, 0, 0, 0, (double)w->num_decoding, w->context};
     for (request = w->chunked; request != NOBODY && budget > 0; request = run->next[request]) {
         int64_t start = run->done[request], left = run->num_input[request] - start;
@@ -226,8 +226,9 @@ static void start_step(Run *run, Worker *w) {
         terms[1] += count, terms[2] += count * (start + count / 2.0), terms[3] += start + count;
     }
     if (terms[1] == 0 && w->num_decoding == 0) return;
+    if (pool->prompts_alone && terms[1] > 0) terms[4] = terms[5] = 0;
     w->busy = 1;
-    w->num_planned = w->num_decoding;
+    w->num_planned = (int64_t)terms[4];
     w->planned_tokens = terms[1];
     w->took_s = step_s(&pool->cost, terms);
     happen_at(run, run->now_s + w->took_s, (int32_t)(w - run->workers), NOBODY);
@@ -286,7 +287,9 @@ static void end_step(Run *run, Worker *w) {
     if (w->num_planned) {
         w->steps++;
         w->context += (double)w->num_planned;
-        int is_slow = w->took_s > run->fleet->itl_bound_s;
+        // Steps of prompts alone before it are part of the gap.
+        double step_gap_s = w->stalled_s + w->took_s;
+        int is_slow = step_gap_s > run->fleet->itl_bound_s;
         w->num_slow += is_slow;
         while (w->fresh != NOBODY) {
             int32_t request = take(run, &w->fresh);
@@ -297,14 +300,15 @@ static void end_step(Run *run, Worker *w) {
             run->slow_before[request] = (int32_t)(w->num_slow - (gap_s > run->fleet->itl_bound_s));
             num_fresh++;
         }
-        if (w->num_planned > num_fresh) count_gap(run, w->took_s, (double)(w->num_planned - num_fresh));
+        if (w->num_planned > num_fresh) count_gap(run, step_gap_s, (double)(w->num_planned - num_fresh));
+        w->stalled_s = 0;
         while (w->num_decoding && w->heap[0].finish <= w->steps) {
             int32_t request = pop_finish(w);
             w->context -= (double)run->num_input[request] + run->num_output[request];
             result->num_slow[request] = (int32_t)w->num_slow - run->slow_before[request];
             answered(run, w, request);
         }
-    }
+    } else w->stalled_s += w->num_decoding ? w->took_s : 0;
     double left = w->planned_tokens;
     w->queued_tokens -= left;
     rank(run, w);

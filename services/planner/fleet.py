@@ -3,9 +3,9 @@
 Requests go to the worker with the least to do.  A prefill worker takes prompts in their order, up to ``step_tokens`` a
 step, and writes each chunk while it computes the next, over a link of its own and one of the decode worker's, both of which
 carry one thing after the other.  A decode worker computes one token of each of its sequences a step; without prefill
-workers also prompts, with what is left of ``step_tokens``.  Room for prompt and answer is set aside before a prompt is
-computed, and who finds none waits in the gateway's line; so nobody is preempted.  Cached tokens are not computed but are
-kept, and written, like the others.
+workers also prompts, with what is left of ``step_tokens`` or in steps of their own.  Room for prompt and answer is set
+aside before a prompt is computed, and who finds none waits in the gateway's line; so nobody is preempted.  Cached tokens
+are not computed but are kept, and written, like the others.
 """
 
 from __future__ import annotations
@@ -28,13 +28,15 @@ _NUM_TERMS, _NUM_BUCKETS, _FROM_S, _GROWTH = 6, 1024, 1e-5, 1.02
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Equal workers.  ``kv_tokens`` fit in the pool of each, ``max_running`` sequences in a step."""
+    """Equal workers.  ``kv_tokens`` fit in the pool of each, ``max_running`` sequences in a step.  ``prompts_alone``: while
+    there are prompts to compute nobody decodes, as in engines before chunked prefill."""
 
     num_workers: int
     cost: StepCost
     step_tokens: int
     kv_tokens: int
     max_running: int = 256
+    prompts_alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +113,7 @@ class _Cost(Structure):
 class _Pool(Structure):
     _fields_ = [
         ("num_workers", c_int64), ("step_tokens", c_int64), ("kv_tokens", c_int64), ("max_running", c_int64),
+        ("prompts_alone", c_int64),
         ("cost", _Cost),
     ]  # fmt: skip
 
@@ -188,7 +191,7 @@ def _pool(pool: Pool) -> _Pool:
     cost = pool.cost
     terms = c_double * _NUM_TERMS
     return _Pool(
-        pool.num_workers, pool.step_tokens, pool.kv_tokens, pool.max_running,
+        pool.num_workers, pool.step_tokens, pool.kv_tokens, pool.max_running, pool.prompts_alone,
         _Cost(terms(*cost.additive), terms(*cost.compute), terms(*cost.memory), cost.expert_s, cost.expert_rate),
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
         "system",
         "directory",
         "plan",
+        "published",
         "routing",
         "scale",
         "split",

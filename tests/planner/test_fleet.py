@@ -106,6 +106,19 @@ def test_more_experts_are_read_the_more_tokens_meet() -> None:
     assert many == pytest.approx(1 - (1 - 8 / 256) ** 200)
 
 
+@pytest.mark.parametrize("prompts_alone", [False, True])
+def test_a_prompt_alone_is_one_long_gap_for_who_decodes(prompts_alone: bool) -> None:
+    """The second request's 256 tokens arrive while the first decodes: computed beside its next token, or before it."""
+    pool = Pool(1, calibrated(COSTS), 512, 64000, 64, prompts_alone)
+    run = simulate(Fleet(pool), traffic([(0.0, 10, 20, 0), (0.1, 256, 1, 0)]), 0.1)
+    prompt_s = 256 * 0.0005 + 256 * 128 * 5e-8
+    longest_s = prompt_s + 0.01 + 0.001 + (0.01 if prompts_alone else 0.0)
+    assert run.num_slow.tolist() == [1, 0]
+    assert run.itl_s(100) == pytest.approx(longest_s, rel=0.03)
+    alone = simulate(Fleet(pool), traffic([(0.0, 10, 20, 0)]))
+    assert run.end_s[0] - alone.end_s[0] == pytest.approx(prompt_s + (0.01 if prompts_alone else 0.0))
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> list[Ask]:
     asks = []
@@ -117,13 +130,17 @@ def loads(draw: st.DrawFn) -> list[Ask]:
 
 
 @settings(max_examples=60)
-@given(loads(), st.integers(0, 3), st.integers(1, 3), st.sampled_from([800, 2000, 64000]), st.floats(0.005, 0.1))
+@given(
+    loads(), st.integers(0, 3), st.integers(1, 3), st.sampled_from([800, 2000, 64000]), st.floats(0.005, 0.1),
+    st.booleans(),
+)  # fmt: skip
 def test_every_token_is_computed_once_and_every_gap_counted(
-    asks: list[Ask], num_prefill: int, num_decode: int, kv_tokens: int, bound_s: float
+    asks: list[Ask], num_prefill: int, num_decode: int, kv_tokens: int, bound_s: float, prompts_alone: bool
 ) -> None:
     """``simulate`` itself raises where something is left."""
     load = traffic(asks)
     made = fleet(num_prefill, num_decode, kv_tokens=kv_tokens)
+    made = replace(made, decode=replace(made.decode, prompts_alone=prompts_alone))
     run = simulate(made, load, bound_s)
     assert (run.first_s > load.arrive_s).all()
     assert (run.end_s >= run.first_s).all()
