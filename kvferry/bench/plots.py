@@ -60,8 +60,8 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2, 4, 5 or 8 times a power of ten."""
-    if value <= 0:
+    """To 1, 2, 4, 5 or 8 times a power of ten; 1 for what is next to nothing, whose powers are no numbers any more."""
+    if value < 1e-300:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))
     return next(step * power for step in (1, 2, 4, 5, 8, 10) if step * power >= value * (1 - 1e-9))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, closing
 from dataclasses import dataclass
@@ -107,7 +108,8 @@ class Side:
     def alone(self, prompt: Sequence[int]) -> EngineSequence:
         """Computed and answered here, whatever the worker's role is."""
         return to_sequence(
-            SequenceId("alone"), list(prompt), sampling(), chain_root=chain_root(MODEL.revision, SALT),
+            SequenceId(f"alone/{time.monotonic_ns():x}"), list(prompt), sampling(),
+            chain_root=chain_root(MODEL.revision, SALT),
             eos_ids=frozenset(MODEL.eos_token_ids), vocab_size=MODEL.vocab_size, context_length=MODEL.context_length,
             prefill_only=False, speculate=False,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from services.worker.pull_terms import Outcome, PullReport, Source
 from services.worker.puller import Puller
 from services.worker.servicer import WorkerServicer
 from services.worker.worker import MAX_PULLS
-from tests.prefill.two_workers import NUM_BLOCKS, SALT, Side, layout, sampling, side, token_kv
+from tests.prefill.two_workers import NUM_BLOCKS, Side, layout, side, token_kv
 from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferCancelled, TransferResult
 
 BLOCK = 4
@@ -78,7 +78,7 @@ class Two:
     stop_holder: Callable[[], Any]
 
     def sequence(self, prompt: Sequence[int] = PROMPT) -> EngineSequence:
-        return self.ours.worker.make_sequence("r", list(prompt), sampling(), SALT)
+        return self.ours.alone(prompt)
 
     def source(self, num_blocks: int = 4, within_s: float = 0.0, incarnation: int = 1) -> Source:
         return Source(self.holder.worker.identity.worker_id, incarnation, self.address, num_blocks, within_s)

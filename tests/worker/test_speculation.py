@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import prometheus_client
 import pytest
@@ -30,6 +31,7 @@ async def test_a_request_decides_and_else_the_worker(worker: Worker) -> None:
     for default in (False, True):
         worker.speculates = default
         assert [drafts(worker, asked) for asked in (None, True, False)] == [default, True, False]
+    worker.identity = replace(worker.identity, role=common_pb2.WORKER_ROLE_PREFILL)
     assert not drafts(worker, True, prefill_only=True)
 
 
