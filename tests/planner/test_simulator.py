@@ -85,7 +85,7 @@ def test_a_cache_that_is_not_seen_yet_draws_nobody() -> None:
 
 
 def test_who_knows_the_future_waits_less() -> None:
-    load = SystemPrompts(num_requests=30, num_prompts=8, output_tokens=8)
+    load = SystemPrompts(num_requests=14, num_prompts=4, output_tokens=8)
     oracle = Oracle(lambda served: served.ttft_s, horizon_s=4.0)
     knowing = cluster(oracle, (1, 2))
     served = oracle.run(knowing, load.arrivals(4.0, seed=3))
