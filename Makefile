@@ -14,7 +14,7 @@ help: ## Show this list
 
 setup: $(STAMP) ## Create .venv with everything (torch CPU build, UCX, the default model)
 
-$(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h) transport/build.py $(wildcard services/engine/kernels/*.[ch]) services/engine/kernels/build.py services/directory/index.c services/directory/build.py services/planner/fleet.c services/planner/build.py
+$(STAMP): pyproject.toml constraints.txt $(wildcard transport/*.c transport/*.h) transport/build.py $(wildcard services/engine/kernels/*.[ch]) services/engine/kernels/build.py services/directory/index.c services/directory/build.py services/planner/fleet.c services/planner/build.py services/runtime/shared_library.py
 	@command -v gcc >/dev/null || { echo "kvferry needs gcc to build its UCX binding, CPU kernels and block index: apt-get install gcc"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kvferry needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "could not create $(VENV): on Debian, apt-get install python3-venv"; exit 1; }

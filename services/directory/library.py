@@ -6,7 +6,7 @@ import ctypes
 import functools
 from ctypes import c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 
-from services.directory.build import build
+from services.directory.build import INDEX
 
 NUM_WORKERS = 64
 
@@ -20,7 +20,7 @@ def load() -> ctypes.PyDLL:
     """Compiles if need be.  Calls keep the GIL: each is to be short, and it lets other threads read the counts.  Raises
     IndexUnavailable."""
     try:
-        library = ctypes.PyDLL(str(build()))
+        library = ctypes.PyDLL(str(INDEX.build()))
     except (RuntimeError, OSError) as error:
         raise IndexUnavailable(str(error)) from error
     library.kvd_open.restype, library.kvd_open.argtypes = c_void_p, [c_uint64, c_uint32]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvferry.errors import InternalError, UnavailableError
-from services.planner.build import build
+from services.planner.build import FLEET
 from services.planner.step_cost import StepCost
 from services.planner.traffic import Seconds, Tokens, Traffic
 
@@ -137,7 +137,7 @@ class _Result(Structure):
 @functools.cache
 def _library() -> ctypes.CDLL:
     try:
-        library = ctypes.CDLL(str(build()))
+        library = ctypes.CDLL(str(FLEET.build()))
     except (RuntimeError, OSError) as error:
         raise UnavailableError(str(error)) from error
     library.kvp_run.restype = ctypes.c_int

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from services.directory import build, library
+from services.directory import library
 from services.directory.__main__ import serve
+from services.directory.build import INDEX
 from services.directory.config import DirectoryConfig
+from services.runtime import shared_library
 from services.runtime.startup import StartupError
 
 
 @pytest.fixture
 def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(build, "BUILD", tmp_path / "build")
+    monkeypatch.setattr(shared_library, "BUILD", tmp_path / "build")
     library.load.cache_clear()
     yield
     library.load.cache_clear()
@@ -21,10 +23,10 @@ def nothing_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
 
 @pytest.mark.usefixtures("nothing_built")
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = build.build()
+    path = INDEX.build()
     assert path.exists()
     monkeypatch.setenv("CC", "false")
-    assert build.build() == path
+    assert INDEX.build() == path
     library.load()
 
 
