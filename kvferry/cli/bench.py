@@ -208,17 +208,10 @@ async def _run(
             found = "none of the rates tried" if search.best is None else f"{search.best:.3g} requests/s"
             print(f"highest rate tried that {attain:.0%} of requests meet the SLO at: {found}", flush=True)
     if json_file is not None:
-        _write(json_file, json.dumps(report, indent=1) + "\n")
+        output.write_file(json_file, json.dumps(report, indent=1) + "\n")
     if html_file is not None and html is not None:
-        _write(html_file, html)
+        output.write_file(html_file, html)
     return outcome.interrupted
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}") from error
 
 
 async def _measure(door: Door, load: Load, target: Target) -> Outcome:

@@ -15,7 +15,6 @@ from kvferry.cli import child, output
 from kvferry.cli.cluster import describe_status
 from kvferry.cli.interrupts import Interrupts
 from kvferry.cli.members import DEFAULT_MODEL, ClusterError, clone_root
-from kvferry.errors import InvalidRequestError
 
 TIMEOUT_S = 1800.0
 POOR_FIT = 0.15  # median error, from which a warning goes with the costs
@@ -52,10 +51,7 @@ def calibrate(
         found = json.loads(ended.document)
         _show(found)
         if json_file is not None:
-            try:
-                json_file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise InvalidRequestError(f"{json_file} cannot be written: {error.strerror}") from error
+            output.write_file(json_file, json.dumps(found, indent=1) + "\n")
 
 
 def _show(found: dict[str, Any]) -> None:

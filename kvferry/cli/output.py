@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +20,7 @@ from rich.table import Table
 import kvferry
 from kvferry.cli.members import ClusterError
 from kvferry.cli.ports import PortError
+from kvferry.errors import InvalidRequestError
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -128,3 +130,11 @@ def show_table(
     else:
         print(title)
         print(aligned(headings, rows, numeric), flush=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """Raises InvalidRequestError where that cannot be."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}") from error

@@ -117,7 +117,7 @@ def plan(
         document = _plan(clone_root("a plan", "make setup && .venv/bin/kvferry plan"), arguments)
         interrupts.check()
         if json_file is not None:
-            _write(json_file, document)
+            output.write_file(json_file, document + "\n")
         show(json.loads(document))
         for path in filter(None, (html, json_file)):
             output.say(f"wrote {path}")
@@ -234,10 +234,3 @@ def _interval(value: Mapping[str, float]) -> str:
 
 def _objectives(bounds: Mapping[str, float]) -> str:
     return ", ".join(f"{key} {value:g} s" for key, value in bounds.items())
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InvalidRequestError(f"{path} cannot be written: {error.strerror}") from error
