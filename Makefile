@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast images test-containers chaos fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-published bench-routing bench-scale bench-split bench-load bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-published bench-routing bench-scale bench-split bench-load bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ test-fast: $(STAMP) ## Run the tests that start no process
 
 chaos: $(STAMP) ## Kill, stop and restart parts of a cluster under load (SEED=n SECONDS_LIMIT=600)
 	@python -m tests.chaos $(if $(SEED),--seed $(SEED)) --seconds $(SECONDS_LIMIT) $(ARGS)
+
+soak: $(STAMP) ## Half an hour of steady load; no process may hold more at its end (ARGS="--seconds 600")
+	@python -m tests.soak $(ARGS)
 
 # Arguments of the build that a site may need; from make's command line or the environment.
 IMAGE_ARGS := BASE_IMAGE PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TRUSTED_HOST

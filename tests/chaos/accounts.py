@@ -46,6 +46,15 @@ class Accounts:
             for view in views
         )
 
+    def is_known(self, name: str) -> bool:
+        """Whether a gateway knows the worker process of that name that runs now: then it has had a lease."""
+        stats = self._stats(name)
+        if stats is None:
+            return False
+        incarnation = stats.state.info.incarnation
+        views = (self._view(gateway) for gateway in self._gateways)
+        return any(w.info.incarnation == incarnation for view in views if view is not None for w in view.workers)
+
     def await_quiet(self) -> list[str]:
         """What is not given back in time, and accounts that do not add up; empty when all is well."""
         end_s = time.monotonic() + QUIET_WITHIN_S

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterError, Role
+from tests.chaos.accounts import Accounts
 from tests.chaos.oracle import History, Window
 from tests.chaos.schedule import LEASE_S, Fault, Kind
 from tests.namespaces import Network
@@ -27,25 +28,28 @@ class Injector:
     def __init__(
         self,
         cluster: LocalCluster,
-        all_there: Callable[[], bool],
+        accounts: Accounts,
         say: Callable[[str], None],
         network: Network | None = None,
     ) -> None:
-        """``all_there``: whether every gateway knows the processes that run now.  ``network`` is cut for partitions."""
+        """``network`` is cut for partitions."""
         self.injected: Counter[Kind] = Counter()
         self.history = History()
         self.pids: set[int] = set()  # of all that ever ran
         self.unfenced: list[str] = []
         self._cluster = cluster
-        self._all_there = all_there
+        self._accounts = accounts
         self._network = network
         self._say = say
         self._roles = {member.name: member.role for member in cluster.members}
-        self._paused: list[threading.Thread] = []
+        self._paused: dict[str, threading.Thread] = {}
+        self._parted: list[threading.Thread] = []
         self.remember()
 
     def bring_about(self, fault: Fault) -> None:
         """Raises ClusterError when a member does not come back."""
+        if fault.kind in (Kind.PAUSE, Kind.LONG_PAUSE) and self._is_paused(fault.member):
+            return  # the end of one pause would be the end of the other
         self._say(str(fault))
         self.remember()
         match fault.kind:
@@ -68,12 +72,13 @@ class Injector:
 
     def settle(self) -> None:
         """Returns when nobody is paused or cut off, and every member is there and known.  Raises ClusterError."""
-        for thread in self._paused:
+        for thread in (*self._paused.values(), *self._parted):
             thread.join()
         self._paused.clear()
+        self._parted.clear()
         for member in self._cluster.members:
             self._cluster.wait_ready(member.name, RESTART_S)
-        self._await(self._all_there, "the gateways do not know every worker")
+        self._await(self._accounts.all_there, "the gateways do not know every worker")
         self.remember()
 
     def remember(self) -> None:
@@ -81,8 +86,9 @@ class Injector:
 
     def _pause(self, name: str, for_s: float) -> None:
         pid = self._cluster.pid(name)
+        # Who has no lease yet has none to sleep through.
+        fences = for_s > LEASE_S and self._roles[name] in (Role.PREFILL, Role.DECODE) and self._accounts.is_known(name)
         self._cluster.kill(name, signal.SIGSTOP)
-        fences = for_s > LEASE_S and self._roles[name] in (Role.PREFILL, Role.DECODE)
 
         def go_on() -> None:
             time.sleep(for_s)
@@ -94,8 +100,12 @@ class Injector:
                     return
                 time.sleep(0.05)
 
-        self._paused.append(threading.Thread(target=go_on))
-        self._paused[-1].start()
+        self._paused[name] = threading.Thread(target=go_on)
+        self._paused[name].start()
+
+    def _is_paused(self, name: str) -> bool:
+        thread = self._paused.get(name)
+        return thread is not None and thread.is_alive()
 
     def _part(self, fault: Fault) -> None:
         network = self._network
@@ -108,8 +118,8 @@ class Injector:
             time.sleep(fault.pause_s)
             network.heal(fault.member, fault.other)
 
-        self._paused.append(threading.Thread(target=go_on))
-        self._paused[-1].start()
+        self._parted.append(threading.Thread(target=go_on))
+        self._parted[-1].start()
 
     def _drain(self, name: str) -> None:
         """As far as it goes: the worker may die, or be another's by now."""
@@ -132,7 +142,7 @@ class Injector:
             self._cluster.kill(name, signal.SIGTERM)
             self._await(lambda name=name, pid=pid: self._cluster.pid(name) not in (None, pid), f"{name} does not end")  # type: ignore[misc]
             self._cluster.wait_ready(name, RESTART_S)
-            self._await(self._all_there, f"the gateways do not know {name}")
+            self._await(self._accounts.all_there, f"the gateways do not know {name}")
             self.remember()
         self.history.rolls.append(Window(began_s, time.monotonic()))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from kvferry import OverloadedError, UnavailableError
-from tests.chaos.requests import TIMEOUT_S, Case, Outcome
+from tests.chaos.requests import TIMEOUT_S, Asking, Case, Outcome
 
 # The clock of a client that waits for a processor too.
 LATE_S = 5.0
@@ -79,3 +79,9 @@ def judge(outcome: Outcome, expected: Mapping[Case, Sequence[int]], history: His
     if error.retry_after_s is None and not away:
         return Judged(outcome, Verdict.LOST, f"no hint when to come back: {said}")
     return Judged(outcome, Verdict.REFUSED, said)
+
+
+def hangs(asking: Asking, now_s: float) -> Judged:
+    """What a request is that has not ended long after it must."""
+    outcome = Outcome(asking.case, asking.began_s, now_s, (), "", completed=False)
+    return Judged(outcome, Verdict.LOST, f"has not ended {now_s - asking.began_s - TIMEOUT_S:.0f} s after its deadline")

@@ -87,21 +87,24 @@ def cases(seed: int, count: int) -> list[Case]:
     shared = _prose(random_, 150)
     found = []
     for index in range(count):
-        prompt = _prose(random_, random_.choice((4, 12, 60, 250)))
-        if index % 3 == 0:
-            prompt = f"{shared} {prompt}"
-        found.append(
-            Case(prompt, random_.choice((2, 12, 32, 80)), random_.choice((0.0, 0.8)), random_.randrange(1 << 31))
-        )
+        found.append(_case(random_, beginning=f"{shared} " if index % 3 == 0 else ""))
     return found
 
 
-class Load:
-    """``num_streams`` clients that ask one thing after the other, each by a seed of its own, until told to stop."""
+def _case(random_: random.Random, beginning: str = "") -> Case:
+    prompt = beginning + _prose(random_, random_.choice((4, 12, 60, 250)))
+    return Case(prompt, random_.choice((2, 12, 32, 80)), random_.choice((0.0, 0.8)), random_.randrange(1 << 31))
 
-    def __init__(self, seed: int, address: str, asked: Sequence[Case], num_streams: int) -> None:
+
+class Load:
+    """``num_streams`` clients that ask one thing after the other, each by a seed of its own, until told to stop.
+
+    ``fresh`` is the share of requests whose prompt nobody has asked before."""
+
+    def __init__(self, seed: int, address: str, asked: Sequence[Case], num_streams: int, fresh: float = 0.0) -> None:
         self.outcomes: list[Outcome] = []
         self._asked = asked
+        self._fresh = fresh
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._asking: dict[int, Asking] = {}
@@ -132,7 +135,7 @@ class Load:
                 for _ in range(20):
                     if self._stopping.wait(random_.expovariate(4.0)):
                         return
-                    case = random_.choice(self._asked)
+                    case = self._choose(random_)
                     leave_after = random_.randint(1, case.max_tokens) if random_.random() < 0.15 else None
                     asking = case.ask(client)
                     with self._lock:
@@ -141,6 +144,11 @@ class Load:
                     with self._lock:
                         del self._asking[number]
                         self.outcomes.append(outcome)
+
+    def _choose(self, random_: random.Random) -> Case:
+        if self._fresh and random_.random() < self._fresh:
+            return _case(random_)
+        return random_.choice(self._asked)
 
 
 def _prose(random_: random.Random, num_words: int) -> str:
