@@ -10,8 +10,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True, slots=True)
 class Record:
     """``token_at_s`` has each token's arrival; tokens that shared a message have the same.  ``error`` is a stable word, or
-    None for a whole answer.  ``refused``: the other side had too much in flight.  ``cut``: it was longer than the context,
-    and less was asked."""
+    None for a whole answer, and ``said`` a sentence about it.  ``refused``: the other side had too much in flight.
+    ``cut``: it was longer than the context, and less was asked."""
 
     scheduled_s: float
     sent_s: float
@@ -21,6 +21,7 @@ class Record:
     error: str | None = None
     refused: bool = False
     cut: bool = False
+    said: str = ""
 
     @property
     def ttft_s(self) -> float | None:

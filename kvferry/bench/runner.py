@@ -89,7 +89,7 @@ class Runner:
         sent_s = self._now_s()
         token_at_s: list[float] = []
         error: str | None = INTERRUPTED
-        refused = False
+        said, refused = "", False
         pause_s = 0.0
         try:
             async with aclosing(self._door.stream(prompt, ask.num_output_tokens, self._timeout_s)) as answer:
@@ -97,11 +97,11 @@ class Runner:
                     token_at_s += [self._now_s()] * num_tokens
             error = None
         except errors.Error as failure:
-            error, refused = failure.reason, isinstance(failure, errors.OverloadedError)
+            error, said, refused = failure.reason, failure.message, isinstance(failure, errors.OverloadedError)
             pause_s = min(max(failure.retry_after_s or 0.0, MIN_PAUSE_S), MAX_PAUSE_S)
         finally:
             record = Record(
-                due_s, sent_s, self._now_s(), ask.num_prompt_tokens, tuple(token_at_s), error, refused, ask.cut
+                due_s, sent_s, self._now_s(), ask.num_prompt_tokens, tuple(token_at_s), error, refused, ask.cut, said
             )
             self._records.append(record)
             self._on_end(record)

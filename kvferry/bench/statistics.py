@@ -23,9 +23,10 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """``seconds`` runs from the first scheduled send to the last end.  Latencies are those of whole answers and count from
-    the scheduled send; a spread is None where nothing was measured.  Rates are per second; ``attained`` is the share of
-    all requests, failed ones included, that met the objectives."""
+    """``seconds`` runs from the first scheduled send to the last end.  ``said`` is what the first failure of each kind
+    said.  Latencies are those of whole answers and count from the scheduled send; a spread is None where nothing was
+    measured.  Rates are per second; ``attained`` is the share of all requests, failed ones included, that met the
+    objectives."""
 
     seconds: float
     num_requests: int
@@ -33,6 +34,7 @@ class Summary:
     num_refused: int
     num_cut: int
     errors: Mapping[str, int]
+    said: Mapping[str, str]
     ttft: Spread | None
     second_token: Spread | None
     itl: Spread | None
@@ -61,6 +63,7 @@ def summarize(records: Sequence[Record], slo: Slo) -> Summary:
         num_refused=sum(record.refused for record in records),
         num_cut=sum(record.cut for record in records),
         errors=dict(Counter(record.error for record in records if record.error is not None)),
+        said={record.error: record.said for record in reversed(records) if record.error is not None},
         ttft=_spread(record.ttft_s for record in completed),
         second_token=_spread(record.second_token_s for record in completed),
         itl=_spread(gap for record in completed for gap in record.gaps_s),

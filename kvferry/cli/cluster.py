@@ -459,6 +459,6 @@ def in_few_words(line: str | bytes) -> str:
 
 _HEALTH_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # how long a connection may take to be made
     ("grpc.max_reconnect_backoff_ms", 250),
 ]

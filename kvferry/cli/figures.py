@@ -59,6 +59,9 @@ def show(outcome: Outcome, summary: Summary, load: Load, wanted: Slo) -> None:
         print(f"goodput {summary.goodput_per_s:.3g} requests/s; {summary.attained:.1%} of requests met the SLO")
     if summary.errors:
         print("failed: " + ", ".join(f"{count} {reason}" for reason, count in sorted(summary.errors.items())))
+        for reason, said in sorted(summary.said.items()):
+            if said:
+                print(f"  the first {reason}: {said}")
     if summary.num_cut:
         print(f"{summary.num_cut} requests were longer than the model's context, and were cut to it")
     output.say(

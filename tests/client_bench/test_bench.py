@@ -256,6 +256,7 @@ def test_the_command_measures_and_writes(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "5 of 6 answered" in done.stdout
     assert "failed: 1 OVERLOADED" in done.stdout
+    assert "the first OVERLOADED: full" in done.stdout
     assert "6 requests were longer than the model's context" in done.stdout
     report = json.loads(out.read_text())
     assert (report["num_requests"], report["num_refused"]) == (6, 1)

@@ -13,6 +13,7 @@ import kvferry
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from tests.sdk.fake_gateway import FakeGateway, answer, chunk, finished, refuse, started
+from tests.sdk.far_away import FarAway
 
 
 @pytest.fixture
@@ -214,6 +215,11 @@ def test_a_gateway_that_refuses_or_is_away_is_left_for_the_next(gateway: FakeGat
             assert client.generate("x").result().text == "back"
         with kvferry.Client(f"127.0.0.1:1,{other.address}", max_attempts=2) as client:
             assert client.generate("x").result().text == "other"
+
+
+def test_a_gateway_far_away_is_given_the_time_to_answer(gateway: FakeGateway) -> None:
+    with FarAway(gateway.address, delay_s=0.6) as far, kvferry.Client(far.address, max_attempts=1) as client:
+        assert client.generate("Say hello").result().text == "Hello!"
 
 
 def test_calls_that_fail_together_do_not_pass_the_next_gateway_by(gateway: FakeGateway) -> None:

@@ -34,7 +34,8 @@ def main() -> None:
     found = [measure(options) for _ in range(options.rounds)]
     for each in found:
         say(console, f"{each['max_open']} streams, {each['output_tokens_per_s']:.0f} tokens/s, {each['cores']:.2f} cores, "
-                     f"loop at most {1e3 * each['loop_lag_s']:.0f} ms late, failed: {each['errors'] or 'none'}; "
+                     f"loop at most {1e3 * each['loop_lag_s']:.0f} ms late, failed: {each['errors'] or 'none'} "
+                     f"{each['said'] or ''}; "
                      f"{'; '.join(each['bottleneck']) or 'no bottleneck told'}")  # fmt: skip
     rows = rows_of(found)
     console.print(table(rows))
