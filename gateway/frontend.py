@@ -14,6 +14,7 @@ from gateway.dispatch import Dispatcher
 from gateway.job import Job, Trace
 from gateway.quotas import QuotaBook
 from gateway.recent import EndedRequest, RecentRequests
+from gateway.served import Served, ServedBook
 from gateway.tenants import Tenant
 from gateway.text import TextStream
 from gateway.validation import Validator
@@ -103,6 +104,7 @@ class Frontend:
         self.num_requests_total = 0
         self.num_in_flight = 0
         self.recent = RecentRequests()
+        self.served = ServedBook(time.monotonic())
         self._view = view
         self._dispatcher = dispatcher
         self._max_requests = max_requests
@@ -189,6 +191,8 @@ class Frontend:
             if job is not None:
                 ended = EndedRequest(job.request_id, outcome, time.monotonic(), len(job.prompt), finished)
                 self.recent.add(tenant.name, ended)
+            if finished is not None and finished.usage.num_output_tokens:
+                self.served.add(_served(tenant.name, clock.arrived_s, finished))
 
     async def _answer(
         self, job: Job, stop: tuple[str, ...], clock: Clock
@@ -243,6 +247,17 @@ class Frontend:
             ),
             timeline=timeline,
         )
+
+
+def _served(tenant: str, arrived_s: float, finished: inference_pb2.Finished) -> Served:
+    usage, timeline = finished.usage, finished.timeline
+    return Served(
+        tenant, arrived_s, usage.num_prompt_tokens, usage.num_cached_tokens, usage.num_output_tokens,
+        ttft_s=timeline.ttft_us / 1e6,
+        itl_p99_s=timeline.itl_p99_us / 1e6,
+        tpot_s=(timeline.total_us - timeline.ttft_us) / 1e6 / (usage.num_output_tokens - 1) if timeline.itl_p99_us else 0.0,
+        total_s=timeline.total_us / 1e6,
+    )  # fmt: skip
 
 
 def _us(seconds: float) -> int:

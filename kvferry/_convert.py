@@ -170,6 +170,22 @@ def cluster(message: inference_pb2.DescribeClusterResponse) -> types.Cluster:
     )
 
 
+def traffic(message: inference_pb2.DescribeTrafficResponse) -> types.Traffic:
+    columns = (
+        message.age_us, message.num_prompt_tokens, message.num_cached_tokens, message.num_output_tokens,
+        message.ttft_us, message.itl_p99_us, message.tpot_us, message.total_us,
+    )  # fmt: skip
+    served = [
+        types.ServedRequest(
+            age / 1e6, prompt, cached, output, ttft / 1e6, itl / 1e6 if itl else None, tpot / 1e6 if tpot else None,
+            total / 1e6,
+        )
+        for age, prompt, cached, output, ttft, itl, tpot, total in zip(*columns, strict=True)
+    ]  # fmt: skip
+    served.sort(key=lambda each: -each.age_s)
+    return types.Traffic(model(message.model), message.since_ms / 1000, tuple(served))
+
+
 def route_decision(message: inference_pb2.RouteDecision) -> types.RouteDecision:
     return types.RouteDecision(
         policy=message.policy,

@@ -22,7 +22,17 @@ from kvferry.client import (
     DEFAULT_MAX_ATTEMPTS,
     DEFAULT_TIMEOUT_S,
 )
-from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, RouteDecision, TlsConfig
+from kvferry.types import (
+    Chunk,
+    Cluster,
+    Completion,
+    HealthStatus,
+    Message,
+    ModelInfo,
+    RouteDecision,
+    TlsConfig,
+    Traffic,
+)
 
 _Request = TypeVar("_Request", bound=ProtobufMessage)
 _Response = TypeVar("_Response")
@@ -298,6 +308,12 @@ class AsyncClient:
         request = inference_pb2.ExplainRouteRequest(request_id=request_id)
         response = await self._unary(lambda gateway: gateway.cluster.ExplainRoute, request, timeout)
         return tuple(map(_convert.route_decision, response.decisions))
+
+    async def traffic(self, *, timeout: float | None = None) -> Traffic:
+        """As :meth:`kvferry.Client.traffic`."""
+        request = inference_pb2.DescribeTrafficRequest()
+        response = await self._unary(lambda gateway: gateway.cluster.DescribeTraffic, request, timeout)
+        return _convert.traffic(response)
 
     async def health(self, *, timeout: float | None = None) -> HealthStatus:
         """As :meth:`kvferry.Client.health`."""

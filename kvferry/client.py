@@ -15,7 +15,17 @@ from kvferry import _channel, _convert, _retry, errors
 from kvferry._answer import Answer
 from kvferry._gateways import Gateways
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
-from kvferry.types import Chunk, Cluster, Completion, HealthStatus, Message, ModelInfo, RouteDecision, TlsConfig
+from kvferry.types import (
+    Chunk,
+    Cluster,
+    Completion,
+    HealthStatus,
+    Message,
+    ModelInfo,
+    RouteDecision,
+    TlsConfig,
+    Traffic,
+)
 
 DEFAULT_ADDRESS = "127.0.0.1:8470"
 DEFAULT_TIMEOUT_S = 10.0
@@ -312,6 +322,13 @@ class Client:
         request = inference_pb2.ExplainRouteRequest(request_id=request_id)
         response = self._unary(lambda gateway: gateway.cluster.ExplainRoute, request, timeout)
         return tuple(map(_convert.route_decision, response.decisions))
+
+    def traffic(self, *, timeout: float | None = None) -> Traffic:
+        """How long the last requests of the key's tenant were and took, of the last 20,000 that the gateway answered; of
+        several gateways, only the one that is asked at the moment."""
+        request = inference_pb2.DescribeTrafficRequest()
+        response = self._unary(lambda gateway: gateway.cluster.DescribeTraffic, request, timeout)
+        return _convert.traffic(response)
 
     def health(self, *, timeout: float | None = None) -> HealthStatus:
         """What the gateway says of itself, asked once; UnavailableError when nobody answers."""

@@ -334,6 +334,30 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedRequest:
+    """How long an answered request was and took.  ``age_s`` is since it arrived; ``itl_p99_s`` and ``tpot_s`` are None of
+    an answer of one token."""
+
+    age_s: float
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    ttft_s: float
+    itl_p99_s: float | None
+    tpot_s: float | None
+    total_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Of one gateway, in order of arrival; of requests that arrived more than ``since_s`` ago some may be missing."""
+
+    model: ModelInfo
+    since_s: float
+    served: tuple[ServedRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RouteOption:
     """One way to serve a request, and what it was predicted to take: ``queue_s`` until the prompt's turn, ``prefill_s`` for
     what is not cached, ``ship_s`` for the handover and the bytes that the decode worker lacks, ``stall_s`` that its other

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -13,9 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from kvferry.bench import slo
-from kvferry.cli import child, output
+from kvferry.bench.workload import write_trace
+from kvferry.cli import child, options, output
 from kvferry.cli.cluster import describe_status
 from kvferry.cli.interrupts import Interrupts
+from kvferry.cli.live import asks_of, attainment, hear_traffic
 from kvferry.cli.members import ClusterError, clone_root
 from kvferry.errors import InvalidRequestError
 
@@ -26,21 +29,31 @@ _LOAD, _FLEET, _OUT = "Traffic", "Fleets", "Output"
 
 def plan(
     trace: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
             help="Mooncake's .jsonl (timestamp, input_length, output_length, hash_ids) or Azure's .csv (TIMESTAMP, "
             "ContextTokens, GeneratedTokens).",
             show_default=False,
         ),
-    ],
+    ] = None,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="A config.json, a folder with one, or llama-3.1-8b, llama-3.1-70b, qwen2.5-7b, qwen2.5-72b, deepseek-v3 "
-            "or smollm2-135m.",
+            "or smollm2-135m; with --live by default the one that is served.",
             show_default=False,
         ),
-    ],
+    ] = None,
+    live: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Plan for what this gateway serves, instead of a trace; of several gateways, with commas.",
+            show_default=False,
+        ),
+    ] = None,
+    api_key: options.ApiKey = None,
+    tls_ca: options.TlsCa = None,
     objectives: Annotated[
         str, typer.Option("--slo", help="What a good request keeps: ttft=..,itl=..,tpot=..,e2e=..")
     ] = DEFAULT_SLO,
@@ -76,6 +89,11 @@ def plan(
         bool,
         typer.Option(help="Plan anew for slower links, longer prompts and more cache hits.", rich_help_panel=_OUT),
     ] = True,
+    trace_out: Annotated[
+        Path | None,
+        typer.Option(help="With --live: write the traffic there, for later plans and kvferry bench --trace.",
+                     show_default=False, rich_help_panel=_OUT),
+    ] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write a page with plots there.", show_default=False, rich_help_panel=_OUT)
     ] = None,
@@ -91,20 +109,40 @@ def plan(
     are compared. The answer may be: do not split. Prices, peaks and how much of them is reached are assumptions: read
     the catalogue, and put in your own. Needs a clone of the repository.
 
+    With --live the traffic is what a running gateway answered last (lengths and times, no text; with an API key, its
+    tenant's), and what of the objectives it kept is said first.
+
     \b
     Examples:
       kvferry plan conversation.jsonl --model llama-3.1-70b --slo ttft=10s,itl=100ms --html plan.html
       kvferry plan code.csv --model llama-3.1-8b --slo ttft=1s,itl=50ms --speed 40 --devices h100,l40s,l4
       kvferry plan mine.csv --model ./config.json --hardware mine.toml --rate 12 --json plan.json
+      kvferry plan --live gateway:8470 --model llama-3.1-8b --slo ttft=1s,itl=50ms
     """
-    with output.failures(), Interrupts() as interrupts:
+    with output.failures(live), Interrupts() as interrupts, ExitStack() as stack:
         if not (0 < speed < float("inf")):
             raise InvalidRequestError(f"--speed must be above 0, not {speed}")
         if rate is not None and not (0 < rate < float("inf")):
             raise InvalidRequestError(f"--rate must be above 0, not {rate}")
         if rate is not None and speed != 1.0:
             raise InvalidRequestError("--speed scales the trace's own times; it goes without --rate")
-        slo.parse(objectives)
+        kept = slo.parse(objectives)
+        if (trace is None) == (live is None):
+            raise InvalidRequestError("name a trace, or a gateway with --live")
+        if trace_out is not None and live is None:
+            raise InvalidRequestError("--trace-out writes what --live hears")
+        if live is not None:
+            traffic = hear_traffic(live, api_key, options.client_tls(tls_ca))
+            print(attainment(traffic, kept, objectives))
+            written = write_trace(asks_of(traffic))
+            if trace_out is not None:
+                output.write_file(trace_out, written)
+            trace = Path(stack.enter_context(TemporaryDirectory())) / f"live-{traffic.model.name.replace('/', '-')}.csv"
+            trace.write_text(written)
+            model = model or traffic.model.name
+        assert trace is not None
+        if model is None:
+            raise InvalidRequestError("say with --model whose plan it is to be: llama-3.1-8b, or a config.json")
         # The planner runs in the clone, the user may be elsewhere.
         arguments = ["services.planner", str(trace.resolve()), "--slo", objectives, "--speed", str(speed)]
         arguments += ["--requests", str(requests), "--seeds", str(seeds)]
@@ -119,7 +157,7 @@ def plan(
         if json_file is not None:
             output.write_file(json_file, document + "\n")
         show(json.loads(document))
-        for path in filter(None, (html, json_file)):
+        for path in filter(None, (html, json_file, trace_out)):
             output.say(f"wrote {path}")
 
 

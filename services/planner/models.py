@@ -72,9 +72,11 @@ class ModelShape:
 
 
 def find_model(name: str) -> ModelShape:
-    """One of ``KNOWN``, or the path of a config.json or of a folder with one.  Raises InvalidRequestError."""
-    if name in KNOWN:
-        return shape_of(name, KNOWN[name])
+    """One of ``KNOWN``, as it is or as ``organisation/Name-Instruct``, or the path of a config.json or of a folder with
+    one.  Raises InvalidRequestError."""
+    known = name.rpartition("/")[2].lower().removesuffix("-instruct")
+    if known in KNOWN:
+        return shape_of(known, KNOWN[known])
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():

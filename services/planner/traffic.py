@@ -106,9 +106,11 @@ class Traffic:
 
 
 def traffic_of(asks: Sequence[Ask], cache_tokens: float) -> Traffic:
-    """``asks`` in order of time.  What is cached is what a cache of ``cache_tokens`` that all workers share, and that
-    forgets what was used longest ago, would hold of blocks with equal hash ids before it."""
-    cached = _cached(asks, int(cache_tokens // HASHED_TOKENS))
+    """``asks`` in order of time.  What is cached is what a cluster found to be, where one was asked, and else what a cache
+    of ``cache_tokens`` that all workers share, and that forgets what was used longest ago, would hold of blocks with equal
+    hash ids before it."""
+    held = _cached(asks, int(cache_tokens // HASHED_TOKENS))
+    cached = [ask.num_cached_tokens or count for ask, count in zip(asks, held, strict=True)]
     first_s = asks[0].at_s
     return Traffic(
         np.array([ask.at_s - first_s for ask in asks], np.float64),

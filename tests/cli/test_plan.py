@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from kvferry.bench.workload import read_trace
 from kvferry.cli import make_app
 from services.planner.__main__ import main
 from tests.cli.test_commands import kvferry_command
+from tests.sdk.fake_gateway import FakeGateway
 
 
 @pytest.fixture
@@ -42,6 +44,32 @@ def test_terminal_json_and_page(trace: Path, tmp_path: Path) -> None:
     assert "\x1b" not in done.stdout
 
 
+def test_a_plan_for_what_gateways_serve(tmp_path: Path) -> None:
+    written, document = tmp_path / "traffic.csv", tmp_path / "out.json"
+    with FakeGateway() as one, FakeGateway() as other:
+        done = kvferry_command(
+            "plan",
+            "--live",
+            f"{one.address},{other.address}",
+            *QUICK,
+            "--trace-out",
+            str(written),
+            "--json",
+            str(document),
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("meta-llama/Llama-3.1-8B-Instruct answered 240 requests in the last 6")
+    assert "75.0% of them within ttft=1s,itl=50ms; TTFT p50 0.1, p99 3 s, ITL p50 30 ms" in done.stdout
+    report = json.loads(document.read_text())
+    load = report["load"]
+    assert (report["model"], load["num_requests"]) == ("llama-3.1-8b", 240)
+    assert load["hit_rate"] == pytest.approx(256 / 1095, rel=0.01)
+    assert load["requests_per_s"] == pytest.approx(4, rel=0.02)
+    asks = read_trace(written)
+    assert [ask.num_cached_tokens for ask in asks] == [256] * 240
+    assert asks[-1].at_s - asks[0].at_s == pytest.approx(60, abs=0.6)  # the gateways are asked in turn
+
+
 def test_what_is_wrong_is_said(trace: Path) -> None:
     done = kvferry_command("plan", str(trace), "--model", "llama-9", *QUICK)
     assert (done.returncode, done.stdout) == (1, "")
@@ -56,6 +84,8 @@ def test_what_is_wrong_is_said(trace: Path) -> None:
         (("--speed", "0"), "--speed must be above 0"),
         (("--rate", "-1"), "--rate must be above 0"),
         (("--rate", "1", "--speed", "2"), "it goes without --rate"),
+        (("--live", "127.0.0.1:1"), "name a trace, or a gateway with --live"),
+        (("--trace-out", "a.csv"), "--trace-out writes what --live hears"),
     ],
 )
 def test_what_the_client_sees_at_once(trace: Path, changes: tuple[str, ...], sentence: str) -> None:

@@ -68,3 +68,15 @@ def test_the_command_line_explains(reckoning: Running) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert f"{answer.usage.num_prompt_tokens} prompt tokens" in done.stdout
     assert sum(line.startswith("*") for line in done.stdout.splitlines()) == 1
+
+
+def test_what_was_served_is_told_for_plans(reckoning: Running) -> None:
+    with Client(reckoning.address) as client:
+        answer = client.generate(PROMPT, max_tokens=8, temperature=0, ignore_eos=True).result()
+        served = client.traffic().served[-1]
+    assert (served.num_prompt_tokens, served.num_output_tokens) == (len(PROMPT), 8)
+    assert served.num_cached_tokens == answer.usage.num_cached_tokens
+    assert served.tpot_s is not None
+    assert served.itl_p99_s is not None
+    assert 0 < served.ttft_s + 7 * served.tpot_s == pytest.approx(served.total_s, rel=0.01)
+    assert served.total_s < served.age_s < 60

@@ -83,3 +83,15 @@ def test_a_route_is_explained_to_its_tenant_alone(guarded: tuple[str, str]) -> N
         assert client.explain_route(request_id)
     with Client(address, api_key="key of left") as client, pytest.raises(NotFoundError):
         client.explain_route(request_id)
+
+
+def test_traffic_is_told_to_its_tenant_alone(guarded: tuple[str, str]) -> None:
+    address, _ = guarded
+    with Client(address, api_key="key of own") as client:
+        before = len(client.traffic().served)
+        client.generate(PROMPT, max_tokens=1).result()
+        assert len(client.traffic().served) == before + 1
+    with Client(address, api_key="key of left") as client:
+        left = len(client.traffic().served)
+        client.generate(PROMPT, max_tokens=1).result()
+        assert len(client.traffic().served) == left + 1

@@ -142,6 +142,23 @@ def describe_cluster() -> inference_pb2.DescribeClusterResponse:
     )
 
 
+def describe_traffic() -> inference_pb2.DescribeTrafficResponse:
+    """A request each half second for a minute, but for one that arrived before all are known; in order of their ends."""
+    count = 120
+    return inference_pb2.DescribeTrafficResponse(
+        model=common_pb2.ModelInfo(name="meta-llama/Llama-3.1-8B-Instruct"),
+        since_ms=70_000,
+        age_us=[80_000_000, *(500_000 * (count - number ^ 1) for number in range(count))],
+        num_prompt_tokens=[9999, *(500 + 10 * number for number in range(count))],
+        num_cached_tokens=[0, *(256 for _ in range(count))],
+        num_output_tokens=[1, *(1 + number % 40 for number in range(count))],
+        ttft_us=[9_000_000, *(100_000 if number % 4 else 3_000_000 for number in range(count))],
+        itl_p99_us=[0, *(30_000 if number % 40 else 0 for number in range(count))],
+        tpot_us=[0, *(20_000 if number % 40 else 0 for number in range(count))],
+        total_us=[9_000_000, *(1_000_000 for _ in range(count))],
+    )
+
+
 def explain_route() -> inference_pb2.ExplainRouteResponse:
     split = inference_pb2.RouteOption(
         decode_worker="decode-0", prefill_worker="prefill-0", chosen=True, queue_s=0.25, prefill_s=0.5, ship_s=0.0125,
@@ -236,6 +253,12 @@ class FakeGateway(inference_pb2_grpc.InferenceServiceServicer, inference_pb2_grp
     ) -> inference_pb2.ExplainRouteResponse:
         self._record_unary(request, context)
         return explain_route()
+
+    def DescribeTraffic(
+        self, request: inference_pb2.DescribeTrafficRequest, context: grpc.ServicerContext
+    ) -> inference_pb2.DescribeTrafficResponse:
+        self._record_unary(request, context)
+        return describe_traffic()
 
     def DescribeCluster(
         self, request: inference_pb2.DescribeClusterRequest, context: grpc.ServicerContext

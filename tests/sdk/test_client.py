@@ -428,3 +428,12 @@ def test_a_route_is_explained_in_full(client: kvferry.Client, gateway: FakeGatew
     assert (first.options[0].pull_worker, first.options[0].pull_s) == ("decode-0", 0.035)
     assert first.passed_over == {"decode-2": "draining"}
     assert (second.policy, second.options) == ("", ())
+
+
+def test_traffic_is_told_in_order_of_arrival(client: kvferry.Client) -> None:
+    traffic = client.traffic()
+    assert (traffic.model.name, traffic.since_s) == ("meta-llama/Llama-3.1-8B-Instruct", 70.0)
+    ages = [served.age_s for served in traffic.served]
+    assert ages == sorted(ages, reverse=True)
+    assert traffic.served[0] == kvferry.ServedRequest(80.0, 9999, 0, 1, 9.0, None, None, 9.0)
+    assert traffic.served[-1].tpot_s == 0.02

@@ -659,3 +659,80 @@ class PassedOver(google.protobuf.message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___PassedOver: typing_extensions.TypeAlias = PassedOver
+
+@typing.final
+class DescribeTrafficRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+Global___DescribeTrafficRequest: typing_extensions.TypeAlias = DescribeTrafficRequest
+
+@typing.final
+class DescribeTrafficResponse(google.protobuf.message.Message):
+    """Columns: the i-th number of each is the i-th request's, in order of their ends. Requests that were not answered to their
+    end are left out.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: builtins.int
+    SINCE_MS_FIELD_NUMBER: builtins.int
+    AGE_US_FIELD_NUMBER: builtins.int
+    NUM_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_CACHED_TOKENS_FIELD_NUMBER: builtins.int
+    NUM_OUTPUT_TOKENS_FIELD_NUMBER: builtins.int
+    TTFT_US_FIELD_NUMBER: builtins.int
+    ITL_P99_US_FIELD_NUMBER: builtins.int
+    TPOT_US_FIELD_NUMBER: builtins.int
+    TOTAL_US_FIELD_NUMBER: builtins.int
+    since_ms: builtins.int
+    """Milliseconds that they reach back; of requests that arrived before, some may be missing."""
+    @property
+    def model(self) -> kvferry.api.common.v1.common_pb2.ModelInfo: ...
+    @property
+    def age_us(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Microseconds since the request arrived."""
+
+    @property
+    def num_prompt_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def num_cached_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Prompt tokens that no worker had to compute."""
+
+    @property
+    def num_output_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def ttft_us(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Arrival to the first token's leaving the gateway."""
+
+    @property
+    def itl_p99_us(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Gaps between successive tokens' leaving the gateway: the 99th percentile, and the mean. 0 of an answer of one token."""
+
+    @property
+    def tpot_us(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def total_us(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        model: kvferry.api.common.v1.common_pb2.ModelInfo | None = ...,
+        since_ms: builtins.int = ...,
+        age_us: collections.abc.Iterable[builtins.int] | None = ...,
+        num_prompt_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        num_cached_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        num_output_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        ttft_us: collections.abc.Iterable[builtins.int] | None = ...,
+        itl_p99_us: collections.abc.Iterable[builtins.int] | None = ...,
+        tpot_us: collections.abc.Iterable[builtins.int] | None = ...,
+        total_us: collections.abc.Iterable[builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["model", b"model"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["age_us", b"age_us", "itl_p99_us", b"itl_p99_us", "model", b"model", "num_cached_tokens", b"num_cached_tokens", "num_output_tokens", b"num_output_tokens", "num_prompt_tokens", b"num_prompt_tokens", "since_ms", b"since_ms", "total_us", b"total_us", "tpot_us", b"tpot_us", "ttft_us", b"ttft_us"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___DescribeTrafficResponse: typing_extensions.TypeAlias = DescribeTrafficResponse

@@ -268,6 +268,11 @@ class ClusterServiceStub(object):
                 request_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
                 response_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteResponse.FromString,
                 _registered_method=True)
+        self.DescribeTraffic = channel.unary_unary(
+                '/kvferry.api.inference.v1.ClusterService/DescribeTraffic',
+                request_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeTrafficRequest.SerializeToString,
+                response_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeTrafficResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServiceServicer(object):
@@ -288,6 +293,14 @@ class ClusterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribeTraffic(self, request, context):
+        """How long the caller's tenant's last requests were and took, of the last 20,000 that this gateway answered: what a plan
+        is made from. No text.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -300,6 +313,11 @@ def add_ClusterServiceServicer_to_server(servicer, server):
                     servicer.ExplainRoute,
                     request_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteRequest.FromString,
                     response_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteResponse.SerializeToString,
+            ),
+            'DescribeTraffic': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeTraffic,
+                    request_deserializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeTrafficRequest.FromString,
+                    response_serializer=kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeTrafficResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -357,6 +375,33 @@ class ClusterService(object):
             '/kvferry.api.inference.v1.ClusterService/ExplainRoute',
             kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteRequest.SerializeToString,
             kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.ExplainRouteResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.api.inference.v1.ClusterService/DescribeTraffic',
+            kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeTrafficRequest.SerializeToString,
+            kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2.DescribeTrafficResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -110,6 +110,10 @@ class ClusterServiceStub:
     """The cluster as this gateway sees it now."""
     ExplainRoute: grpc.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest, kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]
     """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
+    DescribeTraffic: grpc.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeTrafficRequest, kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse]
+    """How long the caller's tenant's last requests were and took, of the last 20,000 that this gateway answered: what a plan
+    is made from. No text.
+    """
 
 @typing.type_check_only
 class ClusterServiceAsyncStub(ClusterServiceStub):
@@ -120,6 +124,10 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     """The cluster as this gateway sees it now."""
     ExplainRoute: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest, kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]  # type: ignore[assignment]
     """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
+    DescribeTraffic: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeTrafficRequest, kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse]  # type: ignore[assignment]
+    """How long the caller's tenant's last requests were and took, of the last 20,000 that this gateway answered: what a plan
+    is made from. No text.
+    """
 
 class ClusterServiceServicer(metaclass=abc.ABCMeta):
     """What operators ask."""
@@ -139,5 +147,15 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse, collections.abc.Awaitable[kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]]:
         """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
+
+    @abc.abstractmethod
+    def DescribeTraffic(
+        self,
+        request: kvferry.api.inference.v1.inference_pb2.DescribeTrafficRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse, collections.abc.Awaitable[kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse]]:
+        """How long the caller's tenant's last requests were and took, of the last 20,000 that this gateway answered: what a plan
+        is made from. No text.
+        """
 
 def add_ClusterServiceServicer_to_server(servicer: ClusterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
