@@ -293,6 +293,12 @@ class Transport(Protocol):
         whose process has ended, no byte comes after.  Blocks, at most ``timeout_s``."""
         ...
 
+    def pulse(self) -> int:
+        """Grows twice a second or more often while the thread that moves the bytes goes on, also when there are none.  Does
+        not wait; not for use while another thread closes.  Raises TransportError when that thread has ended: then no
+        transfer ends any more, and calls here may block for ever."""
+        ...
+
     def counters(self) -> Counters: ...
 
     def close(self) -> None:

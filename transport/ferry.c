@@ -12,9 +12,11 @@
  */
 #define _GNU_SOURCE
 #include <poll.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -240,7 +242,10 @@ static void shut_down(ferry_t *f)
                 close_endpoint(f, job->remote->peer);
             }
         }
-        while (advance(f), f->active && now_ns() < end) ucp_worker_progress(f->worker);
+        while (advance(f), f->active && now_ns() < end) {
+            atomic_fetch_add(&f->turns, 1);
+            ucp_worker_progress(f->worker);
+        }
     }
     close_worker(f);
     for (job_t *job = f->active, *next; job; job = next) {
@@ -266,8 +271,10 @@ static void note_quiet(ferry_t *f)
 static void *run(void *arg)
 {
     ferry_t *f = arg;
+    atomic_store(&f->tid, gettid());
     struct pollfd fds[2] = {{.fd = f->wake_fd, .events = POLLIN}, {.fd = f->worker_fd, .events = POLLIN}};
     while (!take_in(f)) {
+        atomic_fetch_add(&f->turns, 1);
         int busy = advance(f);
         for (int i = 0; i < PROGRESS_TURNS && ucp_worker_progress(f->worker); i++) busy = 1;
         if (busy || ucp_worker_arm(f->worker) == UCS_ERR_BUSY) continue;
@@ -326,6 +333,7 @@ int kvf_open(int event_fd, uint64_t stall_ms, ferry_t **out)
     if ((status = open_ucp(f)) != UCS_OK) goto fail;
     status = UCS_ERR_NO_MEMORY;
     if (pthread_create(&f->thread, NULL, run, f)) goto fail_ucp;
+    pthread_setname_np(f->thread, "kvferry-ferry"); /* for whoever looks for it in top, or in a debugger */
     *out = f;
     return UCS_OK;
 fail_ucp:
@@ -548,6 +556,14 @@ int kvf_cancel(ferry_t *f, uint64_t cookie)
     pthread_mutex_unlock(&f->lock);
     if (!taken) free(c);
     return UCS_OK;
+}
+
+/* Grows while the thread goes on: a turn takes IDLE_POLL_MS at most where there is nothing to do.  0 once the thread has
+ * ended.  Any thread, no waiting. */
+uint64_t kvf_turns(ferry_t *f)
+{
+    int tid = atomic_load(&f->tid); /* 0 before its first turn */
+    return tid && syscall(SYS_tgkill, getpid(), tid, 0) ? 0 : 1 + atomic_load(&f->turns);
 }
 
 /* Moves up to capacity completions out and clears the eventfd, unless some are left. */

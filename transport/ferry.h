@@ -94,6 +94,8 @@ typedef struct ferry {
     remote_t *remotes; /* those reached through UCP */
     uint64_t num_regions, stall_ns;
     uint64_t num_quiet; /* guarded by the lock: how often the network had nothing more to bring */
+    atomic_ulong turns; /* of the thread, since it started; read by any thread */
+    atomic_int tid;     /* of the thread, once it runs */
     void *address;
     size_t address_length;
 } ferry_t;

@@ -28,6 +28,7 @@ from transport.errors import (
 from transport.pieces import Offsets, Pieces
 
 PIECE_BYTES = 1 << 20  # a cancel, or a peer's death, takes effect between two
+_IDLE_S = 0.5
 
 _transports: weakref.WeakValueDictionary[int, LoopbackTransport] = weakref.WeakValueDictionary()
 
@@ -61,6 +62,7 @@ class LoopbackTransport:
         self._ended: deque[Completion] = deque()
         self._completions = Completions(self._drain, self._cancel)
         self.closed = False
+        self._num_turns = 0
         self._thread = threading.Thread(target=self._run, name="loopback-transport", daemon=True)
         self._thread.start()
         _transports[self.incarnation] = self
@@ -122,6 +124,12 @@ class LoopbackTransport:
     def fence(self, timeout_s: float) -> bool:
         return True  # copies are made by their writer, and end with it
 
+    def pulse(self) -> int:
+        self._check_open()
+        if not self._thread.is_alive():
+            raise TransportError("the transport's thread has ended")
+        return self._num_turns
+
     def counters(self) -> Counters:
         return self._completions.counters()
 
@@ -152,7 +160,9 @@ class LoopbackTransport:
         while True:
             with self._work:
                 while not self._queue:
-                    self._work.wait()
+                    self._num_turns += 1
+                    self._work.wait(_IDLE_S)
+                self._num_turns += 1
                 job = self._queue.popleft()
             if job is None:
                 return

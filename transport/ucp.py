@@ -276,6 +276,13 @@ class UcpTransport:
             self._control.notify_all()
         return bool(status == _OK)
 
+    def pulse(self) -> int:
+        self._check_open()
+        turns: int = self._lib.kvf_turns(self._ferry)
+        if not turns:
+            raise TransportError("the transport's thread has ended")
+        return turns
+
     def counters(self) -> Counters:
         return self._completions.counters()
 
@@ -456,6 +463,7 @@ def _load() -> ctypes.CDLL:
         ("abandon", c_int, [h, h]),
         ("map", c_int, [h, size, h, size, c_int, p]),
         ("fence", c_int, [h, size]),
+        ("turns", size, [h]),
         ("drop", c_int, [h, h]),
         ("post", c_int, [h, c_int, h, h, c_char_p, size, size, size, h]),
         ("cancel", c_int, [h, size]),

@@ -53,6 +53,7 @@ from services.worker.labels import parse_labels
 from services.worker.metrics import publish_metrics
 from services.worker.pins import PinBook
 from services.worker.puller import Puller
+from services.worker.pulse import watched
 from services.worker.ranks import RankLostError
 from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
@@ -68,6 +69,8 @@ log = structlog.get_logger(__name__)
 SERVER_GRACE_S = 2.0
 # Of a process that ended because it had slept through its lease (EX_TEMPFAIL): whoever supervises it starts it again.
 FENCED_STATUS = 75
+# Of one whose transport moves nothing any more (EX_SOFTWARE).
+STUCK_STATUS = 70
 # Pins may hold one block in so many: the others are enough to serve.
 PINNED_SHARE = 4
 MAX_PINS = 1024
@@ -194,6 +197,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             raise StartupError(str(e)) from e
         transport.attach(loop)
         stack.callback(transport.detach)
+        stack.enter_context(watched(transport.pulse, _end_stuck))
         pool = BlockPool(num_blocks)
         limits = Limits(
             block_size=config.block_size,
@@ -253,6 +257,13 @@ def _end_fenced(slept_s: float) -> None:
     would say so as surely, or as soon."""
     log.warning("fenced", slept_s=round(slept_s, 1), why="this process was stopped for longer than its lease")
     os._exit(FENCED_STATUS)
+
+
+def _end_stuck(why: str) -> None:
+    """As of a worker that is fenced: everybody knows what to do about a process that has ended.  Whatever waits for the
+    transport's thread, the shutdown too, would wait for ever."""
+    log.critical("transport_stuck", why=why)
+    os._exit(STUCK_STATUS)
 
 
 def _num_blocks(config: WorkerConfig, layout: KvLayout) -> int:
