@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from math import inf
 
 import prometheus_client
@@ -22,6 +22,7 @@ from gateway.http.limits import HttpLimits
 from gateway.http.server import HttpServer
 from gateway.link import DecodeLinks
 from gateway.metrics import ViewCollector
+from gateway.readiness import Readiness
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.tenants import KeyFileError
 from gateway.view import Change, ClusterView, watch
@@ -47,6 +48,8 @@ from services.runtime.startup import StartupError
 log = structlog.get_logger(__name__)
 
 SERVER_GRACE_S = 2.0
+# That a worker is lost while the directory is away, only the connection to it tells.
+LOOK_AGAIN_S = 1.0
 
 
 async def run_gateway(config: GatewayConfig) -> None:
@@ -75,7 +78,11 @@ async def run_gateway(config: GatewayConfig) -> None:
             objectives=Objectives(config.max_queue_s, config.slo_ttft_s or inf, config.slo_itl_s or inf),
         )  # fmt: skip
         frontend = Frontend(
-            files, view, dispatcher, max_requests=config.max_requests, max_request_s=config.max_request_s
+            files,
+            Readiness(view, files.config.revision, channels.get),
+            dispatcher,
+            max_requests=config.max_requests,
+            max_request_s=config.max_request_s,
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend, doorkeeper), server)
         inference_pb2_grpc.add_ClusterServiceServicer_to_server(
@@ -88,13 +95,16 @@ async def run_gateway(config: GatewayConfig) -> None:
 
         async def report_health() -> None:
             """SERVING for as long as a request would find workers."""
-            ready = None
+            said = None
             while True:
-                if ready is not frontend.ready:
-                    ready = frontend.ready
+                if (ready := frontend.ready) is not said:
+                    said = ready
                     await set_ready(health, names, ready)
+                    log.info("readiness", ready=ready)
                 membership_changed.clear()
-                await membership_changed.wait()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_AGAIN_S):  # wait_for may keep a cancellation to itself
+                        await membership_changed.wait()
 
         await set_ready(health, names, False)
         vocabulary = Vocabulary(text=frontend.token_text, bytes=files.tokenizer.token_bytes)

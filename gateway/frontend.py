@@ -13,17 +13,16 @@ from prometheus_client import Counter, Gauge, Histogram
 from gateway.dispatch import Dispatcher
 from gateway.job import Job, Trace
 from gateway.quotas import QuotaBook
+from gateway.readiness import Readiness
 from gateway.recent import EndedRequest, RecentRequests
 from gateway.served import Served, ServedBook
 from gateway.tenants import Tenant
 from gateway.text import TextStream
 from gateway.validation import Validator
-from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import Error, OverloadedError
 from services.engine.model_files import ModelFiles
-from services.runtime.protocol import SPOKEN
 
 log = structlog.get_logger(__name__)
 
@@ -97,7 +96,13 @@ class Clock:
 
 class Frontend:
     def __init__(
-        self, files: ModelFiles, view: ClusterView, dispatcher: Dispatcher, *, max_requests: int, max_request_s: float
+        self,
+        files: ModelFiles,
+        readiness: Readiness,
+        dispatcher: Dispatcher,
+        *,
+        max_requests: int,
+        max_request_s: float,
     ) -> None:
         self.validator = Validator.for_model(files)
         self.files = files
@@ -105,7 +110,7 @@ class Frontend:
         self.num_in_flight = 0
         self.recent = RecentRequests()
         self.served = ServedBook(time.monotonic())
-        self._view = view
+        self._readiness = readiness
         self._dispatcher = dispatcher
         self._max_requests = max_requests
         self._max_request_s = max_request_s
@@ -125,12 +130,7 @@ class Frontend:
 
     @property
     def ready(self) -> bool:
-        return not self._draining and any(
-            w.info.role == common_pb2.WORKER_ROLE_DECODE
-            and w.info.model.revision == self.files.config.revision
-            and self._view.abilities(w.info.worker_id).protocol.overlaps(SPOKEN)
-            for w in self._view.workers.values()
-        )
+        return not self._draining and self._readiness.look()
 
     def token_text(self, token_id: int) -> str:
         """Any token for a reader: special ones by name, broken characters as U+FFFD."""

@@ -37,9 +37,9 @@ def watched(
     every_s: float = LOOK_EVERY_S,
     num_looks: int = NUM_LOOKS,
 ) -> Iterator[None]:
-    """While entered, a thread of its own (the event loop may be waiting for what will not come) looks at ``pulse``, which is
-    Transport's, every so often.  When that raises TransportError, or has stood still for so many looks, it calls ``end``
-    with why, and looks no more."""
+    """While entered, a thread of its own (the event loop may be waiting for what will not come) looks at ``pulse``, that of
+    Transport, every so often.  When it raises TransportError, or has stood still for so many looks, ``end`` is called, in
+    that thread, with why, and nobody looks any more."""
     leaving = threading.Event()
 
     def look() -> None:
