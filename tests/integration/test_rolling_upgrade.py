@@ -7,21 +7,31 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, cycle
 
+import grpc
 import pytest
 
 from kvferry import Client, Completion, HealthStatus
+from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
+from kvferry.api.worker.v1 import worker_pb2
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import ClusterConfig, Member, Role, clone_root, plan
 from kvferry.cli.ports import pick_free
+from tests.decode_calls import BlockingDecodeCall
 from tests.integration.conftest import Running
 
 # The number of a member is that of its version: the first; the next one, which still speaks the first; and one that does
 # not.
 SPEAKS = {"0": ("1", "1"), "1": ("1", "2"), "2": ("3", "3")}
 ENVIRONMENT = {"KVFERRY_ROUTING": "random", "KVFERRY_MIN_SHIP_TOKENS": "1", "KVFERRY_LABEL": "zone=a,x.y/z=1"}
+# What may differ between hosts and must not count: by what seed Python hashes, and what encoding it takes for granted.
+HABITS = (
+    {"PYTHONHASHSEED": "1", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"PYTHONHASHSEED": "2", "LC_ALL": "C.UTF-8"},
+    {"PYTHONHASHSEED": "random", "LC_ALL": "POSIX", "TZ": "Asia/Kathmandu"},
+)
 PROMPT = list(range(1000, 1016))
 # A request's name decides where random routing sends it: these go by every way that there is.
 NAMES = [f"f{n}" for n in range(8)]
@@ -56,6 +66,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             "3",
         ),
     ]
+    habits = cycle(HABITS)
+    members = [replace(m, environment={**m.environment, **next(habits)}) for m in members]
     local = LocalCluster(members, tmp_path_factory.mktemp("logs"), grpc_address=planned.grpc_address, restart=False)
     local.start()
     try:
@@ -84,6 +96,44 @@ def asking(client: Client) -> Iterator[list[Future[Completion]]]:
 def pairs(answers: list[Completion]) -> set[str]:
     """As "01": prefill-0 and decode-1; "-1": decode-1 alone."""
     return {(a.timeline.prefill_worker[-1:] or "-") + a.timeline.decode_worker[-1] for a in answers}
+
+
+def answer_of(
+    mixed: Running, name: str, prompt: list[int], *, salt: bytes = b"", pull: worker_pb2.PullSource | None = None
+) -> tuple[list[int], worker_pb2.DecodeFinished]:
+    """By one worker alone."""
+    sampling = common_pb2.SamplingParams(max_tokens=8, temperature=0, top_p=1, top_k=0, seed=0, ignore_eos=True)
+    request = worker_pb2.DecodeOpen(
+        request_id="alone", prompt_token_ids=prompt, sampling=sampling, cache_salt=salt, pull=pull
+    )
+    with grpc.insecure_channel(mixed.local.address(name)) as channel:
+        *tokens, last = BlockingDecodeCall(channel, request, 60)
+    return [event.token.id for event in tokens], last.finished
+
+
+def test_unequal_hashes(mixed: Running) -> None:
+    """Members of unequal versions and habits, as on hosts that were set up by different people: a block has one name for
+    all.  What one decode worker has cached another pulls from it, and gateways find it at either."""
+    prompt = [next(_numbers), *range(3000, 3064)]
+    with Client(mixed.address) as first, Client(mixed.local.address("gateway-later")) as later:
+        answer = first.generate(prompt, max_tokens=8, temperature=0, ignore_eos=True, request_id="f0").result()
+        holder = answer.timeline.decode_worker
+        (other,) = {"decode-0", "decode-1"} - {holder}
+        info = mixed.info(holder)
+        source = worker_pb2.PullSource(
+            worker_id=holder, incarnation=info.incarnation, control_address=info.control_address, num_blocks=4
+        )
+        pulled, finished = answer_of(mixed, other, prompt, pull=source)
+        assert (finished.prefill.pull.outcome, finished.prefill.num_cached_tokens) == ("pulled", 64)
+        assert pulled == answer_of(mixed, other, prompt, salt=b"anew")[0] == list(answer.token_ids)
+
+        def found(client: Client) -> dict[str, int]:
+            again = client.generate(prompt, max_tokens=1, temperature=0).result()
+            (decision,) = client.explain_route(again.request_id)
+            return {option.decode_worker: option.num_decode_cached_tokens for option in decision.options}
+
+        for client in (first, later):
+            mixed.wait_until(lambda c=client: found(c).items() >= {holder: 64, other: 64}.items(), 20, "both hold it")  # type: ignore[misc]
 
 
 def test_two_versions_serve_together_and_one_that_fits_neither_is_left_out(mixed: Running) -> None:
