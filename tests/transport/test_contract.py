@@ -345,3 +345,13 @@ def test_opening_and_closing_leaves_nothing_behind(ours: Transport, peer: Peer) 
     while footprint() != before and time.monotonic() < deadline:
         time.sleep(0.02)  # the peer hears of the last goodbye a moment later
     assert footprint() == before
+
+
+def test_the_pulse_goes_on_with_nothing_to_do_and_ends_with_the_transport(backend: str) -> None:
+    with transport.create(backend.removesuffix("-process")) as t:
+        before, deadline = t.pulse(), time.monotonic() + 10
+        while t.pulse() <= before:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    with pytest.raises(TransportClosed):
+        t.pulse()
