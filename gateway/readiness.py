@@ -29,9 +29,10 @@ class Readiness:
     def look(self) -> bool:
         """Does not wait: begins to connect to workers until one is there, and a later look knows what came of it.  One that
         has not been tried yet counts as there."""
-        serving = [state.info.control_address for state in self._view.workers.values() if self._would_serve(state)]
-        self._down.intersection_update(serving)
-        return any(self._is_there(address) for address in serving)
+        workers = self._view.workers.values()
+        if len(self._down) > len(workers):
+            self._down &= {state.info.control_address for state in workers}
+        return any(self._would_serve(state) and self._is_there(state.info.control_address) for state in workers)
 
     def _would_serve(self, state: directory_pb2.WorkerState) -> bool:
         return (

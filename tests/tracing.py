@@ -35,34 +35,41 @@ def thread_of(pid: int, name: str) -> int:
     raise LookupError(f"process {pid} has no thread {name}")
 
 
+class Held:
+    """A thread that stands still, wherever it is, while the others of its process go on.  For one thread's use."""
+
+    def __init__(self, tid: int) -> None:
+        self._tid = tid
+        self.has_ended = False
+
+    def end(self) -> None:
+        """It goes on to where it would wait in poll(2), which is where it holds no lock, and ends there."""
+        registers = (ctypes.c_longlong * _NUM_REGISTERS)()
+        for _ in range(_NUM_TRIES):
+            _ptrace(_SYSCALL, self._tid)  # to the next system call's begin or end
+            os.waitpid(self._tid, _WALL)
+            _ptrace(_GETREGS, self._tid, ctypes.addressof(registers))
+            begins = registers[_RAX] == -_ENOSYS  # until the kernel has done it
+            if begins and registers[_ORIG_RAX] in (_POLL, _RESTART_SYSCALL):
+                registers[_ORIG_RAX], registers[_RDI] = _EXIT, 0
+                _ptrace(_SETREGS, self._tid, ctypes.addressof(registers))
+                _ptrace(_CONT, self._tid)
+                os.waitpid(self._tid, _WALL)
+                self.has_ended = True
+                return
+        raise TimeoutError(f"thread {self._tid} does not wait in poll")
+
+
 @contextmanager
-def held(tid: int) -> Iterator[None]:
-    """The thread stands still, wherever it is; the others of its process go on.  Raises CannotTraceError."""
+def held(tid: int) -> Iterator[Held]:
+    """In the end the thread goes on, unless it has ended.  Raises CannotTraceError."""
     _seize(tid)
+    thread = Held(tid)
     try:
-        yield
+        yield thread
     finally:
-        if Path(f"/proc/{tid}").exists():
+        if not thread.has_ended and Path(f"/proc/{tid}").exists():
             _ptrace(_DETACH, tid)
-
-
-def end(tid: int) -> None:
-    """The thread ends where it would have waited in poll(2), which is where it holds no lock.  Raises CannotTraceError."""
-    _seize(tid)
-    registers = (ctypes.c_longlong * _NUM_REGISTERS)()
-    for _ in range(_NUM_TRIES):
-        _ptrace(_SYSCALL, tid)  # to the next system call's begin or end
-        os.waitpid(tid, _WALL)
-        _ptrace(_GETREGS, tid, ctypes.addressof(registers))
-        begins = registers[_RAX] == -_ENOSYS  # until the kernel has done it
-        if begins and registers[_ORIG_RAX] in (_POLL, _RESTART_SYSCALL):
-            registers[_ORIG_RAX], registers[_RDI] = _EXIT, 0
-            _ptrace(_SETREGS, tid, ctypes.addressof(registers))
-            _ptrace(_CONT, tid)
-            os.waitpid(tid, _WALL)
-            return
-    _ptrace(_DETACH, tid)
-    raise TimeoutError(f"thread {tid} does not wait in poll")
 
 
 def _seize(tid: int) -> None:

@@ -17,7 +17,7 @@ from tests.integration.reference import Reference
 
 # Less than a chunk, and more bytes than are copied by whoever posts them.
 SHORT = "Whoever asks may leave before the ferry does. " * 4
-LONG = "Each of these sentences makes the prompt a little longer than before. " * 30
+LONG = "Each of these sentences makes the prompt a little longer than before. " * 15
 DEADLINE_S = 90.0
 # Of a ticket's five minutes.
 GIVEN_BACK_S = 5.0
@@ -87,16 +87,14 @@ def test_progress_thread_crash(cluster: Running, client: Client, greedy: Referen
     """The thread that moves KV ends in the middle of a prompt, and its process lives on: not for long, and nobody's answer
     is another one for it."""
     prompt = "the ferryman is gone: " + LONG
-    before, pid = cluster.stats("prefill-0"), cluster.local.pid("prefill-0")
-    stream = client.generate(prompt, max_tokens=16, temperature=0, ignore_eos=True, timeout=DEADLINE_S)
-    cluster.wait_until(
-        lambda: cluster.stats("prefill-0").num_blocks_written > before.num_blocks_written, 30, "blocks are written"
-    )
-    with traced():
-        tracing.end(ferry_thread(cluster))
-    cluster.wait_until(
-        lambda: cluster.local.pid("prefill-0") not in (None, pid), 15, "it ended, and another was started"
-    )
+    before, pid = cluster.stats("prefill-0").num_prefill_tokens, cluster.local.pid("prefill-0")
+    with traced(), tracing.held(ferry_thread(cluster)) as thread:
+        stream = client.generate(prompt, max_tokens=16, temperature=0, ignore_eos=True, timeout=DEADLINE_S)
+        cluster.wait_until(
+            lambda: cluster.stats("prefill-0").num_prefill_tokens > before, 30, "the first chunk is computed"
+        )
+        thread.end()
+    cluster.wait_until(lambda: cluster.local.pid("prefill-0") not in (None, pid), 15, "another was started")
     assert "the transport's thread has ended" in (cluster.local.log_dir / "prefill-0.log").read_text()
     answer = stream.result()
     assert answer.timeline.num_retries >= 1

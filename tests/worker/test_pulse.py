@@ -55,7 +55,8 @@ def test_a_thread_that_stands_still(process: subprocess.Popen[str]) -> None:
 def test_a_thread_that_has_ended(process: subprocess.Popen[str]) -> None:
     assert process.stdout is not None
     try:
-        tracing.end(tracing.thread_of(process.pid, "kvferry-ferry"))
+        with tracing.held(tracing.thread_of(process.pid, "kvferry-ferry")) as thread:
+            thread.end()
     except CannotTraceError as why:
         pytest.skip(str(why))
     assert process.stdout.readline() == "the transport's thread has ended\n"
