@@ -140,9 +140,9 @@ def test_drain_that_does_not_wait(fleet: Fleet) -> None:
     judged = [judge(outcome, expected, history) for outcome in load.outcomes]
     assert [one.why for one in judged if one.verdict not in (Verdict.COMPLETED, Verdict.LEFT)] == []
     assert any(one.verdict is Verdict.COMPLETED for one in judged)
-    assert {died.name: died.status for died in fleet.died} == dict.fromkeys(
-        ("prefill-0", "decode-0", "gateway-0", "directory"), 0
-    )
+    fleet.restart("gateway-1")  # which has nothing to wait for
+    ended = ("prefill-0", "decode-0", "gateway-0", "directory", "gateway-1")
+    assert {died.name: died.status for died in fleet.died} == dict.fromkeys(ended, 0)
     assert fleet.accounts.await_quiet() == []
 
 
