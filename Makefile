@@ -56,7 +56,7 @@ IMAGE_ARGS := BASE_IMAGE PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS PIP_TR
 images: ## Build the images of gateway and CPU worker (BASE_IMAGE=python:3.11-slim ARGS="--network=host")
 	@for target in gateway worker; do DOCKER_BUILDKIT=1 docker build --file docker/Dockerfile --target $$target --tag kvferry-$$target \
 	  --build-arg "VERSION=$$($(PYTHON) -c 'import runpy; print(runpy.run_path("kvferry/_version.py")["__version__"])')" \
-	  --build-arg "REVISION=$$(git rev-parse HEAD)" \
+	  --build-arg "REVISION=$$(git rev-parse HEAD)" --build-arg "SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)" \
 	  $(foreach name,$(IMAGE_ARGS),$(if $($(name)),--build-arg "$(name)=$($(name))")) $(ARGS) . || exit; done
 
 test-containers: $(STAMP) ## A cluster of containers, killed and restarted; wants docker compose and make images
@@ -131,11 +131,12 @@ protos-check: $(STAMP)
 	@python protos/generate.py --check
 	@if command -v npm >/dev/null; then npm exec --yes --loglevel=error -- @bufbuild/buf@1.75.0 lint protos; \
 	 else echo "buf lint skipped: npm is not installed"; fi
+	@python -m tests.release --only protos
 
 wheel: $(STAMP) ## Build the client's wheel into dist/
 	@python -m build --wheel --outdir dist .
 
-release-check: $(STAMP) ## One version, the wheel, licences, known vulnerabilities, SBOM (pip install '.[release]' first)
+release-check: $(STAMP) ## One version, protos, the wheel, licences, vulnerabilities, Dockerfile, SBOM (pip install '.[release]' first)
 	@python -m tests.release
 
 clean: ## Remove build results (not .venv)

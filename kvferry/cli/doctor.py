@@ -31,7 +31,8 @@ def doctor(
     """Look at this host: UCX, memory, and which way KV blocks will take, how fast, next to memcpy.
 
     Two processes map and reach each other, and move scattered blocks of 64 KiB. The last section says what to change.
-    Ends with 1 when something is broken. Needs a clone of the repository.
+    Ends with 1 when something is broken. Needs a clone of the repository, or a container of a worker's image, where
+    it is `python -m kvferry.cli doctor`.
 
     \b
     Examples:
@@ -40,7 +41,8 @@ def doctor(
       kvferry doctor --json | jq '.findings[] | select(.level != "ok")'
     """
     with output.failures(), Interrupts() as interrupts:
-        document = _examine(clone_root("the doctor", "make setup && .venv/bin/kvferry doctor"), measure)
+        root = clone_root("the doctor", "make setup && .venv/bin/kvferry doctor", ("transport",))
+        document = _examine(root, measure)
         interrupts.check()
         report = json.loads(document)
         if as_json:

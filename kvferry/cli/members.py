@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -98,11 +98,15 @@ class Plan:
     http_url: str
 
 
-def clone_root(what: str = "a cluster", command: str = "make serve") -> Path:
-    """The clone that this package was imported from; ClusterError when it is installed alone, which says what needs the
-    clone, and how to have it there."""
+def clone_root(
+    what: str = "a cluster",
+    command: str = "make serve",
+    packages: Sequence[str] = ("services", "gateway", "transport"),
+) -> Path:
+    """The clone, or the image, that this package was imported from; ClusterError when it does not hold ``packages``, which
+    says what needs them, and how to have it there."""
     root = Path(kvferry.__file__).resolve().parent.parent
-    if not all((root / package / "__init__.py").is_file() for package in ("services", "gateway", "transport")):
+    if not all((root / package / "__init__.py").is_file() for package in packages):
         raise ClusterError(
             f"this installation of kvferry has the client alone, and {what} needs the services too: "
             f"clone the repository and run `{command}` there"

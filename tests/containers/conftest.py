@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kvferry import Client
+from kvferry import Client, TlsConfig
 from tests.containers.stack import Stack, why_not
 
 HERE = Path(__file__).parent
@@ -32,8 +32,16 @@ def stack() -> Iterator[Stack]:
         stack.down()
 
 
+@pytest.fixture(scope="session")
+def authority(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("tls") / "ca.pem"
+    file.write_text(stack.authority())
+    return file
+
+
 @pytest.fixture
-def client(stack: Stack) -> Iterator[Client]:
+def client(stack: Stack, authority: Path) -> Iterator[Client]:
     """Of both gateways."""
-    with Client(stack.addresses, max_attempts=8, generate_timeout=120) as client:
+    tls = TlsConfig(root_certificates=authority)
+    with Client(stack.addresses, tls=tls, max_attempts=8, generate_timeout=120) as client:
         yield client

