@@ -240,7 +240,6 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         metrics_port = next(free)
         planner_flags = {
             "--directory": directory,
-            "--apply": "on",
             "--gateway-metrics": ",".join(f"{url}/metrics" for url in http_urls),
             "--supervisor": str(config.log_dir or root / "build" / "logs"),
             "--min-workers": str(scaled.min_workers),
@@ -251,7 +250,7 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
             "--log-level": config.log_level,
         }
         planner = member(Role.PLANNER, "planner", "services.planner.online", "", planner_flags, metrics(metrics_port))
-        members.append(replace(planner, health_address=None))
+        members.append(replace(planner, command=(*planner.command, "--apply"), health_address=None))
     grpc_address = ",".join(ports.join(client_host, grpc) for grpc, _ in doors)
     return Plan(tuple(members), grpc_address, http_urls[0], one_more)
 

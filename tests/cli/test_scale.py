@@ -21,6 +21,8 @@ from kvferry.cli.members import Autoscale, ClusterConfig, ClusterError, Member, 
 from kvferry.cli.ports import pick_free
 from kvferry.types import WorkerRole
 from services.planner.local import LocalReplicas
+from services.planner.online.config import PlannerConfig
+from services.runtime.config import load
 from tests.certificates import make_authority
 from tests.cli.test_cluster import QUICK, ROOT, ends
 
@@ -132,11 +134,11 @@ def test_a_planner_is_wired_to_gateway_directory_and_supervisor(tmp_path: Path) 
     )
     planned = plan(config, ROOT)
     planner = planned.members[-1]
-    flags = dict(zip(planner.command[3::2], planner.command[4::2], strict=True))
-    assert flags["--directory"] == planned.members[0].health_address
-    assert flags["--gateway-metrics"] == f"{planned.http_url}/metrics"
-    assert flags["--supervisor"] == str(tmp_path)
-    assert flags["--tls-cert"] == str(tmp_path / "operator.pem")
+    told = load(PlannerConfig, planner.command[3:], "planner", {})
+    assert told.directory == (planned.members[0].health_address,)
+    assert told.gateway_metrics == (f"{planned.http_url}/metrics",)
+    assert (told.apply, told.supervisor, told.max_workers, told.ttft_s) == (True, tmp_path, 3, 1.0)
+    assert told.tls_cert == tmp_path / "operator.pem"
     assert planned.make_worker is not None
     more = planned.make_worker(Role.DECODE, 1)
     assert (more.name, more.role) == ("decode-1", Role.DECODE)

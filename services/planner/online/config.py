@@ -57,7 +57,7 @@ class PlannerConfig(TlsOptions):
         if self.kubernetes_prefill and self.supervisor is not None:
             raise ValueError("--supervisor and Kubernetes cannot both start workers")
         if self.kubernetes_prefill and self.change_roles:
-            raise ValueError("a pod started again has its group's role: with Kubernetes say --change-roles off")
+            raise ValueError("a pod started again has its group's role: with Kubernetes say --no-change-roles")
         if self.apply and self.max_workers and not (self.kubernetes_prefill or self.supervisor):
             raise ValueError("--max-workers needs --supervisor, or StatefulSets, to start workers with")
         self.terms  # noqa: B018  for what it refuses

@@ -29,6 +29,7 @@ from tests.bench.transport.rows import Row, more_is_better
 
 OUT = ROOT / "build" / "bench" / "autoscale.json"
 GOAL = 0.9
+PLANNER = "--window-s 5 --patience 2 --cooldown-s 5 --look-every-s 0.5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ def main() -> None:
     objectives = Slo(ttft=options.ttft_s, tpot=gap_s)
     turn = Turn(Half("prompts", prompt_rate, prompt), Half("answers", answer_rate, answer), options.seconds)
     adaptive = Fleet("autoscale", options.begin_with, workers - options.begin_with, (
-        "--itl-s", str(0.8 * gap_s), "--ttft-s", str(options.ttft_s), *options.planner.split()
+        "--itl-s", str(0.8 * gap_s), "--ttft-s", str(options.ttft_s), *PLANNER.split()
     ))  # fmt: skip
     found: dict[str, list[tuple[Found, Found]]] = {}
     for fleet in [adaptive, *statics]:
@@ -128,7 +129,7 @@ def figures(found: dict[str, list[tuple[Found, Found]]]) -> Table:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench-autoscale", description=__doc__)
     parser.add_argument("--workers", type=int, default=3, help="of both roles together (default: %(default)s)")
-    parser.add_argument("--begin-with", type=int, default=1, help="prefill workers at first (default: %(default)s)")
+    parser.add_argument("--begin-with", type=int, default=2, help="prefill workers at first (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=768, help="of the first half (default: %(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=160, help="of the second half (default: %(default)s)")
     parser.add_argument("--load", type=float, default=0.7, help="of what the best split of each half does at most")
@@ -138,9 +139,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--answer-rate", type=float, help="of the second half")
     parser.add_argument("--ttft-s", type=float, default=3.0, help="what a good request keeps (default: %(default)s)")
     parser.add_argument("--tpot-s", type=float, help="likewise; by default --slack times what was looked at")
-    parser.add_argument("--slack", type=float, default=1.4, help="see there (default: %(default)s)")
+    parser.add_argument("--slack", type=float, default=1.8, help="see there (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=45.0, help="of each half (default: %(default)s)")
-    parser.add_argument("--planner", default="", help="more flags of the planner")
+    parser.add_argument("--planner", default=PLANNER, help="more flags of the planner")
     parser.add_argument("--only", nargs="*", default=[], help="fleets by name, for a look; writes nothing")
     parser.add_argument("--rounds", type=int, default=1, help="of each fleet, with the seeds from --seed on")
     parser.add_argument("--seed", type=int, default=0)

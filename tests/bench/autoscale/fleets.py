@@ -45,7 +45,7 @@ class Fleet:
         if self.planner is not None:
             (directory,) = (m.health_address for m in members if m.role is Role.DIRECTORY)
             assert directory is not None
-            command = (sys.executable, "-m", "services.planner.online", "--apply", "on", "--directory", directory)
+            command = (sys.executable, "-m", "services.planner.online", "--apply", "--directory", directory)
             members.append(Member("planner", Role.GATEWAY, (*command, *self.planner), cwd=ROOT))
         cluster = LocalCluster(members, ROOT / "build/logs/bench-autoscale" / self.name, restart=False)
         cluster.start()
