@@ -29,7 +29,7 @@ from tests.bench.transport.rows import Row, more_is_better
 
 OUT = ROOT / "build" / "bench" / "autoscale.json"
 GOAL = 0.9
-PLANNER = "--window-s 5 --patience 2 --cooldown-s 5 --look-every-s 0.5"
+PLANNER = "--window-s 5 --patience 2 --cooldown-s 5 --look-every-s 0.5 --log-level debug"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +74,8 @@ def main() -> None:
     say(console, f"prompts {prompt_rate:.2f}/s, answers {answer_rate:.2f}/s, TPOT within {1e3 * gap_s:.0f} ms")
     objectives = Slo(ttft=options.ttft_s, tpot=gap_s)
     turn = Turn(Half("prompts", prompt_rate, prompt), Half("answers", answer_rate, answer), options.seconds)
-    adaptive = Fleet("autoscale", options.begin_with, workers - options.begin_with, (
-        "--itl-s", str(0.8 * gap_s), "--ttft-s", str(options.ttft_s), *PLANNER.split()
-    ))  # fmt: skip
+    follows = (options.ttft_s, 0.8 * gap_s, tuple(PLANNER.split()))
+    adaptive = Fleet("autoscale", options.begin_with, workers - options.begin_with, follows)
     found: dict[str, list[tuple[Found, Found]]] = {}
     for fleet in [adaptive, *statics]:
         if options.only and fleet.name not in options.only:

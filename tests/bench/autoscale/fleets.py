@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
@@ -16,7 +15,7 @@ from kvferry.bench.record import Record
 from kvferry.bench.runner import Runner
 from kvferry.bench.workload import Ask, Prompts
 from kvferry.cli.cluster import LocalCluster
-from kvferry.cli.members import ClusterConfig, Member, Role, clone_root, plan
+from kvferry.cli.members import Autoscale, ClusterConfig, Role, clone_root, plan
 from tests.bench.autoscale.load import Turn
 from tests.bench.system.systems import ROOT
 
@@ -26,28 +25,28 @@ MAX_OPEN = 512
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """``planner``: flags of an online planner that may change roles; None for roles that stay."""
+    """``follows``: what is in time for a planner that may change roles, and more of its flags; None for roles that stay."""
 
     name: str
     num_prefill: int
     num_decode: int
-    planner: tuple[str, ...] | None = None
+    follows: tuple[float, float, tuple[str, ...]] | None = None  # TTFT, gap, flags
 
     @contextmanager
     def running(self) -> Iterator[str]:
         """Its address.  Raises ClusterError."""
+        log_dir = ROOT / "build/logs/bench-autoscale" / self.name
         config = ClusterConfig(
             grpc_port=0, http_port=0, threads=1, pin=False, kv_memory="512MiB", num_prefill=self.num_prefill,
-            num_decode=self.num_decode, log_level="info",
+            num_decode=self.num_decode, log_dir=log_dir,
         )  # fmt: skip
+        if self.follows is not None:
+            ttft_s, itl_s, flags = self.follows
+            workers = self.num_prefill + self.num_decode
+            config = replace(config, autoscale=Autoscale(workers, workers, ttft_s, itl_s))
         planned = plan(config, clone_root())
-        members = list(planned.members)
-        if self.planner is not None:
-            (directory,) = (m.health_address for m in members if m.role is Role.DIRECTORY)
-            assert directory is not None
-            command = (sys.executable, "-m", "services.planner.online", "--apply", "--directory", directory)
-            members.append(Member("planner", Role.GATEWAY, (*command, *self.planner), cwd=ROOT))
-        cluster = LocalCluster(members, ROOT / "build/logs/bench-autoscale" / self.name, restart=False)
+        members = [replace(m, command=(*m.command, *flags)) if m.role is Role.PLANNER else m for m in planned.members]
+        cluster = LocalCluster(members, log_dir, restart=False)
         cluster.start()
         try:
             yield planned.grpc_address
