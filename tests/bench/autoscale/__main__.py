@@ -66,11 +66,11 @@ def main() -> None:
     if prompt_rate is None or answer_rate is None or gap_s is None:
         with statics[-1].running() as address:
             done = saturate(address, prompt, 2 * workers, options.look_seconds)
-            prompt_rate = options.load * len(done) / options.look_seconds
+            prompt_rate = options.load * served(done, prompt) / options.look_seconds
         with statics[0].running() as address:
             done = saturate(address, answer, options.streams, options.look_seconds)
-            answer_rate = options.load * len(done) / options.look_seconds
-            gap_s = options.slack * statistics.median(tpot for record in done if (tpot := record.tpot_s) is not None)
+            answer_rate = options.load * served(done, answer) / options.look_seconds
+            gap_s = options.slack * statistics.median(gap for record in done for gap in record.gaps_s)
     say(console, f"prompts {prompt_rate:.2f}/s, answers {answer_rate:.2f}/s, TPOT within {1e3 * gap_s:.0f} ms")
     objectives = Slo(ttft=options.ttft_s, tpot=gap_s)
     turn = Turn(Half("prompts", prompt_rate, prompt), Half("answers", answer_rate, answer), options.seconds)
@@ -93,6 +93,11 @@ def main() -> None:
         console.print(table(rows))
         write_json(rows, OUT)
         say(console, f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; wrote {OUT.relative_to(ROOT)}")
+
+
+def served(records: Sequence[Record], ask: Ask) -> float:
+    """How many requests, parts of answers included."""
+    return sum(len(record.token_at_s) for record in records) / ask.num_output_tokens
 
 
 def rows_of(found: dict[str, list[tuple[Found, Found]]], adaptive: str) -> list[Row]:
@@ -130,7 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=3, help="of both roles together (default: %(default)s)")
     parser.add_argument("--begin-with", type=int, default=2, help="prefill workers at first (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=768, help="of the first half (default: %(default)s)")
-    parser.add_argument("--answer-tokens", type=int, default=160, help="of the second half (default: %(default)s)")
+    parser.add_argument("--answer-tokens", type=int, default=128, help="of the second half (default: %(default)s)")
     parser.add_argument("--load", type=float, default=0.7, help="of what the best split of each half does at most")
     parser.add_argument("--streams", type=int, default=8, help="answers at once while that is looked at")
     parser.add_argument("--look-seconds", type=float, default=12.0, help="how long it is looked at, for each half")

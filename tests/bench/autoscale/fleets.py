@@ -67,17 +67,16 @@ async def _measure(address: str, turn: Turn, seed: int) -> tuple[Record, ...]:
         return (await runner.run(turn.schedule(vocab_size, seed))).records
 
 
-def saturate(address: str, ask: Ask, num_open: int, seconds: float) -> list[Record]:
-    """Requests of one shape, always ``num_open`` of them: those that began and ended within ``seconds``."""
+def saturate(address: str, ask: Ask, num_open: int, seconds: float) -> tuple[Record, ...]:
+    """Requests of one shape, always ``num_open`` of them, for ``seconds``; then the last are cut off."""
     return asyncio.run(_saturate(address, ask, num_open, seconds))
 
 
-async def _saturate(address: str, ask: Ask, num_open: int, seconds: float) -> list[Record]:
+async def _saturate(address: str, ask: Ask, num_open: int, seconds: float) -> tuple[Record, ...]:
     async with AsyncClient(address, max_attempts=1) as client:
         door = GrpcDoor(client)
         prompts = Prompts((await door.target()).vocab_size, 1)
         runner = Runner(door, max_open=num_open, closed=True, timeout_s=TIMEOUT_S)
         schedule = ((0.0, ask, partial(prompts.make, ask, number)) for number in count())
         asyncio.get_running_loop().call_later(seconds, runner.stop)
-        records = (await runner.run(schedule)).records
-    return [record for record in records if record.error is None]
+        return (await runner.run(schedule)).records
