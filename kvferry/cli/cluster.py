@@ -246,20 +246,23 @@ class LocalCluster:
 
     def retire(self, name: str, drain: Callable[[], None]) -> None:
         """Ends a member for good: ``drain`` first, which returns when it holds nothing or has had its time, then SIGTERM.
-        From now on it is not started again.  Blocks until it has ended, however long that takes it; stopping the
-        cluster ends it sooner."""
+        From now on it is not started again.  Blocks until it has ended, which it must within ``stop_s`` of the
+        signal or is killed; stopping the cluster ends it sooner."""
         child = self._children[name]
         child.retiring.set()
         self._emit(Leaving(name))
         drain()
         child.send_signal(signal.SIGTERM)
-        status = child.wait_over()
+        killed = not child.wait_over(self._timing.stop_s)
+        if killed:
+            child.send_signal(signal.SIGKILL)
+            child.wait_over(self._timing.stop_s)
         with self._lock:
             if self._stopping.is_set():
                 return  # whoever stops tells of it
             del self._children[name]
-        if status is not None:
-            self._emit(Stopped(name, status, killed=False))
+        if child.status is not None:
+            self._emit(Stopped(name, child.status, killed))
 
     def _tell_ready(self, child: _Child) -> None:
         began = time.monotonic()
@@ -394,11 +397,15 @@ class _Child:
         with self._changed:
             self._changed.wait_for(lambda: self._process is None or self._process.pid != pid, timeout_s)
 
-    def wait_over(self) -> int | None:
-        """Blocks until it has ended and will not be started again; how it ended, None where it never ran."""
+    @property
+    def status(self) -> int | None:
+        """How it ended last; None where it never has."""
+        return self._status
+
+    def wait_over(self, timeout_s: float) -> bool:
+        """Blocks until it has ended and will not be started again; whether it has."""
         with self._changed:
-            self._changed.wait_for(lambda: self._over)
-            return self._status
+            return self._changed.wait_for(lambda: self._over, timeout_s)
 
     def send_signal(self, signum: signal.Signals) -> None:
         with self._changed:

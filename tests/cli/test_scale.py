@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import queue
+import signal
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +27,7 @@ from services.planner.local import LocalReplicas
 from services.planner.online.config import PlannerConfig
 from services.runtime.config import load
 from tests.certificates import make_authority
-from tests.cli.test_cluster import QUICK, ROOT, ends
+from tests.cli.test_cluster import QUICK, ROOT, STUBBORN, ends
 
 PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
 
@@ -101,6 +104,19 @@ def test_stopping_the_cluster_does_not_wait_for_one_that_leaves(tmp_path: Path) 
         pids = [it.cluster.pid(member.name) for member in it.cluster.members]
     assert len(pids) == 3
     assert all(pid is not None and ends(pid) for pid in pids)
+
+
+def test_one_that_does_not_end_after_draining_is_killed_and_not_started_again(tmp_path: Path) -> None:
+    events: queue.Queue[Event] = queue.Queue()
+    deaf = Member("decode-0", Role.DECODE, (sys.executable, "-c", STUBBORN))
+    cluster = LocalCluster([deaf], tmp_path, on_event=events.put, timing=replace(QUICK, stop_s=2))
+    with cluster:
+        while "deaf" not in (tmp_path / "decode-0.log").read_text():
+            time.sleep(0.02)
+        cluster.retire("decode-0", lambda: None)
+        assert [type(event) for event in (events.get(), events.get())] == [Ready, Leaving]
+        assert events.get(timeout=20) == Stopped("decode-0", -signal.SIGKILL, killed=True)
+        assert cluster.members == ()
 
 
 def test_whoever_asks_is_told_what_is_wrong(tmp_path: Path) -> None:
