@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-published bench-routing bench-scale bench-split bench-load bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ bench-published: $(STAMP) ## kvferry plan's simulator against what Splitwise and
 
 bench-split: $(STAMP) ## Two cores as prefill + decode against two workers that do both, under mixed load (ARGS="--seconds 20")
 	@python -m tests.bench.split $(ARGS)
+
+bench-autoscale: $(STAMP) ## A load that turns from prompts to answers: roles that follow against each static split (ARGS="--rounds 3")
+	@python -m tests.bench.autoscale $(ARGS)
 
 bench-load: $(STAMP) ## kvferry bench itself with 2000 streams open, against workers that compute nothing (ARGS="--http")
 	@python -m tests.bench.load $(ARGS)

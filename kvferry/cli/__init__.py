@@ -20,6 +20,7 @@ from kvferry.cli.generate import generate
 from kvferry.cli.key import key
 from kvferry.cli.plan import plan
 from kvferry.cli.role import role
+from kvferry.cli.scale import scale
 from kvferry.cli.serve import serve
 from kvferry.cli.status import status
 
@@ -49,6 +50,7 @@ def _root(
       kvferry calibrate          how long steps take here, for plans
       kvferry drain WORKER       let a worker finish what it has, before it is ended
       kvferry role WORKER decode the same, and it goes on in that role
+      kvferry scale prefill=2    more or fewer workers of a kvferry serve
       kvferry doctor             what this host gives, and what to change
       kvferry key TENANT         an API key, for a gateway that wants them
       kvferry certs init DIR     certificates, for services that do not share a machine
@@ -69,7 +71,22 @@ def make_app(*, rich: bool) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
-    for command in (demo, serve, generate, chat, status, explain, bench, plan, calibrate, drain, role, doctor, key):
+    for command in (
+        demo,
+        serve,
+        generate,
+        chat,
+        status,
+        explain,
+        bench,
+        plan,
+        calibrate,
+        drain,
+        role,
+        scale,
+        doctor,
+        key,
+    ):
         app.command()(command)
     app.add_typer(certs.app, name="certs")
     return app

@@ -20,7 +20,7 @@ from typing import IO, Self
 import grpc
 
 from kvferry.cli import leash
-from kvferry.cli.members import ClusterConfig, ClusterError, Member, clone_root, plan
+from kvferry.cli.members import ClusterConfig, ClusterError, Member, Role, clone_root, plan
 from kvferry.cli.service_tls import open_service_channel
 
 HEALTH_WATCH = "/grpc.health.v1.Health/Watch"
@@ -66,6 +66,20 @@ class Restarted:
 
 
 @dataclass(frozen=True, slots=True)
+class Added:
+    """One more member starts; ``Ready`` follows, or ``Died``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """It finishes what it has; ``Stopped`` follows."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stopped:
     """``killed``: it had to be, because it did not end in time."""
 
@@ -74,7 +88,9 @@ class Stopped:
     killed: bool
 
 
-Event = Ready | Died | Restarted | Stopped
+Event = Ready | Died | Restarted | Added | Leaving | Stopped
+
+_LAST_TO_STOP = (Role.DIRECTORY, Role.PREFILL, Role.DECODE, Role.GATEWAY, Role.PLANNER)
 
 
 class LocalCluster:
@@ -96,8 +112,10 @@ class LocalCluster:
         on_event: Callable[[Event], None] = lambda event: None,
         restart: bool = True,
         timing: Timing | None = None,
+        make_worker: Callable[[Role, int], Member] | None = None,
     ) -> None:
         self.log_dir = log_dir
+        self.make_worker = make_worker  # as of a Plan
         self.grpc_address = grpc_address
         self.http_url = http_url
         self._on_event = on_event
@@ -134,11 +152,12 @@ class LocalCluster:
             on_event=on_event,
             restart=restart,
             timing=timing,
+            make_worker=planned.make_worker,
         )
 
     @property
     def members(self) -> tuple[Member, ...]:
-        return tuple(child.member for child in self._children.values())
+        return tuple(child.member for child in self._known())
 
     def address(self, name: str) -> str:
         """Where the member's gRPC server listens."""
@@ -184,9 +203,12 @@ class LocalCluster:
             raise
 
     def stop(self) -> None:
-        """SIGTERM in reverse order, each waited for, SIGKILL for those that do not end.  Idempotent."""
-        self._stopping.set()
-        for child in reversed(self._children.values()):
+        """SIGTERM in reverse order, workers that were added later with the others; each waited for, SIGKILL for those that
+        do not end.  Idempotent."""
+        with self._lock:
+            self._stopping.set()
+        in_order = sorted(self._known(), key=lambda child: _LAST_TO_STOP.index(child.member.role))
+        for child in reversed(in_order):
             child.stop(self._timing.stop_s)
         if self._log_lock is not None:
             self._log_lock.close()
@@ -206,8 +228,53 @@ class LocalCluster:
     def kill_now(self) -> None:
         """SIGKILL to all at once; :meth:`stop` then returns soon.  May be called while another thread stops."""
         self._stopping.set()
-        for child in self._children.values():
+        for child in self._known():
             child.send_signal(signal.SIGKILL)
+
+    def add(self, member: Member) -> None:
+        """Starts one more, of a name that no other has; supervised like the others.  Returns without waiting for it.  Does
+        nothing in a cluster that stops."""
+        child = _Child(member, self.log_dir / f"{member.name}.log", self)
+        with self._lock:
+            assert member.name not in self._children, f"there is a {member.name} already"
+            if self._stopping.is_set():
+                return
+            self._children[member.name] = child
+            child.start()
+        self._emit(Added(member.name))
+        threading.Thread(target=self._tell_ready, args=(child,), name=f"start-{member.name}", daemon=True).start()
+
+    def retire(self, name: str, drain: Callable[[], None]) -> None:
+        """Ends a member for good: ``drain`` first, which returns when it holds nothing or has had its time, then SIGTERM.
+        From now on it is not started again.  Blocks until it has ended, which it must within ``stop_s`` of the
+        signal or is killed; stopping the cluster ends it sooner."""
+        child = self._children[name]
+        child.retiring.set()
+        self._emit(Leaving(name))
+        drain()
+        child.send_signal(signal.SIGTERM)
+        killed = not child.wait_over(self._timing.stop_s)
+        if killed:
+            child.send_signal(signal.SIGKILL)
+            child.wait_over(self._timing.stop_s)
+        with self._lock:
+            if self._stopping.is_set():
+                return  # whoever stops tells of it
+            del self._children[name]
+        if child.status is not None:
+            self._emit(Stopped(name, child.status, killed))
+
+    def _tell_ready(self, child: _Child) -> None:
+        began = time.monotonic()
+        try:
+            pid = self._await_ready(child, began + self._timing.start_s)
+        except ClusterError:
+            return  # it stops, or dies and comes back, which is told
+        self._emit(Ready(child.member.name, pid, time.monotonic() - began))
+
+    def _known(self) -> list[_Child]:
+        with self._lock:
+            return list(self._children.values())
 
     def kill(self, name: str, signum: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to one member, and leaves the consequences to supervision.  After SIGKILL returns when the
@@ -308,6 +375,7 @@ class _Child:
         self._over = False
         self._status: int | None = None
         self._backoff_s = 0.0
+        self.retiring = threading.Event()
 
     @property
     def pid(self) -> int | None:
@@ -328,6 +396,16 @@ class _Child:
     def wait_ended(self, pid: int, timeout_s: float) -> None:
         with self._changed:
             self._changed.wait_for(lambda: self._process is None or self._process.pid != pid, timeout_s)
+
+    @property
+    def status(self) -> int | None:
+        """How it ended last; None where it never has."""
+        return self._status
+
+    def wait_over(self, timeout_s: float) -> bool:
+        """Blocks until it has ended and will not be started again; whether it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._over, timeout_s)
 
     def send_signal(self, signum: signal.Signals) -> None:
         with self._changed:
@@ -380,7 +458,7 @@ class _Child:
     def _run(self) -> None:
         restarting = False
         try:
-            while not self._cluster._stopping.is_set():
+            while not self._cluster._stopping.is_set() and not self.retiring.is_set():
                 began = time.monotonic()
                 process = self._spawn()
                 if process is None:
@@ -392,7 +470,7 @@ class _Child:
                     status = self._status = process.wait()
                     self._process = None
                     self._changed.notify_all()
-                if self._cluster._stopping.is_set():
+                if self._cluster._stopping.is_set() or self.retiring.is_set():
                     return
                 backoff_s = self._cluster._died(self, status, time.monotonic() - began)
                 if backoff_s is None or self._cluster._stopping.wait(backoff_s):
@@ -406,7 +484,8 @@ class _Child:
     def _spawn(self) -> subprocess.Popen[bytes] | None:
         command = (sys.executable, "-I", "-S", leash.__file__, str(os.getpid()), *self.member.command)
         with self.log_path.open("ab") as log, self._changed:
-            if self._cluster._stopping.is_set():  # under the lock: stop() signals either this process or none
+            # Under the lock: stop() and retire() signal either this process or none.
+            if self._cluster._stopping.is_set() or self.retiring.is_set():
                 return None
             self._process = subprocess.Popen(
                 command,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ class Role(enum.Enum):
     PREFILL = "prefill"
     DECODE = "decode"
     GATEWAY = "gateway"
+    PLANNER = "planner"
 
 
 class ClusterError(Exception):
@@ -52,7 +53,23 @@ class Member:
 
     @property
     def certificate_role(self) -> CertificateRole:
-        return CertificateRole.WORKER if self.role in (Role.PREFILL, Role.DECODE) else CertificateRole(self.role.value)
+        match self.role:
+            case Role.PREFILL | Role.DECODE:
+                return CertificateRole.WORKER
+            case Role.PLANNER:
+                return CertificateRole.OPERATOR
+            case _:
+                return CertificateRole(self.role.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Autoscale:
+    """The online planner beside the cluster: workers of both roles together, and what is in time for clients."""
+
+    min_workers: int
+    max_workers: int
+    ttft_s: float
+    itl_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +77,9 @@ class ClusterConfig:
     """What to start.  Ports 0 are picked free; ``prefill_tp`` is the ranks of each prefill worker; ``threads`` per rank,
     None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left
     over; ``tls`` is a folder of ``kvferry certs init``, and ``insecure`` allows a ``host`` beyond the loopback without; a
-    role's dtype is ``dtype`` where it is None; what else is None is left to the services' own defaults.  Only
-    gateways listen on ``host``, all else on the loopback; those after the first on ports that are picked free."""
+    role's dtype is ``dtype`` where it is None; ``log_dir`` is where a planner asks for workers, None the clone's own; what
+    else is None is left to the services' own defaults.  Only gateways listen on ``host``, all else on the loopback; those
+    after the first on ports that are picked free."""
 
     model: str = DEFAULT_MODEL
     dtype: str | None = None
@@ -86,16 +104,20 @@ class ClusterConfig:
     tls: Path | None = None
     insecure: bool = False
     log_level: str = "info"
+    autoscale: Autoscale | None = None
+    log_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Members in the order in which they start; the addresses are for clients on this machine, ``grpc_address`` all
-    gateways', as a client takes them."""
+    gateways', as a client takes them.  ``make_worker``: one more of a role, by its number, on ports that are free by then
+    and with as many threads as the others, which are pinned to no cores."""
 
     members: tuple[Member, ...]
     grpc_address: str
     http_url: str
+    make_worker: Callable[[Role, int], Member] | None = None
 
 
 def clone_root(
@@ -122,8 +144,16 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         if port:
             ports.check_free(config.host, port, flag)
     num_workers = config.num_prefill + config.num_decode
+    if config.autoscale is not None and not (
+        config.autoscale.min_workers <= num_workers <= config.autoscale.max_workers and config.num_prefill
+    ):
+        raise ClusterError(
+            f"--autoscale begins with a prefill worker at least and {config.autoscale.min_workers} to "
+            f"{config.autoscale.max_workers} workers in all, not {config.num_prefill} + {config.num_decode}; "
+            "see --prefill, --decode, --min-workers and --max-workers"
+        )
     free = iter(
-        ports.pick_free(2 + 2 * (num_workers + config.num_gateways), avoid=(config.grpc_port, config.http_port))
+        ports.pick_free(3 + 2 * (num_workers + config.num_gateways), avoid=(config.grpc_port, config.http_port))
     )
     # The members run in the clone, the user may be elsewhere.
     model = str(Path(config.model).resolve()) if Path(config.model).exists() else config.model
@@ -153,40 +183,47 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
     ]
     cores = sorted(os.sched_getaffinity(0))
     ranks = [config.prefill_tp] * config.num_prefill + [config.decode_tp] * config.num_decode
-    threads = config.threads or max(1, len(cores) // sum(ranks))
+    more = 0 if config.autoscale is None else config.autoscale.max_workers - num_workers
+    threads = config.threads or max(1, len(cores) // (sum(ranks) + more * max(config.prefill_tp, config.decode_tp)))
     own_cores = iter(_share_out(cores, [threads * tp for tp in ranks], config.pin))
-    roles = (
-        (Role.PREFILL, config.num_prefill, config.prefill_dtype or config.dtype, config.prefill_block_size,
-         config.prefill_tp),
-        (Role.DECODE, config.num_decode, config.decode_dtype or config.dtype, config.decode_block_size, config.decode_tp),
-    )  # fmt: skip
-    for role, count, dtype, block_size, tp in roles:
-        for index in range(count):
-            address, metrics_port, name = ports.join(ports.LOOPBACK, next(free)), next(free), f"{role.value}-{index}"
-            flags = {
-                "--listen": address,
-                "--directory": directory,
-                "--worker-id": name,
-                "--model": model,
-                "--threads": str(threads),
-                "--metrics-port": str(metrics_port),
-                "--log-level": config.log_level,
-            }
-            if cpus := next(own_cores):
-                flags["--cpus"] = cpus
-            if dtype is not None:
-                flags["--dtype"] = dtype
-            if block_size is not None:
-                flags["--block-size"] = str(block_size)
-            if tp > 1:
-                flags["--tp"] = str(tp)
-            if config.kv_memory is not None:
-                flags["--kv-memory"] = config.kv_memory
-            if config.host_kv_memory is not None:
-                flags["--host-kv-memory"] = config.host_kv_memory
-            if config.speculate is not None:
-                flags["--speculate"] = config.speculate
-            members.append(member(role, name, f"services.{role.value}", address, flags, metrics(metrics_port)))
+
+    def worker(role: Role, index: int, port: int, metrics_port: int, cpus: str) -> Member:
+        dtype, block_size, tp = {
+            Role.PREFILL: (config.prefill_dtype or config.dtype, config.prefill_block_size, config.prefill_tp),
+            Role.DECODE: (config.decode_dtype or config.dtype, config.decode_block_size, config.decode_tp),
+        }[role]
+        address, name = ports.join(ports.LOOPBACK, port), f"{role.value}-{index}"
+        flags = {
+            "--listen": address,
+            "--directory": directory,
+            "--worker-id": name,
+            "--model": model,
+            "--threads": str(threads),
+            "--metrics-port": str(metrics_port),
+            "--log-level": config.log_level,
+        }
+        if cpus:
+            flags["--cpus"] = cpus
+        if dtype is not None:
+            flags["--dtype"] = dtype
+        if block_size is not None:
+            flags["--block-size"] = str(block_size)
+        if tp > 1:
+            flags["--tp"] = str(tp)
+        if config.kv_memory is not None:
+            flags["--kv-memory"] = config.kv_memory
+        if config.host_kv_memory is not None:
+            flags["--host-kv-memory"] = config.host_kv_memory
+        if config.speculate is not None:
+            flags["--speculate"] = config.speculate
+        return member(role, name, f"services.{role.value}", address, flags, metrics(metrics_port))
+
+    def one_more(role: Role, index: int) -> Member:
+        port, metrics_port = ports.pick_free(2)
+        return worker(role, index, port, metrics_port, "")
+
+    for role, count in ((Role.PREFILL, config.num_prefill), (Role.DECODE, config.num_decode)):
+        members += [worker(role, index, next(free), next(free), next(own_cores)) for index in range(count)]
     for index, (grpc_port, http_port) in enumerate(doors):
         gateway_flags = {
             "--listen": ports.join(config.host, grpc_port),
@@ -203,8 +240,23 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         if config.insecure:
             gateway = replace(gateway, environment={**gateway.environment, "KVFERRY_INSECURE": "on"})
         members.append(gateway)
+    if (scaled := config.autoscale) is not None:
+        metrics_port = next(free)
+        planner_flags = {
+            "--directory": directory,
+            "--gateway-metrics": ",".join(f"{url}/metrics" for url in http_urls),
+            "--supervisor": str(config.log_dir or root / "build" / "logs"),
+            "--min-workers": str(scaled.min_workers),
+            "--max-workers": str(scaled.max_workers),
+            "--ttft-s": str(scaled.ttft_s),
+            "--itl-s": str(scaled.itl_s),
+            "--metrics-port": str(metrics_port),
+            "--log-level": config.log_level,
+        }
+        planner = member(Role.PLANNER, "planner", "services.planner.online", "", planner_flags, metrics(metrics_port))
+        members.append(replace(planner, command=(*planner.command, "--apply"), health_address=None))
     grpc_address = ",".join(ports.join(client_host, grpc) for grpc, _ in doors)
-    return Plan(tuple(members), grpc_address, http_urls[0])
+    return Plan(tuple(members), grpc_address, http_urls[0], one_more)
 
 
 def _check_safe(config: ClusterConfig) -> None:

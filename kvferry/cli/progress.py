@@ -12,7 +12,7 @@ from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TaskID,
 from rich.text import Text
 
 from kvferry.cli import output
-from kvferry.cli.cluster import Died, Event, Ready, Restarted, Stopped, describe_status
+from kvferry.cli.cluster import Added, Died, Event, Leaving, Ready, Restarted, Stopped, describe_status
 
 
 class StartProgress:
@@ -87,6 +87,10 @@ def describe(event: Event) -> str:
             return "\n".join([f"{name} {describe_status(status)}; {then}", *(f"  | {line}" for line in log_tail)])
         case Restarted(name, pid):
             return f"{name} was started again (pid {pid})"
+        case Added(name):
+            return f"{name} starts: one more worker"
+        case Leaving(name):
+            return f"{name} leaves as soon as it has finished what it has"
         case Stopped(name, status, killed):
             if killed:
                 return f"{name} did not stop in time and was killed"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
 
+from kvferry.bench import slo
 from kvferry.cli import options, output
 from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.control import Control
+from kvferry.cli.crew import Crew
 from kvferry.cli.interrupts import Interrupts
-from kvferry.cli.members import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, DEFAULT_MODEL, ClusterConfig
+from kvferry.cli.members import DEFAULT_GRPC_PORT, DEFAULT_HTTP_PORT, DEFAULT_MODEL, Autoscale, ClusterConfig
 from kvferry.cli.ports import LOOPBACK
 from kvferry.cli.progress import StartProgress
 from kvferry.cli.service_tls import CertificateFolder
@@ -42,6 +46,24 @@ def serve(
     api_keys: options.ApiKeys = None,
     tls: options.ServeTls = None,
     insecure: options.Insecure = False,
+    autoscale: Annotated[
+        bool,
+        typer.Option(
+            "--autoscale", help="Let a planner change workers' roles, and their number.", rich_help_panel="Planner"
+        ),
+    ] = False,
+    min_workers: Annotated[
+        int, typer.Option(min=2, help="Workers of both roles that stay.", rich_help_panel="Planner")
+    ] = 2,
+    max_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Workers at most; as many as at first by default.", show_default=False, rich_help_panel="Planner"
+        ),
+    ] = None,
+    objectives: Annotated[
+        str, typer.Option("--slo", help="What is in time for clients: ttft and itl.", rich_help_panel="Planner")
+    ] = "ttft=2s,itl=50ms",
     log_dir: options.LogDir = None,
     log_level: options.Level = options.LogLevel.INFO,
 ) -> None:
@@ -54,12 +76,20 @@ def serve(
     Examples:
       kvferry serve
       kvferry serve --prefill 2 --decode 2 --kv-memory 1GiB
+      kvferry serve --autoscale --max-workers 6 --slo ttft=1s,itl=50ms
       kvferry serve --tls certs --host 0.0.0.0
       kvferry serve --model ./model.gguf --dtype bfloat16 --http-port 8000
       kvferry serve --prefill-dtype float32 --decode-dtype bfloat16 --decode-block-size 32
     """
     if grpc_port == http_port != 0:
         raise typer.BadParameter(f"gRPC and HTTP cannot both have port {grpc_port}", param_hint="--http-port")
+    with output.failures():
+        bounds = slo.parse(objectives)
+    if bounds.ttft is None or bounds.itl is None:
+        raise typer.BadParameter("both ttft and itl, such as ttft=2s,itl=50ms", param_hint="--slo")
+    if not autoscale and max_workers is not None:
+        raise typer.BadParameter("it is for --autoscale", param_hint="--max-workers")
+    planner = Autoscale(min_workers, max_workers or prefill + decode, bounds.ttft, bounds.itl) if autoscale else None
     config = ClusterConfig(
         model=model,
         dtype=dtype,
@@ -83,6 +113,8 @@ def serve(
         tls=tls,
         insecure=insecure,
         log_level=log_level.value,
+        autoscale=planner,
+        log_dir=None if log_dir is None else log_dir.resolve(),
     )
     progress = StartProgress()
     is_up = False
@@ -93,8 +125,11 @@ def serve(
                 with progress.show([member.name for member in cluster.members], cluster.doing):
                     cluster.start()
                 is_up = True  # before it is announced: whoever waits for the words may stop us as soon as they are out
-                _announce(cluster, config)
-                interrupts.wait()
+                with ExitStack() as stack:
+                    if cluster.make_worker is not None:
+                        stack.enter_context(Control(cluster.log_dir, Crew(cluster, cluster.make_worker).scale))
+                    _announce(cluster, config)
+                    interrupts.wait()
             except KeyboardInterrupt:
                 output.say("\nstopping; Ctrl-C again kills at once")
             finally:

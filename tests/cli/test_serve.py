@@ -94,6 +94,7 @@ def test_sigterm_stops_serve_too(tmp_path: Path) -> None:
 def test_being_stopped_while_it_announces_is_a_clean_end(monkeypatch: pytest.MonkeyPatch) -> None:
     class Started:
         members = ()
+        make_worker = None
         stopped = False
 
         def start(self) -> None: ...

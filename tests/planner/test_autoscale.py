@@ -52,6 +52,6 @@ def test_roles_that_follow_a_turn_keep_nine_tenths_of_all_requests_good_which_th
     cluster.check_integrity()
     for name, load in (("p", PROMPTS), ("a", ANSWERS)):
         assert num_good(s for s in served if s.id.startswith(name)) >= 0.9 * len(load)
-    roles = [decision.move.role for _, decision in autoscaler.decisions if decision.move is not None]
+    roles = [decision.step.role for _, decision in autoscaler.decisions if decision.step is not None]
     assert roles == [Role.PREFILL, Role.DECODE, Role.DECODE]
     assert num_good(split(2).run(ANSWERS)) < 0.9 * len(ANSWERS)

@@ -71,7 +71,7 @@ async def played() -> AsyncIterator[tuple[str, dict[str, Played]]]:
 @pytest.mark.parametrize("apply", [True, False])
 async def test_it_asks_an_idle_worker_to_change_its_role_only_where_it_may(apply: bool) -> None:
     def num_said() -> float:
-        return REGISTRY.get_sample_value("kvferry_planner_role_changes_total", {"outcome": "said"}) or 0.0
+        return REGISTRY.get_sample_value("kvferry_planner_steps_total", {"step": "move", "outcome": "said"}) or 0.0
 
     said_before = num_said()
     async with played() as (address, workers):

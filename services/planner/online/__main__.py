@@ -1,13 +1,12 @@
-"""python -m services.planner.online: watches a cluster and decides which worker should change its role, and when."""
+"""python -m services.planner.online: watches a cluster and decides which workers change role, start and go, and when."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
-from collections.abc import Sequence
 
-import grpc
 import structlog
 from prometheus_client import Counter, Gauge
 
@@ -16,10 +15,12 @@ from gateway.view import ClusterView, watch
 from gateway.worker_state import ROLES
 from kvferry._roles import CertificateRole
 from kvferry.api.directory.v1 import directory_pb2
-from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
+from services.planner.online.attainment import Attainment, AttainmentBook
 from services.planner.online.config import PlannerConfig
-from services.planner.online.decider import Decider, Decision, Move
+from services.planner.online.decider import Decider, Decision
+from services.planner.online.gateways import Gateways
 from services.planner.online.needs import Sample
+from services.planner.online.steps import carry_out
 from services.runtime import config, logs
 from services.runtime.channels import Channels
 from services.runtime.metrics import serve_metrics
@@ -28,19 +29,23 @@ from services.runtime.server import run_until_stopped
 _log = structlog.stdlib.get_logger(__name__)
 
 _PROG = "python -m services.planner.online"
-_PROTO_ROLES = {role: number for number, role in ROLES.items()}
 
 _WANTED = Gauge("kvferry_planner_workers_wanted", "Workers that a role should have.", ["role"])
 _NEEDED = Gauge("kvferry_planner_workers_needed", "Always busy workers that a phase's work would take.", ["role"])
-_MOVES = Counter(
-    "kvferry_planner_role_changes", "Changes of role by what became of them: made, failed, or only said.", ["outcome"]
+_ATTAINED = Gauge("kvferry_planner_attainment", "Share in time lately: of first tokens, of gaps.", ["objective"])
+_STEPS = Counter(
+    "kvferry_planner_steps",
+    "Steps by kind and by what became of them: made, failed, or only said.",
+    ["step", "outcome"],
 )
 
 
 async def run(settings: PlannerConfig) -> None:
     """Until cancelled.  Raises StartupError."""
-    certificates = settings.certificates()
+    certificates, replicas = settings.certificates(), settings.replicas()
     view, decider = ClusterView(), Decider(settings.terms)
+    gateways = Gateways(settings.gateway_metrics, ca=settings.tls_ca)
+    book = AttainmentBook(ttft_s=settings.ttft_s, itl_s=settings.itl_s, window_s=settings.window_s)
     with serve_metrics(settings.metrics_port):
         async with Channels(certificates, peer=CertificateRole.WORKER) as channels, asyncio.TaskGroup() as tasks:
             tasks.create_task(watch(view, settings.directory, certificates=certificates))
@@ -48,36 +53,23 @@ async def run(settings: PlannerConfig) -> None:
             reason = ""
             while True:
                 await asyncio.sleep(settings.look_every_s)
+                attained = book.add(time.monotonic(), await gateways.read())
                 states = [s for s in view.workers.values() if s.info.role in ROLES]
-                decision = decider.look(time.monotonic(), [to_sample(state) for state in states])
-                _publish(decision)
-                if decision.move is not None:
+                decision = decider.look(time.monotonic(), [to_sample(state) for state in states], attained)
+                _publish(decision, attained)
+                if (step := decision.step) is not None:
                     _log.info("decision", reason=decision.reason)
-                    await _carry_out(decision.move, states, channels, settings)
-                    decider.moved(time.monotonic())
+                    outcome = "said"
+                    if settings.apply:
+                        made = await carry_out(step, states, channels, replicas, settings.change_timeout_s)
+                        outcome = "made" if made else "failed"
+                        _log.info("step", step=str(step), outcome=outcome)
+                    _STEPS.labels(type(step).__name__.lower(), outcome).inc()
+                    decider.made(time.monotonic())
+                    book.forget()
                 elif decision.reason != reason:
                     _log.debug("stays", reason=decision.reason)
                 reason = decision.reason
-
-
-async def _carry_out(
-    move: Move, states: Sequence[directory_pb2.WorkerState], channels: Channels, settings: PlannerConfig
-) -> None:
-    """Returns when the worker has its role, or keeps the one that it had."""
-    if not settings.apply:
-        _MOVES.labels("said").inc()
-        return
-    (info,) = (s.info for s in states if s.info.worker_id == move.worker.worker_id)
-    stub = worker_pb2_grpc.WorkerServiceStub(channels.get(info.control_address))
-    request = worker_pb2.ChangeRoleRequest(role=_PROTO_ROLES[move.role])
-    try:
-        await stub.ChangeRole(request, timeout=settings.change_timeout_s)
-    except grpc.aio.AioRpcError as error:
-        _MOVES.labels("failed").inc()
-        _log.warning("role_not_changed", worker_id=info.worker_id, code=error.code().name, error=error.details())
-    else:
-        _MOVES.labels("made").inc()
-        _log.info("role_changed", worker_id=info.worker_id, role=move.role.name.lower())
 
 
 def to_sample(state: directory_pb2.WorkerState) -> Sample:
@@ -100,7 +92,9 @@ def to_sample(state: directory_pb2.WorkerState) -> Sample:
     )
 
 
-def _publish(decision: Decision) -> None:
+def _publish(decision: Decision, attained: Attainment) -> None:
+    for name, share in (("ttft", attained.ttft), ("itl", attained.itl)):
+        _ATTAINED.labels(name).set(math.nan if share is None else share)
     _WANTED.labels("prefill").set(decision.num_prefill)
     _WANTED.labels("decode").set(decision.num_decode)
     if decision.needs is not None:

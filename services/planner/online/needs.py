@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gateway.candidates import Role, WorkerKey
 
@@ -38,6 +38,14 @@ class Needs:
     def utilization(self, num_prefill: int, num_decode: int) -> float:
         """Of the phase that has less room."""
         return max(self.prefill / num_prefill, self.decode / num_decode)
+
+    def with_fuller_side_full(self, num_prefill: int, num_decode: int) -> Needs:
+        """As needs are reckoned, they say of what there is too little, and objectives that are missed say that there is."""
+        if num_prefill < 1 or num_decode < 1:
+            return self
+        if self.prefill / num_prefill > self.decode / num_decode:
+            return replace(self, prefill=max(self.prefill, num_prefill))
+        return replace(self, decode=max(self.decode, num_decode))
 
 
 class NeedsBook:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.planner.online.decider import Decider, Decision, Terms
+from services.planner.online.decider import Decider, Decision, Move, Terms
 from services.planner.online.needs import Sample
 from services.planner.simulator.cluster import Cluster
 from services.planner.simulator.worker import SimulatedWorker
@@ -20,11 +20,11 @@ class Autoscaler:
     def _look(self) -> None:
         cluster, now_s = self._cluster, self._cluster.queue.now_s
         decision = self._decider.look(now_s, [_sample(worker, now_s) for worker in cluster.workers])
-        if decision.move is None:
-            return
-        self.decisions.append((now_s, decision))
-        moving = next(w for w in cluster.workers if w.key == decision.move.worker)
-        cluster.change_role(moving, decision.move.role, lambda: self._decider.moved(cluster.queue.now_s))
+        match decision.step:
+            case Move(key, role):
+                self.decisions.append((now_s, decision))
+                moving = next(w for w in cluster.workers if w.key == key)
+                cluster.change_role(moving, role, lambda: self._decider.made(cluster.queue.now_s))
 
 
 def _sample(worker: SimulatedWorker, now_s: float) -> Sample:
