@@ -13,6 +13,7 @@ from prometheus_client import Counter, Gauge
 from gateway.candidates import WorkerKey
 from gateway.view import ClusterView, watch
 from gateway.worker_state import ROLES
+from kvferry import errors
 from kvferry._roles import CertificateRole
 from kvferry.api.directory.v1 import directory_pb2
 from services.planner.online.attainment import Attainment, AttainmentBook
@@ -25,6 +26,7 @@ from services.runtime import config, logs
 from services.runtime.channels import Channels
 from services.runtime.metrics import serve_metrics
 from services.runtime.server import run_until_stopped
+from services.runtime.startup import StartupError
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -42,7 +44,11 @@ _STEPS = Counter(
 
 async def run(settings: PlannerConfig) -> None:
     """Until cancelled.  Raises StartupError."""
-    certificates, replicas = settings.certificates(), settings.replicas()
+    certificates = settings.certificates()
+    try:
+        replicas = settings.replicas()
+    except errors.Error as error:
+        raise StartupError(error.message) from error
     view, decider = ClusterView(), Decider(settings.terms)
     gateways = Gateways(settings.gateway_metrics, ca=settings.tls_ca)
     book = AttainmentBook(ttft_s=settings.ttft_s, itl_s=settings.itl_s, window_s=settings.window_s)
