@@ -90,6 +90,25 @@ async def test_who_does_not_end_in_time_is_killed(tmp_path: Path) -> None:
     assert not any(is_alive(pids(tmp_path, number)[0]) for number in range(2))
 
 
+async def test_they_die_with_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "metrics").mkdir()
+    code = f"""
+import asyncio, sys
+from pathlib import Path
+from gateway.parent import Crew
+from gateway.seat import Seat
+command = (sys.executable, "-I", "-S", "-c", {CHILD!r})
+asyncio.run(Crew(command, (), [Seat(number, 2, Path({str(tmp_path)!r})) for number in range(2)]).run())
+"""
+    parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code)
+    await until(lambda: all(pids(tmp_path, number) for number in range(2)))
+    children = [pids(tmp_path, number)[0] for number in range(2)]
+    assert all(map(is_alive, children))
+    parent.kill()
+    await parent.wait()
+    await until(lambda: not any(map(is_alive, children)))
+
+
 def test_an_address_is_one_gateways() -> None:
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

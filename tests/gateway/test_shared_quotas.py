@@ -19,7 +19,7 @@ from gateway.shared_quotas import SharedQuotas
 from kvferry.errors import OverloadedError
 
 NUM_PROCESSES = 3
-QUOTAS = (Quota(6, 200, 3), Quota(requests_per_minute=4), Quota(max_streams=2), UNLIMITED)
+QUOTAS = (Quota(6, 200, 3), Quota(requests_per_minute=4), Quota(max_streams=2))
 STEPS = st.lists(
     st.tuples(
         st.integers(0, NUM_PROCESSES - 1),
@@ -45,7 +45,7 @@ def verdict(quotas: Quotas, tenant: str, quota: Quota, num_prompt_tokens: int, n
     return "", 0.0
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(STEPS)
 def test_together_they_let_in_what_one_would(
     steps: list[tuple[int, str, Quota, int, float, bool]],
@@ -64,6 +64,18 @@ def test_together_they_let_in_what_one_would(
             assert verdict(shared[process], tenant, quota, num_tokens, now_s) == expected
             if expected == ("", 0.0):
                 begun.append((process, tenant, num_tokens))
+
+
+def test_who_has_no_quota_has_no_account(tmp_path: Path) -> None:
+    quotas = SharedQuotas(Seat(0, 1, tmp_path))
+    for tenant in ("", "a"):
+        quotas.begin(tenant, UNLIMITED, 1, 0.0)
+        quotas.end(tenant, 1)
+    assert not list((tmp_path / "quotas").iterdir())
+    quotas.begin("a", Quota(max_streams=1), 1, 0.0)
+    quotas.begin("a", UNLIMITED, 1, 0.0)  # the file of keys has changed; what was used stays used
+    with pytest.raises(OverloadedError, match="2 requests at a time"):
+        quotas.begin("a", Quota(max_streams=1), 1, 0.0)
 
 
 def test_streams_of_a_process_that_has_ended_are_given_back_and_what_it_used_is_not(tmp_path: Path) -> None:
