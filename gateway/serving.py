@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from math import inf
@@ -142,6 +143,9 @@ async def run_gateway(
         if config.api_keys:
             tasks.append(background.create_task(follow(doorkeeper, config.api_keys)))
         stack.callback(lambda: [task.cancel() for task in tasks])
+        # What is there for good need not be looked through whenever garbage is.
+        gc.collect()
+        gc.freeze()
         log.info("ready", grpc=config.listen, http=config.http_listen, model=files.config.name)
         on_listening()
         try:
