@@ -105,24 +105,9 @@ class ClusterServicer(inference_pb2_grpc.ClusterServiceServicer):
         self, request: inference_pb2.DescribeTrafficRequest, context: Context
     ) -> inference_pb2.DescribeTrafficResponse:
         tenant = _admit(self._doorkeeper, context)
-        book, now_s = self._frontend.served, time.monotonic()
-        served = book.of(tenant.name)
-        return inference_pb2.DescribeTrafficResponse(
-            model=self._frontend.model,
-            since_ms=int((now_s - book.since_s) * 1000),
-            age_us=[_us(now_s - each.arrived_s) for each in served],
-            num_prompt_tokens=[each.num_prompt_tokens for each in served],
-            num_cached_tokens=[each.num_cached_tokens for each in served],
-            num_output_tokens=[each.num_output_tokens for each in served],
-            ttft_us=[_us(each.ttft_s) for each in served],
-            itl_p99_us=[_us(each.itl_p99_s) for each in served],
-            tpot_us=[_us(each.tpot_s) for each in served],
-            total_us=[_us(each.total_s) for each in served],
-        )
-
-
-def _us(seconds: float) -> int:
-    return round(seconds * 1e6)
+        traffic = await self._siblings.find_traffic(tenant.name)
+        traffic.model.CopyFrom(self._frontend.model)
+        return traffic
 
 
 def _admit(doorkeeper: Doorkeeper, context: Context) -> Tenant:

@@ -85,7 +85,7 @@ async def run_gateway(
             quotas=None if seat is None else SharedQuotas(seat),
         )  # fmt: skip
         siblings = await stack.enter_async_context(
-            meeting(Memory(dispatcher.decisions, frontend.recent, frontend), seat)
+            meeting(Memory(dispatcher.decisions, frontend.recent, frontend.served, frontend), seat)
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend, doorkeeper), server)
         inference_pb2_grpc.add_ClusterServiceServicer_to_server(

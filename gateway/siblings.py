@@ -15,8 +15,10 @@ from gateway.decisions import DecisionBook
 from gateway.explained import to_decision_proto
 from gateway.recent import EndedRequest, RecentRequests
 from gateway.seat import Seat
+from gateway.served import ServedBook
 from kvferry.api.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from kvferry.api.inference.v1 import inference_pb2
+from kvferry.errors import UnavailableError
 from services.runtime.channel import open_channel
 from services.runtime.server import create_server, running
 
@@ -42,9 +44,10 @@ class Tally(Protocol):
 class Memory:
     """This process's own."""
 
-    def __init__(self, decisions: DecisionBook, recent: RecentRequests, tally: Tally) -> None:
+    def __init__(self, decisions: DecisionBook, recent: RecentRequests, served: ServedBook, tally: Tally) -> None:
         self._decisions = decisions
         self._recent = recent
+        self._served = served
         self._tally = tally
 
     def find_decisions(self, request: gateway_pb2.FindDecisionsRequest) -> gateway_pb2.FindDecisionsResponse:
@@ -59,6 +62,21 @@ class Memory:
             found = self._recent.of(request.tenant, request.limit)
         now_s = time.monotonic()
         return gateway_pb2.ListEndedResponse(requests=[_to_ended_proto(ended, now_s) for ended in found])
+
+    def find_traffic(self, request: gateway_pb2.FindTrafficRequest) -> gateway_pb2.FindTrafficResponse:
+        served, now_s = self._served.of(request.tenant), time.monotonic()
+        traffic = inference_pb2.DescribeTrafficResponse(
+            since_ms=int((now_s - self._served.since_s) * 1000),
+            age_us=[_us(now_s - each.arrived_s) for each in served],
+            num_prompt_tokens=[each.num_prompt_tokens for each in served],
+            num_cached_tokens=[each.num_cached_tokens for each in served],
+            num_output_tokens=[each.num_output_tokens for each in served],
+            ttft_us=[_us(each.ttft_s) for each in served],
+            itl_p99_us=[_us(each.itl_p99_s) for each in served],
+            tpot_us=[_us(each.tpot_s) for each in served],
+            total_us=[_us(each.total_s) for each in served],
+        )
+        return gateway_pb2.FindTrafficResponse(traffic=traffic)
 
     def count(self) -> gateway_pb2.CountRequestsResponse:
         return gateway_pb2.CountRequestsResponse(
@@ -78,6 +96,11 @@ class SiblingServicer(gateway_pb2_grpc.SiblingServiceServicer):
     async def ListEnded(self, request: gateway_pb2.ListEndedRequest, context: Context) -> gateway_pb2.ListEndedResponse:
         return self._memory.list_ended(request)
 
+    async def FindTraffic(
+        self, request: gateway_pb2.FindTrafficRequest, context: Context
+    ) -> gateway_pb2.FindTrafficResponse:
+        return self._memory.find_traffic(request)
+
     async def CountRequests(
         self, request: gateway_pb2.CountRequestsRequest, context: Context
     ) -> gateway_pb2.CountRequestsResponse:
@@ -85,8 +108,8 @@ class SiblingServicer(gateway_pb2_grpc.SiblingServiceServicer):
 
 
 class Siblings:
-    """This process's memory and what the others answer within ``ANSWER_TIMEOUT_S``; all of them at once are asked.  Nothing
-    raises: what a process that does not answer remembers is left out.  Owned by one event loop."""
+    """This process's memory and what the others answer within ``ANSWER_TIMEOUT_S``; all of them at once are asked.  Only
+    ``find_traffic`` raises: what a process that does not answer remembers is left out.  Owned by one event loop."""
 
     def __init__(
         self, memory: Memory, others: Sequence[gateway_pb2_grpc.SiblingServiceAsyncStub] = (),
@@ -121,6 +144,18 @@ class Siblings:
             return None
         found = await self._ended(gateway_pb2.ListEndedRequest(tenant=tenant, request_id=request_id, limit=1), 1)
         return found[0] if found else None
+
+    async def find_traffic(self, tenant: str) -> inference_pb2.DescribeTrafficResponse:
+        """Without the model.  Raises UnavailableError when one does not answer: half of the traffic is not the traffic."""
+        request = gateway_pb2.FindTrafficRequest(tenant=tenant)
+        answers = [self._memory.find_traffic(request)]
+        answers += await self._ask(other.FindTraffic(request, timeout=self._timeout_s) for other in self._others)
+        if len(answers) <= len(self._others):
+            raise UnavailableError(
+                "a process of this gateway does not say what it has served; ask again when it was started again",
+                reason="SIBLING_SILENT",
+            )
+        return _together([answer.traffic for answer in answers])
 
     async def count(self) -> gateway_pb2.CountRequestsResponse:
         """Sums.  The total falls by what a process had counted that has ended since."""
@@ -169,6 +204,25 @@ async def meeting(memory: Memory, seat: Seat | None) -> AsyncIterator[Siblings]:
             await stack.enter_async_context(open_channel(f"unix:{path}")) for path in seat.sockets_of_others
         ]  # fmt: skip
         yield Siblings(memory, [gateway_pb2_grpc.SiblingServiceStub(channel) for channel in channels])
+
+
+_COLUMNS = (
+    "age_us", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens", "ttft_us", "itl_p99_us", "tpot_us", "total_us",
+)  # fmt: skip
+
+
+def _together(parts: Sequence[inference_pb2.DescribeTrafficResponse]) -> inference_pb2.DescribeTrafficResponse:
+    """In order of their ends, as far back as all of them reach."""
+    rows = [row for part in parts for row in zip(*(getattr(part, name) for name in _COLUMNS), strict=True)]
+    rows.sort(key=lambda row: row[-1] - row[0])
+    together = inference_pb2.DescribeTrafficResponse(since_ms=min(part.since_ms for part in parts))
+    for name, column in zip(_COLUMNS, zip(*rows, strict=True), strict=False):
+        getattr(together, name).extend(column)
+    return together
+
+
+def _us(seconds: float) -> int:
+    return round(seconds * 1e6)
 
 
 def _to_ended_proto(ended: EndedRequest, now_s: float) -> gateway_pb2.EndedRequest:

@@ -26,6 +26,7 @@ from gateway.http.app import create_app
 from gateway.http.dashboard import Dashboard
 from gateway.http.server import HttpServer
 from gateway.recent import EndedRequest, RecentRequests
+from gateway.served import ServedBook
 from gateway.siblings import Memory, Siblings
 from gateway.tenants import Keyring, Tenant
 from gateway.view import ClusterView
@@ -89,7 +90,7 @@ def make_app(recent: RecentRequests, doorkeeper: Doorkeeper | None = None) -> An
     ]
     view.apply(directory_pb2.WatchResponse(revision=1, snapshot=True, events=events))
     tally = SimpleNamespace(num_in_flight=3, num_requests_total=17)
-    siblings = Siblings(Memory(DecisionBook(), recent, tally))
+    siblings = Siblings(Memory(DecisionBook(), recent, ServedBook(0.0), tally))
     dashboard = Dashboard(view, siblings, model=MODEL, registry=registry)
     return create_app(ScriptedFrontDoor(), vocabulary=VOCABULARY, doorkeeper=doorkeeper, dashboard=dashboard)
 

@@ -10,24 +10,29 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.recent import EndedRequest, RecentRequests
 from gateway.routing import PassedOver
 from gateway.seat import Seat
+from gateway.served import Served, ServedBook
 from gateway.siblings import Memory, Siblings, meeting
 from kvferry.api.inference.v1 import inference_pb2
+from kvferry.errors import UnavailableError
 
 
 @dataclass
 class Process:
     decisions: DecisionBook = field(default_factory=DecisionBook)
     recent: RecentRequests = field(default_factory=RecentRequests)
+    served: ServedBook = field(default_factory=lambda: ServedBook(time.monotonic() - 60))
     num_in_flight: int = 0
     num_requests_total: int = 0
 
     @property
     def memory(self) -> Memory:
-        return Memory(self.decisions, self.recent, self)
+        return Memory(self.decisions, self.recent, self.served, self)
 
     def decided(self, tenant: str, request_id: str, reason: str, ago_s: float = 0.0) -> None:
         refusal = Refusal(reason, (PassedOver("worker-a", "full"),))
@@ -94,6 +99,23 @@ async def test_requests_that_ended_are_listed_by_age_whoever_answered_them(tmp_p
             assert await each.find_ended("t", "") is None
             counts = await each.count()
             assert (counts.num_in_flight, counts.num_total) == (3, 11)
+
+
+async def test_traffic_is_that_of_all_processes_or_none(tmp_path: Path) -> None:
+    a, b = Process(), Process(served=ServedBook(time.monotonic() - 30))
+    now_s = time.monotonic()
+    for process, tenant, ago_s, num_tokens in ((a, "t", 20, 1), (b, "t", 10, 2), (a, "t", 8, 3), (b, "other", 5, 4)):
+        process.served.add(Served(tenant, now_s - ago_s, num_tokens, 0, 5, 0.1, 0.2, 0.15, 1.0))
+    async with met(tmp_path, a, b) as siblings:
+        for each in siblings:
+            traffic = await each.find_traffic("t")
+            assert list(traffic.num_prompt_tokens) == [1, 2, 3]
+            assert (list(traffic.total_us), len(traffic.age_us)) == ([1_000_000] * 3, 3)
+            assert 30_000 <= traffic.since_ms < 60_000
+            assert not (await each.find_traffic("nobody")).age_us
+    async with met(tmp_path, a, None) as (alone,):
+        with pytest.raises(UnavailableError, match="does not say what it has served"):
+            await alone.find_traffic("t")
 
 
 async def test_who_does_not_answer_is_left_out(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from kvferry.api.inference.v1 import inference_pb2 as kvferry_dot_api_dot_inference_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$kvferry/api/gateway/v1/gateway.proto\x12\x16kvferry.api.gateway.v1\x1a(kvferry/api/inference/v1/inference.proto\":\n\x14\x46indDecisionsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"S\n\x15\x46indDecisionsResponse\x12:\n\tdecisions\x18\x01 \x03(\x0b\x32\'.kvferry.api.inference.v1.RouteDecision\"E\n\x10ListEndedRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\r\"K\n\x11ListEndedResponse\x12\x36\n\x08requests\x18\x01 \x03(\x0b\x32$.kvferry.api.gateway.v1.EndedRequest\"\x94\x01\n\x0c\x45ndedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_us\x18\x03 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x34\n\x08\x66inished\x18\x05 \x01(\x0b\x32\".kvferry.api.inference.v1.Finished\"\x16\n\x14\x43ountRequestsRequest\"A\n\x15\x43ountRequestsResponse\x12\x15\n\rnum_in_flight\x18\x01 \x01(\r\x12\x11\n\tnum_total\x18\x02 \x01(\x04\x32\xce\x02\n\x0eSiblingService\x12l\n\rFindDecisions\x12,.kvferry.api.gateway.v1.FindDecisionsRequest\x1a-.kvferry.api.gateway.v1.FindDecisionsResponse\x12`\n\tListEnded\x12(.kvferry.api.gateway.v1.ListEndedRequest\x1a).kvferry.api.gateway.v1.ListEndedResponse\x12l\n\rCountRequests\x12,.kvferry.api.gateway.v1.CountRequestsRequest\x1a-.kvferry.api.gateway.v1.CountRequestsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$kvferry/api/gateway/v1/gateway.proto\x12\x16kvferry.api.gateway.v1\x1a(kvferry/api/inference/v1/inference.proto\":\n\x14\x46indDecisionsRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"S\n\x15\x46indDecisionsResponse\x12:\n\tdecisions\x18\x01 \x03(\x0b\x32\'.kvferry.api.inference.v1.RouteDecision\"E\n\x10ListEndedRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\r\n\x05limit\x18\x03 \x01(\r\"K\n\x11ListEndedResponse\x12\x36\n\x08requests\x18\x01 \x03(\x0b\x32$.kvferry.api.gateway.v1.EndedRequest\"\x94\x01\n\x0c\x45ndedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x0e\n\x06\x61ge_us\x18\x03 \x01(\x04\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\r\x12\x34\n\x08\x66inished\x18\x05 \x01(\x0b\x32\".kvferry.api.inference.v1.Finished\"$\n\x12\x46indTrafficRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\"Y\n\x13\x46indTrafficResponse\x12\x42\n\x07traffic\x18\x01 \x01(\x0b\x32\x31.kvferry.api.inference.v1.DescribeTrafficResponse\"\x16\n\x14\x43ountRequestsRequest\"A\n\x15\x43ountRequestsResponse\x12\x15\n\rnum_in_flight\x18\x01 \x01(\r\x12\x11\n\tnum_total\x18\x02 \x01(\x04\x32\xb6\x03\n\x0eSiblingService\x12l\n\rFindDecisions\x12,.kvferry.api.gateway.v1.FindDecisionsRequest\x1a-.kvferry.api.gateway.v1.FindDecisionsResponse\x12`\n\tListEnded\x12(.kvferry.api.gateway.v1.ListEndedRequest\x1a).kvferry.api.gateway.v1.ListEndedResponse\x12\x66\n\x0b\x46indTraffic\x12*.kvferry.api.gateway.v1.FindTrafficRequest\x1a+.kvferry.api.gateway.v1.FindTrafficResponse\x12l\n\rCountRequests\x12,.kvferry.api.gateway.v1.CountRequestsRequest\x1a-.kvferry.api.gateway.v1.CountRequestsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,10 +42,14 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LISTENDEDRESPONSE']._serialized_end=397
   _globals['_ENDEDREQUEST']._serialized_start=400
   _globals['_ENDEDREQUEST']._serialized_end=548
-  _globals['_COUNTREQUESTSREQUEST']._serialized_start=550
-  _globals['_COUNTREQUESTSREQUEST']._serialized_end=572
-  _globals['_COUNTREQUESTSRESPONSE']._serialized_start=574
-  _globals['_COUNTREQUESTSRESPONSE']._serialized_end=639
-  _globals['_SIBLINGSERVICE']._serialized_start=642
-  _globals['_SIBLINGSERVICE']._serialized_end=976
+  _globals['_FINDTRAFFICREQUEST']._serialized_start=550
+  _globals['_FINDTRAFFICREQUEST']._serialized_end=586
+  _globals['_FINDTRAFFICRESPONSE']._serialized_start=588
+  _globals['_FINDTRAFFICRESPONSE']._serialized_end=677
+  _globals['_COUNTREQUESTSREQUEST']._serialized_start=679
+  _globals['_COUNTREQUESTSREQUEST']._serialized_end=701
+  _globals['_COUNTREQUESTSRESPONSE']._serialized_start=703
+  _globals['_COUNTREQUESTSRESPONSE']._serialized_end=768
+  _globals['_SIBLINGSERVICE']._serialized_start=771
+  _globals['_SIBLINGSERVICE']._serialized_end=1209
 # @@protoc_insertion_point(module_scope)

@@ -135,6 +135,41 @@ class EndedRequest(google.protobuf.message.Message):
 Global___EndedRequest: typing_extensions.TypeAlias = EndedRequest
 
 @typing.final
+class FindTrafficRequest(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: builtins.int
+    tenant: builtins.str
+    def __init__(
+        self,
+        *,
+        tenant: builtins.str = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["tenant", b"tenant"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FindTrafficRequest: typing_extensions.TypeAlias = FindTrafficRequest
+
+@typing.final
+class FindTrafficResponse(google.protobuf.message.Message):
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    TRAFFIC_FIELD_NUMBER: builtins.int
+    @property
+    def traffic(self) -> kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse: ...
+    def __init__(
+        self,
+        *,
+        traffic: kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["traffic", b"traffic"]
+    def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["traffic", b"traffic"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___FindTrafficResponse: typing_extensions.TypeAlias = FindTrafficResponse
+
+@typing.final
 class CountRequestsRequest(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 

@@ -45,6 +45,11 @@ class SiblingServiceStub(object):
                 request_serializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.ListEndedRequest.SerializeToString,
                 response_deserializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.ListEndedResponse.FromString,
                 _registered_method=True)
+        self.FindTraffic = channel.unary_unary(
+                '/kvferry.api.gateway.v1.SiblingService/FindTraffic',
+                request_serializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.FindTrafficRequest.SerializeToString,
+                response_deserializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.FindTrafficResponse.FromString,
+                _registered_method=True)
         self.CountRequests = channel.unary_unary(
                 '/kvferry.api.gateway.v1.SiblingService/CountRequests',
                 request_serializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.CountRequestsRequest.SerializeToString,
@@ -68,6 +73,12 @@ class SiblingServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FindTraffic(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CountRequests(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,6 +97,11 @@ def add_SiblingServiceServicer_to_server(servicer, server):
                     servicer.ListEnded,
                     request_deserializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.ListEndedRequest.FromString,
                     response_serializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.ListEndedResponse.SerializeToString,
+            ),
+            'FindTraffic': grpc.unary_unary_rpc_method_handler(
+                    servicer.FindTraffic,
+                    request_deserializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.FindTrafficRequest.FromString,
+                    response_serializer=kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.FindTrafficResponse.SerializeToString,
             ),
             'CountRequests': grpc.unary_unary_rpc_method_handler(
                     servicer.CountRequests,
@@ -148,6 +164,33 @@ class SiblingService(object):
             '/kvferry.api.gateway.v1.SiblingService/ListEnded',
             kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.ListEndedRequest.SerializeToString,
             kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.ListEndedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FindTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvferry.api.gateway.v1.SiblingService/FindTraffic',
+            kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.FindTrafficRequest.SerializeToString,
+            kvferry_dot_api_dot_gateway_dot_v1_dot_gateway__pb2.FindTrafficResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -29,6 +29,7 @@ class SiblingServiceStub:
     def __new__(cls, channel: grpc.aio.Channel) -> SiblingServiceAsyncStub: ...
     FindDecisions: grpc.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.FindDecisionsRequest, kvferry.api.gateway.v1.gateway_pb2.FindDecisionsResponse]
     ListEnded: grpc.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.ListEndedRequest, kvferry.api.gateway.v1.gateway_pb2.ListEndedResponse]
+    FindTraffic: grpc.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.FindTrafficRequest, kvferry.api.gateway.v1.gateway_pb2.FindTrafficResponse]
     CountRequests: grpc.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.CountRequestsRequest, kvferry.api.gateway.v1.gateway_pb2.CountRequestsResponse]
 
 @typing.type_check_only
@@ -38,6 +39,7 @@ class SiblingServiceAsyncStub(SiblingServiceStub):
     def __init__(self, channel: grpc.aio.Channel) -> None: ...
     FindDecisions: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.FindDecisionsRequest, kvferry.api.gateway.v1.gateway_pb2.FindDecisionsResponse]  # type: ignore[assignment]
     ListEnded: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.ListEndedRequest, kvferry.api.gateway.v1.gateway_pb2.ListEndedResponse]  # type: ignore[assignment]
+    FindTraffic: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.FindTrafficRequest, kvferry.api.gateway.v1.gateway_pb2.FindTrafficResponse]  # type: ignore[assignment]
     CountRequests: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.gateway.v1.gateway_pb2.CountRequestsRequest, kvferry.api.gateway.v1.gateway_pb2.CountRequestsResponse]  # type: ignore[assignment]
 
 class SiblingServiceServicer(metaclass=abc.ABCMeta):
@@ -56,6 +58,13 @@ class SiblingServiceServicer(metaclass=abc.ABCMeta):
         request: kvferry.api.gateway.v1.gateway_pb2.ListEndedRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.gateway.v1.gateway_pb2.ListEndedResponse, collections.abc.Awaitable[kvferry.api.gateway.v1.gateway_pb2.ListEndedResponse]]: ...
+
+    @abc.abstractmethod
+    def FindTraffic(
+        self,
+        request: kvferry.api.gateway.v1.gateway_pb2.FindTrafficRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[kvferry.api.gateway.v1.gateway_pb2.FindTrafficResponse, collections.abc.Awaitable[kvferry.api.gateway.v1.gateway_pb2.FindTrafficResponse]]: ...
 
     @abc.abstractmethod
     def CountRequests(
