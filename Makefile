@@ -110,7 +110,7 @@ bench-gpu: $(STAMP) ## Decode and prefill on a GPU against the floors of its byt
 bench-scale: $(STAMP) ## What requests and changes cost the cores with 10 to 10,000 workers (ARGS="--sizes 1000")
 	@python -m tests.bench.scale $(ARGS)
 
-bench-gateway: $(STAMP) ## Measure tokens through one gateway process, from workers that compute nothing (ARGS="--only half")
+bench-gateway: $(STAMP) ## Measure tokens through one gateway process, from workers that compute nothing, and through peers (ARGS="--only peers")
 	@python -m tests.bench.gateway $(ARGS)
 
 check: $(STAMP) lint types imports protos-check ## Format, lint, types, import rules, protos

@@ -24,7 +24,14 @@ class GatewayConfig(TlsOptions):
     model: str = option(
         "smollm2-135m-instruct", help="the workers' model: a .gguf file, a Hugging Face directory or id, or a name"
     )
-    max_requests: int = option(256, help="requests in flight; more are refused", minimum=1)
+    processes: int = option(
+        1,
+        help="processes that share the ports and the quotas; each has its own line and --max-requests, and is started "
+        "again when it ends",
+        minimum=1,
+        maximum=256,
+    )
+    max_requests: int = option(256, help="requests in flight in each process; more are refused", minimum=1)
     max_attempts: int = option(
         3,
         help="how often a request may be started on workers before its first token; what has begun goes on",
@@ -82,3 +89,7 @@ class GatewayConfig(TlsOptions):
     def __post_init__(self) -> None:
         if not self.directory:
             raise ValueError("--directory must name at least one address")
+        if self.processes > 1 and any(address.endswith(":0") for address in (self.listen, self.http_listen)):
+            raise ValueError(
+                "--processes: to share ports they must be named; give --listen and --http-listen other than 0"
+            )

@@ -19,7 +19,11 @@ from kvferry.errors import OverloadedError
 # How often the line looks whether workers have reported room.
 LOOK_INTERVAL_S = 0.02
 
-_IN_LINE = Gauge("kvferry_requests_in_line", "Requests that wait in the gateway for workers to have room")
+_IN_LINE = Gauge(
+    "kvferry_requests_in_line",
+    "Requests that wait in the gateway for workers to have room",
+    multiprocess_mode="livesum",
+)
 
 
 class Entrance:

@@ -12,7 +12,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from gateway.dispatch import Dispatcher
 from gateway.job import Job, Trace
-from gateway.quotas import QuotaBook
+from gateway.quotas import QuotaBook, Quotas
 from gateway.readiness import Readiness
 from gateway.recent import EndedRequest, RecentRequests
 from gateway.served import Served, ServedBook
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 RETRY_AFTER_S = 1.0
 
 _REQUESTS = Counter("kvferry_requests", "Requests by how they ended", ["outcome"])
-_IN_FLIGHT = Gauge("kvferry_requests_in_flight", "Requests being answered")
+_IN_FLIGHT = Gauge("kvferry_requests_in_flight", "Requests being answered", multiprocess_mode="livesum")
 _OUTPUT_TOKENS = Counter("kvferry_output_tokens", "Tokens sent to clients")
 _TTFT = Histogram(
     "kvferry_ttft_seconds", "Time to first token",
@@ -96,14 +96,9 @@ class Clock:
 
 class Frontend:
     def __init__(
-        self,
-        files: ModelFiles,
-        readiness: Readiness,
-        dispatcher: Dispatcher,
-        *,
-        max_requests: int,
-        max_request_s: float,
-    ) -> None:
+        self, files: ModelFiles, readiness: Readiness, dispatcher: Dispatcher, *, max_requests: int,
+        max_request_s: float, quotas: Quotas | None = None,
+    ) -> None:  # fmt: skip
         self.validator = Validator.for_model(files)
         self.files = files
         self.num_requests_total = 0
@@ -114,7 +109,7 @@ class Frontend:
         self._dispatcher = dispatcher
         self._max_requests = max_requests
         self._max_request_s = max_request_s
-        self._quotas = QuotaBook()
+        self._quotas = quotas or QuotaBook()
         self._draining = False
         self._ended = asyncio.Event()
 

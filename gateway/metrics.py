@@ -1,12 +1,15 @@
-"""What Prometheus learns of the gateway's view of the cluster."""
+"""What Prometheus learns of the gateway."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
+from gateway.seat import Seat
 from gateway.view import ClusterView
 from services.directory.metrics import index_metrics
 
@@ -24,3 +27,14 @@ class ViewCollector(Collector):
             value=self._view.age_s,
         )
         yield from index_metrics("kvferry_gateway", self._view.index)
+
+
+def registry_of(view: ClusterView, seat: Seat | None) -> CollectorRegistry:
+    """What is scraped.  With a ``seat`` the sums of all processes of the gateway, also of those that have ended, and the
+    view of this one; what is known of a process as such, its memory say, is left out then, as it would be anybody's."""
+    registry = REGISTRY
+    if seat is not None:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, str(seat.metrics))  # type: ignore[no-untyped-call]
+    registry.register(ViewCollector(view))
+    return registry

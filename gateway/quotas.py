@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
+from typing import Protocol
 
 from kvferry.errors import OverloadedError
 
@@ -25,7 +26,7 @@ UNLIMITED = Quota()
 
 
 @dataclass(slots=True)
-class _Bucket:
+class Bucket:
     """Holds a minute's worth at most.  May be overdrawn: what it owes is filled up first."""
 
     per_minute: float
@@ -43,13 +44,40 @@ class _Bucket:
 
 
 @dataclass(slots=True)
-class _Account:
+class Account:
+    """What one tenant has used of its quota.  A prompt is paid when its request begins, an answer when it has ended: nobody
+    knows its length before.  So an account may be overdrawn, by the answers of as many streams as it may have, and admits
+    nothing until it is not.  A prompt larger than a minute's tokens goes when the account is full."""
+
     quota: Quota
-    requests: _Bucket
-    tokens: _Bucket
+    requests: Bucket
+    tokens: Bucket
     num_streams: int = 0
 
-    def follow(self, quota: Quota, now_s: float) -> None:
+    @classmethod
+    def opened(cls, quota: Quota, now_s: float) -> Account:
+        """With all that the quota gives."""
+        requests = Bucket(quota.requests_per_minute, quota.requests_per_minute, now_s)
+        return cls(quota, requests, Bucket(quota.tokens_per_minute, quota.tokens_per_minute, now_s))
+
+    def begin(self, quota: Quota, num_prompt_tokens: int, now_s: float) -> None:
+        """As ``Quotas.begin``."""
+        self._follow(quota, now_s)
+        if self.num_streams >= quota.max_streams:
+            raise _exceeded(f"{self.num_streams} requests at a time", _STREAM_RETRY_S)
+        if (wait_s := self.requests.seconds_until(1)) > 0:
+            raise _exceeded(f"{quota.requests_per_minute:g} requests a minute", wait_s)
+        if (wait_s := self.tokens.seconds_until(num_prompt_tokens)) > 0:
+            raise _exceeded(f"{quota.tokens_per_minute:g} tokens a minute", wait_s)
+        self.requests.level -= 1
+        self.tokens.level -= num_prompt_tokens
+        self.num_streams += 1
+
+    def end(self, num_output_tokens: int) -> None:
+        self.num_streams -= self.num_streams > 0
+        self.tokens.level -= num_output_tokens
+
+    def _follow(self, quota: Quota, now_s: float) -> None:
         """A changed quota holds at once; what was used stays used."""
         if quota != self.quota:
             self.quota = quota
@@ -62,40 +90,34 @@ class _Account:
                 bucket.fill(now_s)
 
 
-@dataclass(slots=True)
-class QuotaBook:
-    """Every tenant's account.  A prompt is paid when its request begins, an answer when it has ended: nobody knows its
-    length before.  So an account may be overdrawn, by the answers of as many streams as it may have, and admits nothing
-    until it is not.  A prompt larger than a minute's tokens goes when the account is full."""
-
-    _accounts: dict[str, _Account] = field(default_factory=dict)
+class Quotas(Protocol):
+    """Every tenant's account."""
 
     def begin(self, tenant: str, quota: Quota, num_prompt_tokens: int, now_s: float) -> None:
         """Counts one more stream.  Raises OverloadedError (QUOTA_EXCEEDED), and counts nothing, when the tenant has used up
         what it may."""
-        if quota == UNLIMITED and tenant not in self._accounts:
-            return
-        account = self._accounts.get(tenant)
-        if account is None:
-            requests = _Bucket(quota.requests_per_minute, quota.requests_per_minute, now_s)
-            tokens = _Bucket(quota.tokens_per_minute, quota.tokens_per_minute, now_s)
-            account = self._accounts[tenant] = _Account(quota, requests, tokens)
-        account.follow(quota, now_s)
-        if account.num_streams >= quota.max_streams:
-            raise _exceeded(f"{account.num_streams} requests at a time", _STREAM_RETRY_S)
-        if (wait_s := account.requests.seconds_until(1)) > 0:
-            raise _exceeded(f"{quota.requests_per_minute:g} requests a minute", wait_s)
-        if (wait_s := account.tokens.seconds_until(num_prompt_tokens)) > 0:
-            raise _exceeded(f"{quota.tokens_per_minute:g} tokens a minute", wait_s)
-        account.requests.level -= 1
-        account.tokens.level -= num_prompt_tokens
-        account.num_streams += 1
 
     def end(self, tenant: str, num_output_tokens: int) -> None:
         """Of a stream that ``begin`` let in."""
+
+
+@dataclass(slots=True)
+class QuotaBook:
+    """The accounts of a gateway that is one process."""
+
+    _accounts: dict[str, Account] = field(default_factory=dict)
+
+    def begin(self, tenant: str, quota: Quota, num_prompt_tokens: int, now_s: float) -> None:
+        account = self._accounts.get(tenant)
+        if account is None:
+            if quota == UNLIMITED:
+                return
+            account = self._accounts[tenant] = Account.opened(quota, now_s)
+        account.begin(quota, num_prompt_tokens, now_s)
+
+    def end(self, tenant: str, num_output_tokens: int) -> None:
         if account := self._accounts.get(tenant):
-            account.num_streams -= account.num_streams > 0
-            account.tokens.level -= num_output_tokens
+            account.end(num_output_tokens)
 
 
 def _exceeded(what: str, wait_s: float) -> OverloadedError:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -37,9 +37,10 @@ def create_app(
     limits: HttpLimits | None = None,
     doorkeeper: Doorkeeper | None = None,
     dashboard: Dashboard | None = None,
+    registry: CollectorRegistry = REGISTRY,
 ) -> Starlette:
-    """OpenAI-compatible HTTP over ``front_door``, with /health for load balancers and /metrics for Prometheus (the
-    process's default registry), and with ``dashboard`` its page.  ``schema`` says which fields are served; request
+    """OpenAI-compatible HTTP over ``front_door``, with /health for load balancers and /metrics for Prometheus (of
+    ``registry``), and with ``dashboard`` its page.  ``schema`` says which fields are served; request
     headers of our own:
 
     - authorization: Bearer KEY, where ``doorkeeper`` wants one, which is for all paths below /v1 and /dashboard/;
@@ -64,7 +65,7 @@ def create_app(
         return json_response({"status": "ready" if ready else "not ready"}, 200 if ready else 503)
 
     async def metrics(_: Request) -> Response:
-        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     completions = Completions(front_door, vocabulary, limits, schema.CompletionRequest, CompletionShape)
     chat_completions = Completions(front_door, vocabulary, limits, schema.ChatRequest, ChatShape)

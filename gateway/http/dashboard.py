@@ -10,7 +10,6 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.http.errors import json_response
-from gateway.recent import EndedRequest, RecentRequests
+from gateway.recent import MAX_REQUESTS, EndedRequest
+from gateway.siblings import Siblings
 from gateway.view import ClusterView
 from kvferry import __version__, _convert
 from kvferry._phases import phases
@@ -45,20 +45,15 @@ class Dashboard:
     def __init__(
         self,
         view: ClusterView,
-        recent: RecentRequests,
+        siblings: Siblings,
         *,
         model: str,
-        in_flight: Callable[[], int],
-        total: Callable[[], int],
         registry: CollectorRegistry = REGISTRY,
     ) -> None:
-        """``in_flight`` and ``total``: how many requests there are, and were.  ``registry``: with the gateway's
-        histograms."""
+        """``registry``: with the gateway's histograms."""
         self._view = view
-        self._recent = recent
+        self._siblings = siblings
         self._model = model
-        self._in_flight = in_flight
-        self._total = total
         self._registry = registry
         self._page = PAGE.read_bytes()
         self._headers = {
@@ -81,13 +76,14 @@ class Dashboard:
     async def _data(self, request: Request) -> Response:
         now_s = time.monotonic()
         age_s = self._view.age_s
-        recent = self._recent.of(request.state.tenant.name, MAX_LISTED)
+        counts = await self._siblings.count()
+        recent = await self._siblings.list_ended(request.state.tenant.name, MAX_LISTED)
         content = {
             "model": self._model,
             "version": __version__,
             "view_age_s": None if age_s == float("inf") else age_s,
-            "in_flight": self._in_flight(),
-            "total": self._total(),
+            "in_flight": counts.num_in_flight,
+            "total": counts.num_total,
             "workers": [_worker(self._view.workers[name]) for name in sorted(self._view.workers)],
             "ttft": self._histogram("kvferry_ttft_seconds"),
             "itl": self._histogram("kvferry_itl_seconds"),
@@ -97,10 +93,10 @@ class Dashboard:
 
     async def _request(self, request: Request) -> Response:
         request_id = request.path_params["request_id"]
-        ended = self._recent.get(request.state.tenant.name, request_id)
+        ended = await self._siblings.find_ended(request.state.tenant.name, request_id)
         if ended is None:
             raise NotFoundError(
-                f"request {request_id[:128]!r} is not among the last {self._recent.max_requests} that ended here",
+                f"request {request_id[:128]!r} is not among the last {MAX_REQUESTS} that ended at {self._siblings.who}",
                 reason="UNKNOWN_REQUEST",
             )
         return json_response(_detail(ended), headers={"cache-control": "no-store"})

@@ -48,11 +48,12 @@ class HttpServer:
         self._server = _Server(config)
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, host: str, port: int, *, flag: str = "--http") -> int:
+    async def start(self, host: str, port: int, *, flag: str = "--http", share_port: bool = False) -> int:
         """Returns the port, chosen by the system when ``port`` is 0, once connections are accepted.  Raises StartupError,
-        naming ``flag`` as the remedy, when the address cannot be had."""
+        naming ``flag`` as the remedy, when the address cannot be had.  ``share_port``: with other processes, among which
+        the kernel deals out connections."""
         assert self._task is None, "a server starts once"
-        listener = await _listen(host, port, flag)
+        listener = await _listen(host, port, flag, share_port)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http server")
         listening = asyncio.create_task(self._server.listening.wait())
         await asyncio.wait((self._task, listening), return_when=asyncio.FIRST_COMPLETED)
@@ -90,7 +91,7 @@ class _Server(uvicorn.Server):
         self.listening.set()
 
 
-async def _listen(host: str, port: int, flag: str) -> socket.socket:
+async def _listen(host: str, port: int, flag: str, share_port: bool) -> socket.socket:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -99,6 +100,8 @@ async def _listen(host: str, port: int, flag: str) -> socket.socket:
         try:
             # A restart need not wait for the old connections' TIME_WAIT.
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if share_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.setblocking(False)
             listener.bind(where)
             # With SO_REUSEADDR, only listening tells that another socket was bound as well but did not yet listen.

@@ -30,7 +30,8 @@ def explain(
     measured. Queue is until the prompt's turn, pull for cached blocks that are read from another worker, fill (prefill) for
     what is then not cached, ship for the handover and the bytes that the decode worker lacks, stall what its other requests
     lose while it computes the prompt itself (no prefill worker: -), decode for the answer's first tokens. Cache counts
-    prompt tokens on the prefill/decode worker. The gateway remembers its last 1000 requests.
+    prompt tokens on the prefill/decode worker. Each process of the gateway remembers its last
+    1000 requests.
 
     \b
     Example:

@@ -74,7 +74,8 @@ class Autoscale:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What to start.  Ports 0 are picked free; ``prefill_tp`` is the ranks of each prefill worker; ``threads`` per rank,
+    """What to start.  Ports 0 are picked free; ``prefill_tp`` is the ranks of each prefill worker;
+    ``gateway_processes`` those of each gateway that share its ports; ``threads`` per rank,
     None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left
     over; ``tls`` is a folder of ``kvferry certs init``, and ``insecure`` allows a ``host`` beyond the loopback without; a
     role's dtype is ``dtype`` where it is None; ``log_dir`` is where a planner asks for workers, None the clone's own; what
@@ -92,6 +93,7 @@ class ClusterConfig:
     num_prefill: int = 1
     num_decode: int = 1
     num_gateways: int = 1
+    gateway_processes: int = 1
     host: str = ports.LOOPBACK
     grpc_port: int = DEFAULT_GRPC_PORT
     http_port: int = DEFAULT_HTTP_PORT
@@ -234,6 +236,8 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         }
         if config.api_keys is not None:
             gateway_flags["--api-keys"] = str(config.api_keys.resolve())
+        if config.gateway_processes > 1:
+            gateway_flags["--processes"] = str(config.gateway_processes)
         name = "gateway" if config.num_gateways == 1 else f"gateway-{index}"
         health, metrics_url = ports.join(client_host, grpc_port), f"{http_urls[index]}/metrics"
         gateway = member(Role.GATEWAY, name, "gateway", health, gateway_flags, metrics_url)

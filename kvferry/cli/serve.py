@@ -38,6 +38,10 @@ def serve(
     http_port: Annotated[
         int, typer.Option(min=0, max=65535, help="The gateway's HTTP; 0 picks one.", rich_help_panel="Cluster")
     ] = DEFAULT_HTTP_PORT,
+    gateway_processes: Annotated[
+        int,
+        typer.Option(min=1, max=256, help="Processes of the gateway that share its ports.", rich_help_panel="Cluster"),
+    ] = 1,
     threads: options.Threads = None,
     pin: options.Pin = None,
     kv_memory: options.KvMemory = None,
@@ -101,6 +105,7 @@ def serve(
         decode_tp=decode_tp,
         num_prefill=prefill,
         num_decode=decode,
+        gateway_processes=gateway_processes,
         host=host,
         grpc_port=grpc_port,
         http_port=http_port,

@@ -20,17 +20,20 @@ _STOP_GRACE_S = 0.5
 
 
 @asynccontextmanager
-async def serve_probes(servicer: health.aio.HealthServicer, listen: str, port: int) -> AsyncIterator[None]:
+async def serve_probes(
+    servicer: health.aio.HealthServicer, listen: str, port: int, *, share_port: bool = False
+) -> AsyncIterator[None]:
     """Answers grpc.health.v1's Check, in the clear and nothing else, on ``port`` of the host of ``listen`` while entered;
-    port 0 is off.  "" is ready, which a service that drains or waits for others is not; LIVE is for restarts.  Raises
-    StartupError when the port cannot be had."""
+    port 0 is off.  "" is ready, which a service that drains or waits for others is not; LIVE is for restarts.
+    ``share_port`` as of ``create_server``.  Raises StartupError when the port cannot be had."""
     if port == 0:
         yield
         return
     host, _ = split_address(listen)
-    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),), maximum_concurrent_rpcs=_MAX_CALLS)
+    server = grpc.aio.server(options=(("grpc.so_reuseport", int(share_port)),), maximum_concurrent_rpcs=_MAX_CALLS)
     health_pb2_grpc.add_HealthServicer_to_server(_Check(servicer), server)
-    bind(server, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", flag="--health-port")
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    bind(server, address, flag="--health-port", share_port=share_port)
     async with running(server, grace_s=_STOP_GRACE_S):
         _log.info("probes", host=host, port=port)
         yield

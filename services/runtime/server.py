@@ -28,8 +28,6 @@ MAX_MESSAGE_NBYTES = 16 * 1024 * 1024
 _log = structlog.stdlib.get_logger(__name__)
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
-    # With it on, two processes listen on one port and share its calls between them without noticing.
-    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
     ("grpc.keepalive_time_ms", 10_000),
@@ -45,13 +43,16 @@ def create_server(
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     max_concurrent_rpcs: int | None = None,
     write_timeout_s: float | None = None,
+    share_port: bool = False,
 ) -> grpc.aio.Server:
     """A server that maps errors as RequestInterceptor says; ``interceptors`` run inside of it.  Add servicers, then
     ``add_standard_services``, then ``bind``, then enter ``running``.  Calls beyond ``max_concurrent_rpcs`` are refused
-    with RESOURCE_EXHAUSTED, and calls whose client takes nothing for ``write_timeout_s`` are ended."""
+    with RESOURCE_EXHAUSTED, and calls whose client takes nothing for ``write_timeout_s`` are ended.  ``share_port``: with
+    other processes, whose connections the kernel deals out (SO_REUSEPORT); without, two that listen on one port by mistake
+    would share its calls without noticing."""
     return grpc.aio.server(
         interceptors=(RequestInterceptor(write_timeout_s), *interceptors),
-        options=_OPTIONS,
+        options=(("grpc.so_reuseport", int(share_port)), *_OPTIONS),
         maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
 
@@ -93,12 +94,16 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def bind(
-    server: grpc.aio.Server, address: str, *, credentials: grpc.ServerCredentials | None = None, flag: str = "--listen"
+    server: grpc.aio.Server,
+    address: str,
+    *,
+    credentials: grpc.ServerCredentials | None = None,
+    flag: str = "--listen",
+    share_port: bool = False,
 ) -> int:
     """Opens ``address`` ("host:port", port 0 picks one), in the clear without ``credentials``, and returns the port.
-    Raises StartupError, naming ``flag`` as the remedy, when that cannot be done."""
-    host, port = split_address(address)
-    _probe(host, port, address, flag)
+    Raises StartupError, naming ``flag`` as the remedy, when that cannot be done.  ``share_port`` as of the server."""
+    reserve(address, flag, share_port=share_port).close()
     try:
         return (
             server.add_insecure_port(address) if credentials is None else server.add_secure_port(address, credentials)
@@ -107,13 +112,22 @@ def bind(
         raise StartupError(f"cannot listen on {address}; choose another with {flag}") from error
 
 
-def _probe(host: str, port: int, address: str, flag: str) -> None:
-    """gRPC says only that it could not bind; this says why."""
+def reserve(address: str, flag: str, *, share_port: bool = False) -> socket.socket:
+    """A socket that has ``address`` and does not listen: nobody else gets it, but with ``share_port`` processes of this
+    user that share it too.  Raises StartupError, which says why it cannot be had; gRPC would not."""
+    host, port = split_address(address)
     try:
         family, kind, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(sockaddr)
+        reserved = socket.socket(family, kind)
+        try:
+            reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if share_port:
+                reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            reserved.bind(sockaddr)
+        except OSError:
+            reserved.close()
+            raise
+        return reserved
     except OSError as error:
         raise cannot_listen(error, address, flag) from error
 

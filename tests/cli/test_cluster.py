@@ -351,6 +351,11 @@ def test_a_plan_with_two_gateways_names_both_addresses() -> None:
     assert [m.metrics_url for m in gateways] == [f"http://{f['--http-listen']}/metrics" for f in flags]
 
 
+def test_a_gateway_of_several_processes_is_one_member() -> None:
+    gateway = plan(ClusterConfig(gateway_processes=3, grpc_port=0, http_port=0), ROOT).members[-1]
+    assert dict(zip(gateway.command[3::2], gateway.command[4::2], strict=True))["--processes"] == "3"
+
+
 def test_beyond_this_machine_the_gateway_wants_certificates(tmp_path: Path) -> None:
     open_to_all = ClusterConfig(grpc_port=0, http_port=0, host="0.0.0.0")
     with pytest.raises(ClusterError, match=r"others than this machine reach 0\.0\.0\.0.*--insecure"):

@@ -13,17 +13,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
+from gateway.decisions import DecisionBook
 from gateway.doorkeeper import Doorkeeper
 from gateway.http.app import create_app
 from gateway.http.dashboard import Dashboard
 from gateway.http.server import HttpServer
 from gateway.recent import EndedRequest, RecentRequests
+from gateway.served import ServedBook
+from gateway.siblings import Memory, Siblings
 from gateway.tenants import Keyring, Tenant
 from gateway.view import ClusterView
 from kvferry.api.common.v1 import common_pb2
@@ -85,7 +89,9 @@ def make_app(recent: RecentRequests, doorkeeper: Doorkeeper | None = None) -> An
         directory_pb2.Event(joined=worker("decode-0", 0.0, 0.3)),
     ]
     view.apply(directory_pb2.WatchResponse(revision=1, snapshot=True, events=events))
-    dashboard = Dashboard(view, recent, model=MODEL, in_flight=lambda: 3, total=lambda: 17, registry=registry)
+    tally = SimpleNamespace(num_in_flight=3, num_requests_total=17)
+    siblings = Siblings(Memory(DecisionBook(), recent, ServedBook(0.0), tally))
+    dashboard = Dashboard(view, siblings, model=MODEL, registry=registry)
     return create_app(ScriptedFrontDoor(), vocabulary=VOCABULARY, doorkeeper=doorkeeper, dashboard=dashboard)
 
 

@@ -17,7 +17,10 @@ from gateway.candidates import Abilities, Path
 from gateway.decisions import DecisionBook
 from gateway.doorkeeper import Doorkeeper
 from gateway.metrics import ViewCollector
+from gateway.recent import RecentRequests
+from gateway.served import ServedBook
 from gateway.servicer import ClusterServicer
+from gateway.siblings import Memory, Siblings
 from gateway.view import ClusterView, WorkerGone, WorkerJoined, watch
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2, directory_pb2_grpc
@@ -316,7 +319,8 @@ def test_metrics_say_how_old_the_view_is() -> None:
 
 async def test_a_view_that_never_heard_of_a_directory_is_as_old_as_its_gateway() -> None:
     frontend: Any = SimpleNamespace(model=common_pb2.ModelInfo(), num_in_flight=0, num_requests_total=0)
-    servicer = ClusterServicer(frontend, Doorkeeper(), ClusterView(), DecisionBook())
+    siblings = Siblings(Memory(DecisionBook(), RecentRequests(), ServedBook(0.0), frontend))
+    servicer = ClusterServicer(frontend, Doorkeeper(), ClusterView(), siblings)
     context: Any = SimpleNamespace(invocation_metadata=lambda: ())
     answer = await servicer.DescribeCluster(inference_pb2.DescribeClusterRequest(), context)
     assert answer.view_age_ms < 60_000

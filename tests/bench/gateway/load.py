@@ -34,9 +34,22 @@ class Tally:
     def take(self, message: bytes) -> None:
         now_s = time.monotonic()
         tokens = inference_pb2.GenerateResponse.FromString(message).chunk.tokens
+        self.count([age_s(token.id, now_s) for token in tokens])
+
+    def count(self, ages_s: list[float]) -> None:
+        """The tokens of one message."""
         self.num_messages += 1
-        self.num_tokens += len(tokens)
-        self.latencies_s.extend(age_s(token.id, now_s) for token in tokens)
+        self.num_tokens += len(ages_s)
+        self.latencies_s += ages_s
+
+    def found(self, seconds: float) -> dict[str, float]:
+        found = sorted(self.latencies_s)
+        return {
+            "tokens_per_s": self.num_tokens / seconds,
+            "messages_per_s": self.num_messages / seconds,
+            "p50_ms": 1e3 * found[len(found) // 2],
+            "p99_ms": 1e3 * found[len(found) * 99 // 100],
+        }
 
 
 class Clients:
@@ -83,13 +96,7 @@ def load(address: str, num_streams: int, warm_s: float, measure_s: float) -> dic
     clients.read(began_s + measure_s, tally)
     seconds = time.monotonic() - began_s
     print("end", flush=True)
-    found = sorted(tally.latencies_s)
-    return {
-        "tokens_per_s": tally.num_tokens / seconds,
-        "messages_per_s": tally.num_messages / seconds,
-        "p50_ms": 1e3 * found[len(found) // 2],
-        "p99_ms": 1e3 * found[len(found) * 99 // 100],
-    }
+    return tally.found(seconds)
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """Decode workers that compute nothing, in one process: registered as workers are, and speaking as they do (one stream for
 a gateway, one message a step, gathered while it is not read), without an engine behind it, whose Python would cost more
-than the gateway's that is measured.  A token's id says when it was drawn.
+than the gateway's that is measured.  A token's id says when it was drawn, as
+a number, or with "words" as a word for those who read text.
 
-python -m tests.bench.gateway.null_workers DIRECTORY MODEL WORKERS
+python -m tests.bench.gateway.null_workers DIRECTORY MODEL WORKERS [words]
 
 Steps take ``FIRST_STEP_S`` until a line on its input says how long; so streams open on a machine that is not busy yet.
 """
@@ -13,7 +14,7 @@ import asyncio
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -31,6 +32,7 @@ from services.runtime.process import this_process
 from services.runtime.server import bind, create_server, run_until_stopped, running
 from services.worker.convert import to_layout_proto
 from tests.bench.gateway.stamps import stamp
+from tests.bench.gateway.words import Words
 
 BLOCK_SIZE = 16
 FIRST_STEP_S = 4.0
@@ -55,14 +57,15 @@ class Pace:
 
 
 class NullDecode(worker_pb2_grpc.DecodeServiceServicer):
-    def __init__(self, pace: Pace, place: float) -> None:
+    def __init__(self, pace: Pace, place: float, stamp: Callable[[float], int]) -> None:
         self._pace = pace
         self._place = place
+        self._stamp = stamp
 
     async def Decode(
         self, requests: AsyncIterator[worker_pb2.DecodeRequest], context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[worker_pb2.DecodeResponse]:
-        speaking = _Speaking()
+        speaking = _Speaking(self._stamp)
         tasks = [
             asyncio.create_task(speaking.follow(requests)),
             asyncio.create_task(speaking.step(self._pace, self._place)),
@@ -78,7 +81,8 @@ class NullDecode(worker_pb2_grpc.DecodeServiceServicer):
 class _Speaking:
     """One gateway's stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamp: Callable[[float], int]) -> None:
+        self._stamp = stamp
         self._num_tokens: dict[int, int] = {}  # by handle
         self._max_tokens: dict[int, int] = {}
         self._unread = worker_pb2.DecodeResponse()
@@ -101,7 +105,7 @@ class _Speaking:
             await pace.step(place)
             if len(self._unread.events) > MAX_UNREAD_EVENTS:
                 continue
-            drawn = stamp(time.monotonic())
+            drawn = self._stamp(time.monotonic())
             ended = []
             for handle, index in self._num_tokens.items():
                 token = common_pb2.Token(index=index, id=drawn)
@@ -123,7 +127,7 @@ class _Speaking:
         return taken
 
 
-async def serve(directory: str, model: ModelConfig, num_workers: int) -> None:
+async def serve(directory: str, model: ModelConfig, num_workers: int, stamp: Callable[[float], int]) -> None:
     """Serves until cancelled."""
     async with AsyncExitStack() as stack:
         pace = Pace()
@@ -131,7 +135,7 @@ async def serve(directory: str, model: ModelConfig, num_workers: int) -> None:
         for number in range(num_workers):
             server = create_server()
             address = f"127.0.0.1:{bind(server, '127.0.0.1:0')}"
-            worker_pb2_grpc.add_DecodeServiceServicer_to_server(NullDecode(pace, number / num_workers), server)
+            worker_pb2_grpc.add_DecodeServiceServicer_to_server(NullDecode(pace, number / num_workers, stamp), server)
             await stack.enter_async_context(running(server, grace_s=0))
             info = worker_info(f"null-{number}", address, model)
             await stack.enter_async_context(Membership((directory,), info, load, dict))
@@ -161,9 +165,10 @@ def load() -> directory_pb2.WorkerLoad:
 
 
 def main() -> int:
-    directory, model, num_workers = sys.argv[1:]
+    directory, model, num_workers, *how = sys.argv[1:]
     logs.configure("null-workers", level="warning")
-    work = serve(directory, open_model(model).config, int(num_workers))
+    files = open_model(model)
+    work = serve(directory, files.config, int(num_workers), Words(files).id if how == ["words"] else stamp)
     return run_until_stopped(work, prog="null_workers")
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from kvferry.cli import ports
 from kvferry.cli.figures import BUSY_CORES, LATE_S
-from tests.bench.gateway.__main__ import LOGS, MODEL, ROOT, hear, started, wait_until_listening
+from tests.bench.gateway.run import LOGS, MODEL, ROOT, hear, started, wait_until_listening
 from tests.bench.terminal import say
 from tests.bench.transport.report import table, write_json
 from tests.bench.transport.rows import Row, more_is_better, within

@@ -287,7 +287,7 @@ class ClusterServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExplainRoute(self, request, context):
-        """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed.
+        """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that a process of this gateway routed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -109,7 +109,7 @@ class ClusterServiceStub:
     DescribeCluster: grpc.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeClusterRequest, kvferry.api.inference.v1.inference_pb2.DescribeClusterResponse]
     """The cluster as this gateway sees it now."""
     ExplainRoute: grpc.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest, kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]
-    """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
+    """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that a process of this gateway routed."""
     DescribeTraffic: grpc.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeTrafficRequest, kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse]
     """How long the caller's tenant's last requests were and took, of the last 20,000 that this gateway answered: what a plan
     is made from. No text.
@@ -123,7 +123,7 @@ class ClusterServiceAsyncStub(ClusterServiceStub):
     DescribeCluster: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeClusterRequest, kvferry.api.inference.v1.inference_pb2.DescribeClusterResponse]  # type: ignore[assignment]
     """The cluster as this gateway sees it now."""
     ExplainRoute: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest, kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]  # type: ignore[assignment]
-    """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
+    """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that a process of this gateway routed."""
     DescribeTraffic: grpc.aio.UnaryUnaryMultiCallable[kvferry.api.inference.v1.inference_pb2.DescribeTrafficRequest, kvferry.api.inference.v1.inference_pb2.DescribeTrafficResponse]  # type: ignore[assignment]
     """How long the caller's tenant's last requests were and took, of the last 20,000 that this gateway answered: what a plan
     is made from. No text.
@@ -146,7 +146,7 @@ class ClusterServiceServicer(metaclass=abc.ABCMeta):
         request: kvferry.api.inference.v1.inference_pb2.ExplainRouteRequest,
         context: _ServicerContext,
     ) -> typing.Union[kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse, collections.abc.Awaitable[kvferry.api.inference.v1.inference_pb2.ExplainRouteResponse]]:
-        """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that this gateway routed."""
+        """Why a request went where it did. NOT_FOUND (UNKNOWN_REQUEST) unless it is among the last 1000 that a process of this gateway routed."""
 
     @abc.abstractmethod
     def DescribeTraffic(
