@@ -53,10 +53,10 @@ async def run_gateway(config: GatewayConfig) -> None:
     """Serves until cancelled; then lets running requests finish, within ``config.drain_timeout_s``.  Raises
     StartupError."""
     async with AsyncExitStack() as stack:
-        certificates = config.certificates(config.listen, config.http_listen)
+        certificates, shown = config.both_certificates()
         server = create_server(write_timeout_s=config.write_timeout_s)
         # Clients show keys, not certificates.
-        credentials = certificates.server_credentials(require_client=False) if certificates else None
+        credentials = shown.server_credentials(require_client=False) if shown else None
         bind(server, config.listen, credentials=credentials)
         try:
             files = await asyncio.to_thread(open_model, config.model)
@@ -105,7 +105,7 @@ async def run_gateway(config: GatewayConfig) -> None:
             in_flight=lambda: frontend.num_in_flight, total=lambda: frontend.num_requests_total,
         )  # fmt: skip
         app = create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper, dashboard=dashboard)
-        http = HttpServer(app, certificates)
+        http = HttpServer(app, shown)
         await stack.enter_async_context(serve_probes(health, config.listen, config.health_port))
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))
         await http.start(*split_address(config.http_listen), flag="--http-listen")
