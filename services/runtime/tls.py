@@ -83,9 +83,9 @@ class Pem:
 
 
 class Certificates:
-    """The three files, or a door's certificate and key alone, read again when they have changed.  Files that cannot be used, as in the middle of being replaced,
-    leave what was read before, and are told once.  Safe to use from any thread; ``current`` blocks for a few stats, and
-    for reading three small files when those have changed."""
+    """The three files, or a door's certificate and key alone, read again when they have changed.  Files that cannot be
+    used, as in the middle of being replaced, leave what was read before, and are told once.  Safe to use from any thread;
+    ``current`` blocks for a few stats, and for reading these small files when they have changed."""
 
     def __init__(
         self, certificate: Path, key: Path, ca: Path | None, *, check_interval_s: float = CHECK_INTERVAL_S
