@@ -18,6 +18,7 @@ from kvferry import errors
 from services.runtime import tracing
 from services.runtime.channel import open_channel
 from services.runtime.server import (
+    MAX_MESSAGE_NBYTES,
     MAX_METADATA_NBYTES,
     add_standard_services,
     bind,
@@ -110,6 +111,20 @@ async def serving(
 async def to_the_end(call: Any) -> None:
     async for _ in call:
         pass
+
+
+async def test_a_message_has_so_many_bytes_and_no_more() -> None:
+    unbound = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    async with (
+        serving(Handlers()) as (_, port),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=unbound) as plain,
+    ):
+        call = plain.unary_unary("/test.Test/Unary", request_serializer=Text.SerializeToString)
+        around = len(Text(value="x" * MAX_MESSAGE_NBYTES).SerializeToString()) - MAX_MESSAGE_NBYTES
+        await call(Text(value="x" * (MAX_MESSAGE_NBYTES - around)), timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(Text(value="x" * (MAX_MESSAGE_NBYTES - around + 1)), timeout=30)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_metadata_has_so_many_bytes_and_entries_and_no_more() -> None:
