@@ -62,7 +62,7 @@ images: ## Build the images of gateway and CPU worker (BASE_IMAGE=python:3.11-sl
 test-containers: $(STAMP) ## A cluster of containers, killed and restarted; wants docker compose and make images
 	@python -m pytest -m containers tests/containers $(ARGS)
 
-fuzz: $(STAMP) ## Read damaged requests, checkpoints, descriptors and traces (SECONDS_LIMIT=600, ARGS="--only gguf")
+fuzz: $(STAMP) ## Damaged requests, checkpoints, events, files (pip install '.[fuzz]' first; SECONDS_LIMIT=600, ARGS="--only gguf")
 	@python -m tests.fuzz --seconds $(SECONDS_LIMIT) $(ARGS)
 
 bench-transport: $(STAMP) ## Ratios to memcpy, NIXL, Mooncake (or some: ARGS="--only tcp")

@@ -9,7 +9,8 @@ from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
 from services.runtime.logs import LogLevel
-from services.runtime.tls import TlsOptions
+from services.runtime.startup import StartupError
+from services.runtime.tls import Certificates, TlsOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,12 @@ class GatewayConfig(TlsOptions):
         help="how many pairs of KV block and worker are known at most, at about 60 bytes each; more are left out",
         minimum=1,
     )
+    public_cert: Path | None = option(
+        None,
+        help="PEM file of the certificate, and those between it and its authority, that clients are shown instead of "
+        "--tls-cert, such as a public authority's; --tls-cert stays for other services",
+    )
+    public_key: Path | None = option(None, help="PEM file of its private key")
     api_keys: Path | None = option(
         None,
         help="file of API keys and their tenants (`kvferry key` makes it); without, everybody who reaches a port may ask",
@@ -93,3 +100,19 @@ class GatewayConfig(TlsOptions):
             raise ValueError(
                 "--processes: to share ports they must be named; give --listen and --http-listen other than 0"
             )
+
+    def both_certificates(self) -> tuple[Certificates | None, Certificates | None]:
+        """For other services, and for the doors that clients come in by.  Raises StartupError as ``certificates`` does."""
+        public = {"--public-cert": self.public_cert, "--public-key": self.public_key}
+        missing = [flag for flag, path in public.items() if path is None]
+        if len(missing) == 1:
+            raise StartupError(f"{missing[0]} must be given too: a certificate and its key go together")
+        if missing:
+            inner = self.certificates(self.listen, self.http_listen)
+            return inner, inner
+        assert self.public_cert is not None
+        assert self.public_key is not None
+        try:
+            return self.certificates(), Certificates(self.public_cert, self.public_key, None)
+        except ValueError as error:
+            raise StartupError(str(error)) from error

@@ -61,10 +61,10 @@ async def run_gateway(
     of several processes, which listens once it can serve.  Raises StartupError."""
     shares = seat is not None
     async with AsyncExitStack() as stack:
-        certificates = config.certificates(config.listen, config.http_listen)
+        certificates, shown = config.both_certificates()
         server = create_server(write_timeout_s=config.write_timeout_s, share_port=shares)
         # Clients show keys, not certificates.
-        credentials = certificates.server_credentials(require_client=False) if certificates else None
+        credentials = shown.server_credentials(require_client=False) if shown else None
         if not shares:  # early, for what is wrong with the address is known at once
             bind(server, config.listen, credentials=credentials)
         try:
@@ -120,7 +120,7 @@ async def run_gateway(
         dashboard = Dashboard(view, siblings, model=files.config.name, registry=registry)
         app = create_app(frontend, vocabulary=vocabulary, limits=limits, doorkeeper=doorkeeper, dashboard=dashboard,
                          registry=registry)  # fmt: skip
-        http = HttpServer(app, certificates)
+        http = HttpServer(app, shown)
 
         def on_change(changes: list[Change]) -> None:
             membership_changed.set()

@@ -98,11 +98,11 @@ class Keyring:
         """Raises KeyFileError."""
         try:
             file = _File.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
-            raise KeyFileError(f"not TOML: {error}") from error
         except ValidationError as error:
             first = error.errors(include_input=False)[0]
             raise KeyFileError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        except (ValueError, RecursionError) as error:  # tomllib passes on what int() and deep nesting raise
+            raise KeyFileError(f"not TOML: {error}") from error
         digests = [key.sha256 for key in file.key]
         if len(set(digests)) < len(digests):
             raise KeyFileError("the same key is there twice")

@@ -1,5 +1,5 @@
-"""The application and its routes.  A request meets, in this order: RequestScope, KeyCheck, the router, its route; what a
-route raises becomes a response in ``errors``."""
+"""The application and its routes.  A request meets, in this order: HeadLimit, RequestScope, KeyCheck, the router, its
+route; what a route raises becomes a response in ``errors``."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from gateway.http.completions import Completions, require_model
 from gateway.http.dashboard import Dashboard
 from gateway.http.errors import json_response, on_error, on_http_exception
 from gateway.http.front_door import FrontDoor, Vocabulary
+from gateway.http.head_limit import HeadLimit
 from gateway.http.key_check import KeyCheck
 from gateway.http.limits import HttpLimits
 from gateway.http.request_scope import RequestScope
@@ -80,7 +81,11 @@ def create_app(
             Route("/metrics", metrics),
             *(dashboard.routes() if dashboard else ()),
         ],
-        middleware=[Middleware(RequestScope), Middleware(KeyCheck, doorkeeper=doorkeeper or Doorkeeper())],
+        middleware=[
+            Middleware(HeadLimit),
+            Middleware(RequestScope),
+            Middleware(KeyCheck, doorkeeper=doorkeeper or Doorkeeper()),
+        ],
         exception_handlers={Error: on_error, HTTPException: on_http_exception},
     )
     # Redirects would answer unknown paths that end in a slash.

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.http.encoding import encode
+from gateway.http.limits import MAX_HEAD_NBYTES, MAX_HEADERS
 from kvferry import errors
 
 # Status and OpenAI's type of each error; what is not listed is a bug on our side.
@@ -52,6 +53,13 @@ def error_response(error: errors.Error) -> Response:
 def too_large(limit_nbytes: int) -> Response:
     message = f"the request body is larger than the limit of {limit_nbytes} bytes"
     return json_response(_body(message, "invalid_request_error", None, "request_too_large"), 413)
+
+
+def head_too_large() -> Response:
+    """The connection ends with it: what follows such a head is not looked at."""
+    message = f"the request's head has more than {MAX_HEADERS} headers or {MAX_HEAD_NBYTES} bytes"
+    body = _body(message, "invalid_request_error", None, "head_too_large")
+    return json_response(body, 431, {"connection": "close"})
 
 
 def internal_error(request_id: str) -> errors.InternalError:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MAX_HEAD_NBYTES = 64 * 1024
+MAX_HEADERS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:

@@ -12,13 +12,13 @@ from typing import cast
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.http.limits import MAX_HEAD_NBYTES
 from gateway.http.slow_heads import BoundedHeads
 from services.runtime.startup import cannot_listen
 from services.runtime.tls import Certificates
 
 # What a request may still take to say goodbye, once its grace is over and it was cancelled.
 _CANCELLED_S = 2.0
-MAX_HEAD_NBYTES = 64 * 1024
 HEAD_TIMEOUT_S = 10.0
 # Between two requests; what a client's pool keeps for longer it must be ready to open anew.
 IDLE_TIMEOUT_S = 5.0

@@ -162,7 +162,7 @@ def read_catalogue(path: Path) -> Catalogue:
         read = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib passes on what int() and deep nesting raise
         raise InvalidRequestError(f"{path} is no TOML: {error}") from error
     known = {"dated", "assumptions", "devices"}
     if unknown := sorted(set(read) - known):

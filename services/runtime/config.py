@@ -128,7 +128,7 @@ def _read_file(path: Path, fields: Mapping[str, object]) -> dict[str, Any]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _Rejected(f"cannot read the --config file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # tomllib passes on what int() and deep nesting raise
         raise _Rejected(f"the --config file {path} is not valid TOML: {error}") from error
     for key in content:
         if key not in fields:

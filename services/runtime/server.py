@@ -24,12 +24,17 @@ from services.runtime.tls import Certificates
 # A health service that is SERVING while the event loop runs: who is not ready may still be working.
 LIVE = "live"
 MAX_MESSAGE_NBYTES = 16 * 1024 * 1024
+# Of a call's metadata, where each entry counts as 32 bytes beside its own, so that there are 256 at most.
+MAX_METADATA_NBYTES = 8 * 1024
 
 _log = structlog.stdlib.get_logger(__name__)
 
 _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_NBYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_NBYTES),
+    # Both bounds: between them gRPC would refuse at random.
+    ("grpc.max_metadata_size", MAX_METADATA_NBYTES),
+    ("grpc.absolute_max_metadata_size", MAX_METADATA_NBYTES),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # Our channels ping every 5 s, also while idle; the default would end their connections for pinging too often.

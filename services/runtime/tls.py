@@ -70,7 +70,7 @@ class Pem:
 
     certificate: bytes
     key: bytes
-    ca: bytes
+    ca: bytes | None
 
     @property
     def server_configuration(self) -> grpc.ServerCertificateConfiguration:
@@ -78,16 +78,19 @@ class Pem:
 
     @property
     def channel_credentials(self) -> grpc.ChannelCredentials:
+        assert self.ca is not None, "None would trust every public authority"
         return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
 
 
 class Certificates:
-    """The three files, read again when they have changed.  Files that cannot be used, as in the middle of being replaced,
-    leave what was read before, and are told once.  Safe to use from any thread; ``current`` blocks for a few stats, and
-    for reading three small files when those have changed."""
+    """The three files, or a door's certificate and key alone, read again when they have changed.  Files that cannot be
+    used, as in the middle of being replaced, leave what was read before, and are told once.  Safe to use from any thread;
+    ``current`` blocks for a few stats, and for reading these small files when they have changed."""
 
-    def __init__(self, certificate: Path, key: Path, ca: Path, *, check_interval_s: float = CHECK_INTERVAL_S) -> None:
-        """Raises ValueError, with the file's name."""
+    def __init__(
+        self, certificate: Path, key: Path, ca: Path | None, *, check_interval_s: float = CHECK_INTERVAL_S
+    ) -> None:
+        """``ca`` None: for a server that asks no certificate of its clients.  Raises ValueError, with the file's name."""
         self._certificate, self._key, self._ca = certificate, key, ca
         self._check_interval_s = check_interval_s
         self._lock = threading.Lock()
@@ -109,6 +112,7 @@ class Certificates:
     def server_credentials(self, *, require_client: bool) -> grpc.ServerCredentials:
         """Handshakes use the files as they are then.  With ``require_client`` only who shows a certificate of the
         authority comes in."""
+        assert self._ca is not None or not require_client, "nobody vouches for clients"
         used = self.current
 
         def fetch() -> grpc.ServerCertificateConfiguration | None:
@@ -158,15 +162,17 @@ class Certificates:
         if (problem := _pair_error(self._certificate, self._key)) is not None:
             raise ValueError(problem)
         try:
-            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(self._ca)
-            return Pem(self._certificate.read_bytes(), self._key.read_bytes(), self._ca.read_bytes())
+            if self._ca is not None:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(self._ca)
+            ca = None if self._ca is None else self._ca.read_bytes()
+            return Pem(self._certificate.read_bytes(), self._key.read_bytes(), ca)
         except ssl.SSLError as error:
             raise ValueError(f"{self._ca} holds no certificate in PEM") from error
         except OSError as error:
             raise ValueError(f"{error.filename or self._ca} cannot be read: {error.strerror}") from error
 
     def _state(self) -> tuple[tuple[int, int, int] | None, ...]:
-        return tuple(_state(path) for path in (self._certificate, self._key, self._ca))
+        return tuple(_state(path) for path in (self._certificate, self._key, self._ca) if path is not None)
 
 
 def _pair_error(certificate: Path, key: Path) -> str | None:

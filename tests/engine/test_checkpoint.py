@@ -144,6 +144,11 @@ def test_a_hugging_face_directory_brings_words_and_template(tmp_path: Path) -> N
     changed = open_model(str(tmp_path))
     assert changed.chat_template.render([]) == "<s>new"
     assert changed.config.revision != files.config.revision
+    panicking = json.loads((tmp_path / "tokenizer.json").read_text())
+    panicking["model"] |= {"vocab": {"a": 0, "b": 1}, "merges": ["a b"]}  # the merge has no token
+    (tmp_path / "tokenizer.json").write_text(json.dumps(panicking))
+    with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
+        open_model(str(tmp_path))
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"lacks tokenizer\.json"):
         open_model(str(tmp_path))

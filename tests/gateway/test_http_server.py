@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from gateway.http.app import HttpLimits, create_app
+from gateway.http.limits import MAX_HEAD_NBYTES, MAX_HEADERS
 from gateway.http.server import HttpServer
 from gateway.tenants import Tenant
 from kvferry.api.inference.v1 import inference_pb2
@@ -158,6 +159,35 @@ async def test_heads_and_nested_bodies_are_bounded() -> None:
             assert response.status_code == 400
             assert "recursion" in response.json()["error"]["message"]
         assert not front_door.requests
+
+
+async def answer_to(port: int, head: bytes) -> bytes:
+    """The first line.  The head leaves in one piece."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(head + b"\r\n")
+    try:
+        async with asyncio.timeout(SOON_S):
+            return await reader.readline()
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(("more", "status"), [(0, b" 200 "), (1, b" 431 ")])
+async def test_a_head_has_so_many_headers_and_bytes_and_no_more(more: int, status: bytes) -> None:
+    async with serving(ScriptedFrontDoor()) as port:
+        begin = b"GET /health HTTP/1.1\r\nhost: g\r\n"
+        assert status in await answer_to(port, begin + b"x: y\r\n" * (MAX_HEADERS - 1 + more))
+        counted = len(b"/health" + b"host: g\r\n" + b"x: \r\n")
+        assert status in await answer_to(port, begin + b"x: " + b"y" * (MAX_HEAD_NBYTES - counted + more) + b"\r\n")
+
+
+async def test_a_head_without_end_is_not_kept() -> None:
+    async with serving(ScriptedFrontDoor()) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /health HTTP/1.1\r\nx: " + b"y" * (MAX_HEAD_NBYTES + 1))
+        async with asyncio.timeout(SOON_S):
+            assert b" 400 " in await reader.readline()
+        writer.transport.abort()
 
 
 @asynccontextmanager

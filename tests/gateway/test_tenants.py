@@ -75,6 +75,8 @@ def test_a_cache_is_shared_by_those_who_name_it_alone() -> None:
     ("text", "why"),
     [
         ("[[key]", "not TOML"),
+        ("n = " + "9" * 5000, "not TOML"),
+        ("n = " + "[" * 5000, "not TOML"),
         ('[[key]]\ntenant = "a"\n', r"key\.0\.sha256: Field required"),
         (entry("x", "a b"), r"key\.0\.tenant"),
         ('[[key]]\ntenant = "a"\nsha256 = "secret"\n', r"key\.0\.sha256: String should match"),

@@ -53,3 +53,4 @@ def test_gateway_prefill_transfer_and_decode_are_one_trace(cluster: Running) -> 
     assert {s["parent_id"] for s in (*writes, commit)} == {prefill["context"]["span_id"]}
     assert len(writes) > 1
     assert all(write["attributes"]["kvferry.num_bytes"] > 0 for write in writes)
+    assert not [span for span in trace() if "every process" in json.dumps(span)], "a span tells of the prompt"

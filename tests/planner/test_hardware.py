@@ -92,6 +92,8 @@ def test_measured_costs_stand_for_a_roofline(tmp_path: Path) -> None:
         ("bf16 = 989.0, fp8", "fp4 = 989.0, fp8", "fp4"),
         ("[devices.h100]", "[device.h100]", "'device' means nothing"),
         ("[assumptions]", "[assumptions", "no TOML"),
+        ("mfu = 0.5 ", f"mfu = {'5' * 5000} ", "no TOML"),
+        ("mfu = 0.5 ", f"mfu = {'[' * 5000} ", "no TOML"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, was: str, becomes: str, named: str) -> None:

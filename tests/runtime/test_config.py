@@ -111,6 +111,8 @@ def test_rejects(argv: list[str], environ: dict[str, str], says: str, capsys: py
         ('peers = ["a", 1]', "must be a list of texts"),
         ("verbose = 1", "must be true or false"),
         ("name = ", "not valid TOML"),
+        ("num_things = " + "9" * 5000, "not valid TOML"),
+        ("name = " + "[" * 5000, "not valid TOML"),
     ],
 )
 def test_rejects_of_a_file(content: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from kvferry import errors
 from services.runtime import tracing
 from services.runtime.channel import open_channel
-from services.runtime.server import add_standard_services, bind, create_server, running, split_address
+from services.runtime.server import (
+    MAX_MESSAGE_NBYTES,
+    MAX_METADATA_NBYTES,
+    add_standard_services,
+    bind,
+    create_server,
+    running,
+    split_address,
+)
 from services.runtime.startup import StartupError
 
 Text = wrappers_pb2.StringValue
@@ -103,6 +111,35 @@ async def serving(
 async def to_the_end(call: Any) -> None:
     async for _ in call:
         pass
+
+
+async def test_a_message_has_so_many_bytes_and_no_more() -> None:
+    unbound = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+    async with (
+        serving(Handlers()) as (_, port),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=unbound) as plain,
+    ):
+        call = plain.unary_unary("/test.Test/Unary", request_serializer=Text.SerializeToString)
+        around = len(Text(value="x" * MAX_MESSAGE_NBYTES).SerializeToString()) - MAX_MESSAGE_NBYTES
+        await call(Text(value="x" * (MAX_MESSAGE_NBYTES - around)), timeout=30)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call(Text(value="x" * (MAX_MESSAGE_NBYTES - around + 1)), timeout=30)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_metadata_has_so_many_bytes_and_entries_and_no_more() -> None:
+    """Around a call are about 400 bytes of gRPC's own; a refusal must not depend on luck."""
+    each = 32
+    fits = (MAX_METADATA_NBYTES - 1024) // each
+    async with serving(Handlers()) as (channel, _):
+        call = channel.unary_unary("/test.Test/Unary", request_serializer=Text.SerializeToString)
+        for _ in range(20):
+            for metadata in ([("x", "y" * (fits * each))], [("x", "")] * (fits - 1)):
+                await call(Text(value="a"), metadata=metadata, timeout=10)
+            for metadata in ([("x", "y" * MAX_METADATA_NBYTES)], [("x", "")] * (MAX_METADATA_NBYTES // each)):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await call(Text(value="a"), metadata=metadata, timeout=10)
+                assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 async def test_a_client_that_takes_nothing_loses_its_stream() -> None:
