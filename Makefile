@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-overload bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,9 @@ bench-autoscale: $(STAMP) ## A load that turns from prompts to answers: roles th
 
 bench-load: $(STAMP) ## kvferry bench itself with 2000 streams open, against workers that compute nothing (ARGS="--http")
 	@python -m tests.bench.load $(ARGS)
+
+bench-overload: $(STAMP) ## Goodput, refusals and memory at three times the sustainable rate, and a tenant beside a flood (ARGS="--seconds 20")
+	@python -m tests.bench.overload $(ARGS)
 
 bench-routing: $(STAMP) ## Routing policies on loads with shared prefixes, simulated with measured step times (ARGS="--rates 2")
 	@python -m tests.bench.routing $(ARGS)

@@ -78,7 +78,7 @@ class Candidate:
     block_nbytes: int
     num_requests: int
     num_queued_prefill_tokens: int
-    num_free_blocks: int  # free or evictable
+    num_free_blocks: int  # free or evictable, and nobody's there is expected to take them
     num_prefix_blocks: int  # of this prompt, in its prefix cache
     num_prefix_host_blocks: int = 0  # of these, those that it must copy from its host's memory
     rates: Rates = Rates()
@@ -86,6 +86,7 @@ class Candidate:
     fingerprint: str = ""  # of its KV layout, block size and type included
     host: str = ""  # equal for workers that can map each other's pools; empty where that is not known
     num_pinnable_blocks: int = 0  # that others may pin there now
+    num_expected_answer_tokens: int = 0  # of an answer that may have any length
     abilities: Abilities = Abilities()
     place: Place = NOWHERE
     transfer_rates: tuple[TransferRate, ...] = ()

@@ -33,6 +33,12 @@ def num_reckoned_steps(demand: Demand) -> int:
     return max(1, min(demand.max_tokens, HORIZON_TOKENS))
 
 
+def num_needed_blocks(decode: Candidate, demand: Demand) -> int:
+    """Of the decode worker's, until the answer's end as far as that can be foreseen."""
+    num_answer_tokens = max(1, min(demand.max_tokens, decode.num_expected_answer_tokens))
+    return decode.num_missing_blocks(demand.num_prompt_tokens + num_answer_tokens) + decode.num_prefix_host_blocks
+
+
 @dataclass(frozen=True, slots=True)
 class Terms:
     """Seconds.  ``queue_s`` until the prompt's turn, ``pull_s`` for cached blocks that are read from another worker first,
@@ -170,8 +176,7 @@ class Costs:
         return alone if chosen is None else self.split(decode, chosen)
 
     def is_full(self, decode: Candidate) -> bool:
-        needed = decode.num_missing_blocks(self._demand.num_prompt_tokens + 1) + decode.num_prefix_host_blocks
-        return needed > decode.num_free_blocks
+        return num_needed_blocks(decode, self._demand) > decode.num_free_blocks
 
     def _prefill_s(self, worker: Candidate, rates: Rates, pull: Pull | None) -> float:
         """What is pulled comes first in the prompt, and nothing of it is copied from the host."""

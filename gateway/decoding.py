@@ -8,6 +8,7 @@ import time
 import structlog
 
 from gateway.candidates import WorkerKey
+from gateway.costs import num_needed_blocks
 from gateway.link import DecodeLink
 from gateway.pending import Pending, PendingBook
 from gateway.request import DecodeDone, Stream, StreamFailed, TicketCame, TokenCame
@@ -54,7 +55,7 @@ class Decoding:
         self._counted = self._pending.add(
             route.decode.key,
             0 if route.prefill else route.num_uncached_tokens,
-            route.decode.num_missing_blocks(len(request.prompt_token_ids) + 1),
+            num_needed_blocks(route.decode, route.demand),
         )
         if route.prefill:
             # Requests that come before the ticket does must not find the prefill worker idle.

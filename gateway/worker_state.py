@@ -35,6 +35,7 @@ def to_candidate(
         num_requests=max(pending.num_requests, load.num_running + load.num_waiting),
         num_queued_prefill_tokens=max(pending.prefill_tokens, load.num_queued_prefill_tokens),
         num_free_blocks=max(0, _num_spare(load, block_size) - pending.num_blocks),
+        num_expected_answer_tokens=load.num_expected_answer_tokens or HORIZON_TOKENS,
         num_prefix_blocks=prefix.num_blocks,
         num_prefix_host_blocks=prefix.num_blocks - prefix.num_device_blocks,
         rates=Rates(
@@ -62,6 +63,8 @@ def to_candidate(
 
 
 def _num_spare(load: directory_pb2.WorkerLoad, block_size: int) -> int:
-    """Blocks for newcomers: what is neither resident nor lent to writers, less what running answers may yet take."""
-    growth = load.num_running * HORIZON_TOKENS // 2 // block_size
+    """Blocks for newcomers: what is neither resident nor lent to writers, less what those who are there may yet take."""
+    growth = load.num_growth_blocks
+    if not load.HasField("num_growth_blocks"):  # each is taken to be halfway through its answer
+        growth = load.num_running * HORIZON_TOKENS // 2 // block_size
     return load.blocks.free + load.blocks.cached - growth

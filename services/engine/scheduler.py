@@ -22,6 +22,7 @@ from types import MappingProxyType
 
 from services.engine.batch import Entry, awaited_token
 from services.engine.blocks import BlockPool, CacheChange, OutOfBlocksError
+from services.engine.growth import AnswerLengths, Growing, peak_growth
 from services.engine.hashing import extend_chain
 from services.engine.host_tier import Copy, HostTier
 from services.engine.lookup import share_out
@@ -110,6 +111,7 @@ class Scheduler:
         self._running: list[Sequence] = []  # by age
         self._open: deque[Plan] = deque()
         self._num_reserved = 0
+        self._answer_lengths = AnswerLengths()
 
     @property
     def num_running(self) -> int:
@@ -134,6 +136,17 @@ class Scheduler:
     def num_spare_blocks(self) -> int:
         """That can be had without taking what those who run or wait count on."""
         return max(0, self.pool.num_available - self._num_kept())
+
+    @property
+    def num_growth_blocks(self) -> int:
+        """How many blocks those who run, wait or are reserved for are expected to take beyond what they hold or is lent for
+        them."""
+        return peak_growth(map(self._growing, self._sequences.values()), self.limits.block_size)
+
+    @property
+    def num_expected_answer_tokens(self) -> int:
+        """Of an answer that has not begun and may be of any length."""
+        return self._answer_lengths.expected(0, self.max_length)
 
     def get(self, id_: SequenceId) -> Sequence | None:
         return self._sequences.get(id_)
@@ -351,6 +364,20 @@ class Scheduler:
                 f"the prompt has {sequence.num_prompt} tokens; this worker holds prompt and answer of {self.max_length} "
                 f"tokens in all, so shorten the prompt or give the worker more KV memory"
             )
+
+    def _growing(self, sequence: Sequence) -> Growing:
+        num_tokens, num_blocks = len(sequence.tokens), len(sequence.block_table)
+        match sequence.stage:
+            case Stage.HELD | Stage.ENDED:
+                return Growing(num_blocks, 0, 0)
+            case Stage.RESERVED:
+                num_blocks = self._num_blocks(num_tokens)
+        most = min(sequence.max_tokens, self.max_length - sequence.num_prompt)
+        if sequence.prefill_only or sequence.num_output >= most:
+            return Growing(num_blocks, num_tokens, 0)
+        num_expected = self._answer_lengths.expected(sequence.num_output, most)
+        # The last token is drawn and nothing behind it is computed: it needs no slot.
+        return Growing(num_blocks, num_tokens, num_expected - sequence.num_output - 1)
 
     def _check_room(self, need: int) -> None:
         """A reservation must not take what others count on: a block for each sequence that grows, and what the first in
@@ -573,6 +600,8 @@ class Scheduler:
         if sequence.stage is Stage.ENDED:
             return
         self._num_reserved -= sequence.stage is Stage.RESERVED
+        if sequence.num_output and not sequence.prefill_only:
+            self._answer_lengths.ended(sequence.num_output)
         sequence.stage = Stage.ENDED
         self._leave_queues(sequence)
         self._forget_once_free(sequence)

@@ -199,6 +199,7 @@ class Worker:
             running, waiting = scheduler.num_running, scheduler.num_waiting
             queued = scheduler.num_queued_prefill_tokens
             host = scheduler.host.counts()
+            num_growth_blocks, num_expected = scheduler.num_growth_blocks, scheduler.num_expected_answer_tokens
             num_pins, num_pinned_blocks = self.pins.num_pins, self.pins.num_blocks
             num_pinnable_blocks = self.pins.num_pinnable if self.layout.tp == 1 else 0  # see Holdings
             step_base_s, step_per_sequence_s = self.engine.step_times.line()
@@ -223,6 +224,8 @@ class Worker:
             pull_bytes_per_s=self.pull_times.bytes_per_s,
             pull_overhead_s=self.pull_times.overhead_s,
             num_pinnable_blocks=num_pinnable_blocks,
+            num_growth_blocks=num_growth_blocks,
+            num_expected_answer_tokens=num_expected,
             phases=phases,
             transfer_rates=[to_transfer_rate(*measured) for measured in self.transfer_times.by_distance()],
         )

@@ -310,6 +310,8 @@ class WorkerLoad(google.protobuf.message.Message):
     NUM_PINNABLE_BLOCKS_FIELD_NUMBER: builtins.int
     PHASES_FIELD_NUMBER: builtins.int
     TRANSFER_RATES_FIELD_NUMBER: builtins.int
+    NUM_GROWTH_BLOCKS_FIELD_NUMBER: builtins.int
+    NUM_EXPECTED_ANSWER_TOKENS_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -349,6 +351,15 @@ class WorkerLoad(google.protobuf.message.Message):
     """What a pull took besides: pin, its release, and waiting. Without the first opening of a pool. 0 until measured."""
     num_pinnable_blocks: builtins.int
     """How many more blocks other workers may pin here now."""
+    num_growth_blocks: builtins.int
+    """How many blocks the requests that are here are expected to take, at once and at most, beyond what they hold and what is
+    lent for them: those that wait for all of their prompts, all for what their answers may yet get to. Left out by workers
+    of before.
+    """
+    num_expected_answer_tokens: builtins.int
+    """How long an answer gets that may have any length, by those that ended here last; a guess until one has. 0 by workers of
+    before.
+    """
     @property
     def blocks(self) -> kvferry.api.common.v1.common_pb2.BlockCounts: ...
     @property
@@ -385,11 +396,16 @@ class WorkerLoad(google.protobuf.message.Message):
         num_pinnable_blocks: builtins.int = ...,
         phases: collections.abc.Iterable[Global___PhaseLoad] | None = ...,
         transfer_rates: collections.abc.Iterable[Global___TransferRate] | None = ...,
+        num_growth_blocks: builtins.int | None = ...,
+        num_expected_answer_tokens: builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks", "blocks", b"blocks", "num_growth_blocks", b"num_growth_blocks"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "phases", b"phases", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_rates", b"transfer_rates", "transfer_round_trip_s", b"transfer_round_trip_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks", "blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_expected_answer_tokens", b"num_expected_answer_tokens", "num_growth_blocks", b"num_growth_blocks", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "phases", b"phases", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_rates", b"transfer_rates", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_growth_blocks: typing_extensions.TypeAlias = typing.Literal["num_growth_blocks"]
+    _WhichOneofArgType__num_growth_blocks: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks"]
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_growth_blocks) -> _WhichOneofReturnType__num_growth_blocks | None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad
 
