@@ -115,8 +115,8 @@ def _ratio(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench-validate", description=__doc__)
     parser.add_argument("--slo", default="ttft=2s,itl=150ms", help="what a good request keeps (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=35.0, help="of each load")
-    parser.add_argument("--rounds", type=int, default=4, help="of the calibration")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="simulate what was measured last, and measure nothing")
     parser.add_argument("--measured", type=Path, default=MEASURED, help="where it is kept (default: %(default)s)")

@@ -26,7 +26,7 @@ from tests.bench.validate.load import Due, schedule
 
 # Lone requests: (streams at once, prompt, answer, how often).  None is of a load.
 PROBES = ((1, 256, 2, 6), (1, 64, 48, 3), (8, 64, 48, 1))
-CALIBRATION_S = 120.0
+CALIBRATION_S = 300.0
 KV_NBYTES = 1 << 30  # of each worker's pool, as tests.bench.split.fleets starts it
 
 
