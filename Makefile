@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-overload bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-validate bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-overload bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ bench-directory: $(STAMP) ## The block index against dynamo's and its limits (AR
 
 bench-plan: $(STAMP) ## Requests a minute that kvferry plan simulates on one core (ARGS="--requests 100000")
 	@python -m tests.bench.plan $(ARGS)
+
+bench-validate: $(STAMP) ## kvferry plan's simulator against what two fleets on this machine do (ARGS="--again" simulates alone)
+	@python -m tests.bench.validate $(ARGS)
 
 bench-published: $(STAMP) ## kvferry plan's simulator against what Splitwise and DistServe report (ARGS="--only distserve")
 	@python -m tests.bench.published $(ARGS)

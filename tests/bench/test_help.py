@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[2]
         "directory",
         "plan",
         "published",
+        "validate",
         "routing",
         "scale",
         "split",

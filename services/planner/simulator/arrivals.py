@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 def nothing(ended_s: float, answer: list[int]) -> Arrival | None:
@@ -23,7 +23,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class Served:
-    """``num_cached``: of the prompt, on whoever computed it."""
+    """``num_cached``: of the prompt, on whoever computed it.  ``token_at_s``: when each token came."""
 
     id: str
     arrived_s: float
@@ -33,6 +33,7 @@ class Served:
     first_s: float = 0.0
     ended_s: float = 0.0
     num_retries: int = 0
+    token_at_s: list[float] = field(default_factory=list)
 
     @property
     def ttft_s(self) -> float:

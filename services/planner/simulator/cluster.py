@@ -223,6 +223,7 @@ class Cluster:
         if not request.answer:
             request.served.first_s = self.queue.now_s
             self._seen[(request.prefill or request.decode).key].prefill_tokens -= request.prefill_tokens
+        request.served.token_at_s.append(self.queue.now_s)
         request.answer.append(event.drawn.token_id)
         if event.finish is None:
             return

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from services.planner.fleet import simulate
 from services.planner.hardware import DEFAULT_CATALOGUE, make_worker, read_catalogue
 from services.planner.models import find_model
 from services.planner.traffic import Traffic
+from tests.bench.plan import peer
 from tests.bench.terminal import say
 
 GOAL_PER_MINUTE = 1e6
@@ -46,7 +49,7 @@ def main() -> None:
     console = Console()
     worker = make_worker(find_model("llama-3.1-8b"), read_catalogue(DEFAULT_CATALOGUE).devices["h100"], 1, "bf16")
     assert worker is not None
-    rows = []
+    rows: list[dict[str, object]] = []
     for name, (size, num_workers) in SIZES.items():
         traffic = load(args.requests, RATE * num_workers)
         made = fleet(Design(worker, worker if size.num_prefill else None, 2048), size)
@@ -62,8 +65,37 @@ def main() -> None:
             f"{name}: {per_minute / 1e6:.1f} M requests a minute of one core (goal 1), "
             f"{steps / args.requests:.1f} steps each",
         )
+    rows += _beside_peer(console)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
+
+
+def _beside_peer(console: Console) -> list[dict[str, object]]:
+    """Nothing where the peer is not installed."""
+    try:
+        from dynamo._core import run_mocker_trace_replay  # type: ignore[import-not-found]
+    except ImportError:
+        say(console, "peer: skipped, ai-dynamo-runtime is not installed (pip install --no-deps ai-dynamo-runtime)")
+        return []
+    traffic = load(peer.NUM_REQUESTS, peer.RATE)
+    traffic = replace(traffic, arrive_s=np.round(traffic.arrive_s, 3))  # the peer's trace has milliseconds
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        both = {"ours": peer.ours, "peer": peer.theirs(run_mocker_trace_replay, Path(folder) / "trace.jsonl")}
+        for name, simulator in both.items():
+            for size in peer.SIZES:
+                found = simulator(traffic, size)
+                say(
+                    console,
+                    f"{name}, {size}: {len(traffic) / found.cpu_s:.0f} requests a second of one core, "
+                    f"TTFT p50 {found.ttft_p50:.3f}, p90 {found.ttft_p90:.3f} s, "
+                    f"TPOT p50 {found.tpot_p50 * 1e3:.1f}, p90 {found.tpot_p90 * 1e3:.1f} ms",
+                )
+                rows.append({"work": f"{name}, {size}", **asdict(found)})
+            colocated, split = peer.fewest_workers(simulator, traffic)
+            say(console, f"{name}: the fewest workers that do are {colocated}, or {split}")
+            rows.append({"work": f"{name}, fewest", "colocated": str(colocated), "split": str(split)})
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""make bench-validate: what `kvferry plan`'s simulator says of two fleets on this machine, against what they do.
+
+The engine's steps are calibrated on both cores at once, and what serving adds to them is taken from lone requests.  Then
+one prefill and one decode worker, and two workers that do both, a core each, serve three loads: 0.3, 0.6 and 0.9 of the
+highest rate at which the simulator says that they keep the objectives.  In the simulators the same requests arrive at the
+same times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kvferry.bench import slo
+from kvferry.bench.slo import Slo
+from services.planner.hardware import Measured
+from tests.bench.split.fleets import Fleet
+from tests.bench.system.systems import ROOT
+from tests.bench.terminal import say
+from tests.bench.validate import measured
+from tests.bench.validate.load import Due, load
+from tests.bench.validate.measured import FleetFound, Probe, calibrated_together, costs_of
+from tests.bench.validate.simulated import Figures, Serving, by_cores, by_plan, of_records, serving
+
+OUT = ROOT / "build" / "bench" / "validate.json"
+MEASURED = ROOT / "build" / "bench" / "validate-measured.json"
+GOAL = 0.15
+LEVELS = (0.3, 0.6, 0.9)
+FLEETS = (Fleet("split", 1, 1, 256), Fleet("colocated", 0, 2, 64))
+KNEE_SHARE, KNEE_SECONDS, MOST_RATE, KNEE_STEPS = 0.9, 300.0, 20.0, 10
+
+
+def knee(fleet: Fleet, costs: Measured, served: Serving, objectives: Slo, seed: int) -> float:
+    """The highest rate that the plan's simulator says 90 % of the requests are good at."""
+    low, high = 0.0, MOST_RATE
+    for _ in range(KNEE_STEPS):
+        rate = (low + high) / 2
+        if by_plan(fleet, costs, served, load(rate, KNEE_SECONDS, seed), objectives).good >= KNEE_SHARE:
+            low = rate
+        else:
+            high = rate
+    return low
+
+
+def take(options: argparse.Namespace, objectives: Slo, console: Console) -> None:
+    calibrations = calibrated_together(options.rounds)
+    costs = costs_of(calibrations)
+    found = []
+    for fleet in FLEETS:
+
+        def loads(probes: Sequence[Probe], fleet: Fleet = fleet) -> list[tuple[float, list[Due]]]:
+            served = serving(costs.costs, probes, fleet)
+            highest = knee(fleet, costs, served, objectives, options.seed)
+            say(console, f"{fleet.name}: {highest:.2f} requests/s at the knee, by the plan's simulator; {told(served)}")
+            return [(f * highest, load(f * highest, options.seconds, options.seed)) for f in LEVELS]
+
+        found.append(measured.measure(fleet, loads, options.seed))
+    measured.write(options.measured, calibrations, found)
+
+
+def told(served: Serving) -> str:
+    costs = served.costs
+    return (
+        f"step {1e3 * costs.step_s:.2f} ms, prompt token {1e6 * costs.prefill_token_s:.0f} µs, sequence "
+        f"{1e6 * costs.decode_sequence_s:.0f} µs, door {1e3 * served.door_s:.1f} ms, "
+        f"round trip {1e3 * costs.round_trip_s:.1f} ms"
+    )
+
+
+def compare(found: Sequence[FleetFound], costs: Measured, objectives: Slo, console: Console) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    drawn = Table("fleet", "requests/s", "", *Figures.__dataclass_fields__)
+    for each in found:
+        served = serving(costs.costs, each.probes, each.fleet)
+        say(console, f"{each.fleet.name}: {told(served)}")
+        for loaded in each.loads:
+            real = of_records(loaded.records, objectives)
+            failed = sum(record.error is not None for record in loaded.records)
+            at = each.fleet.name, f"{loaded.rate:.2f}"
+            drawn.add_row(
+                *at, f"measured, {len(loaded.records)} requests, {failed} failed", *map(_figure, asdict(real).values())
+            )
+            for name, simulate in (("plan", by_plan), ("cores", by_cores)):
+                made = simulate(each.fleet, costs, served, loaded.dues, objectives)
+                ratios = {
+                    k: v / r if r else float("nan")
+                    for (k, v), r in zip(asdict(made).items(), asdict(real).values(), strict=True)
+                }
+                drawn.add_row(*at, name, *map(_ratio, ratios.values()))
+                rows.append({"fleet": at[0], "rate": loaded.rate, "simulator": name, "measured": asdict(real),
+                             "simulated": asdict(made), "ratios": ratios})  # fmt: skip
+    console.print(drawn)
+    for name in ("plan", "cores"):
+        all_of = [r for row in rows if row["simulator"] == name for r in row["ratios"].values()]  # type: ignore[attr-defined]
+        near = sum(abs(r - 1) <= GOAL for r in all_of)
+        say(console, f"{name}: {near} of {len(all_of)} figures within {GOAL:.0%}")
+    return rows
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" + ("" if abs(value - 1) <= GOAL else " *")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bench-validate", description=__doc__)
+    parser.add_argument("--slo", default="ttft=2s,itl=150ms", help="what a good request keeps (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="simulate what was measured last, and measure nothing")
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="where it is kept (default: %(default)s)")
+    options = parser.parse_args()
+    console, objectives = Console(width=160), slo.parse(options.slo)
+    if not options.again:
+        take(options, objectives, console)
+    calibrations, found = measured.read(options.measured)
+    rows = compare(found, costs_of(calibrations), objectives, console)
+    OUT.write_text(json.dumps(rows, indent=1))
+    say(console, f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; wrote {OUT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

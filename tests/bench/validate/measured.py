@@ -1,0 +1,136 @@
+"""What was measured: steps of the engine, lone requests, and loads.  Kept as JSON, so that what simulates them can be run
+again on the same figures."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvferry.aio import AsyncClient
+from kvferry.bench.doors import GrpcDoor
+from kvferry.bench.record import Record
+from kvferry.bench.runner import Runner
+from kvferry.bench.workload import Ask
+from services.planner.hardware import Measured
+from services.planner.simulator.cost_model import CostModel
+from tests.bench.split.fleets import MAX_OPEN, TIMEOUT_S, Fleet
+from tests.bench.system.systems import ROOT
+from tests.bench.validate.load import Due, schedule
+
+# Lone requests: (streams at once, prompt, answer, how often).  None is of a load.
+PROBES = ((1, 256, 2, 6), (1, 64, 48, 3), (8, 64, 48, 1))
+CALIBRATION_S = 300.0
+KV_NBYTES = 1 << 30  # of each worker's pool, as tests.bench.split.fleets starts it
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    num_streams: int
+    num_prompt: int
+    num_output: int
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    rate: float
+    dues: tuple[Due, ...]
+    records: tuple[Record, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FleetFound:
+    fleet: Fleet
+    probes: tuple[Probe, ...]
+    loads: tuple[Loaded, ...]
+
+
+def calibrated_together(rounds: int) -> list[dict[str, Any]]:
+    """`kvferry calibrate`'s documents, of each core while the other is computing the same: workers share the bandwidth of
+    the memory."""
+    own = os.sched_getaffinity(0)
+    running = []
+    for core in sorted(own):
+        os.sched_setaffinity(0, {core})  # which the child inherits
+        command = [sys.executable, "-m", "services.planner.calibrate", "--rounds", str(rounds)]
+        running.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+        )
+    os.sched_setaffinity(0, own)
+    try:
+        return [json.loads(process.communicate(timeout=CALIBRATION_S)[0]) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def costs_of(calibrations: Sequence[dict[str, Any]]) -> Measured:
+    """The mean of each price."""
+    each = [calibration["costs"] for calibration in calibrations]
+    mean = {name: sum(costs[name] for costs in each) / len(each) for name in each[0]}
+    block_nbytes, block_size = calibrations[0]["block_nbytes"], calibrations[0]["block_size"]
+    return Measured(CostModel(**mean), block_nbytes, block_size, KV_NBYTES // block_nbytes * block_size)
+
+
+async def probe(address: str, probes: Sequence[tuple[int, int, int, int]] = PROBES) -> list[Probe]:
+    found = []
+    for number, (num_streams, num_prompt, num_output, times) in enumerate(probes):
+        ask = Ask(0.0, num_prompt, num_output)
+        records: list[Record] = []
+        for turn in range(times + 1):
+            sent = await send(address, [(0.0, ask)] * num_streams, 1_000_000 + 1000 * number + turn)
+            records += sent if turn else []  # the first time warms up
+        found.append(Probe(num_streams, num_prompt, num_output, tuple(records)))
+    return found
+
+
+async def send(address: str, dues: Sequence[Due], seed: int) -> list[Record]:
+    async with AsyncClient(address, max_attempts=1) as client:
+        door = GrpcDoor(client)
+        vocab_size = (await door.target()).vocab_size
+        runner = Runner(door, max_open=MAX_OPEN, closed=False, timeout_s=TIMEOUT_S)
+        outcome = await runner.run(schedule(dues, vocab_size, seed))
+    return sorted(outcome.records, key=lambda record: record.scheduled_s)
+
+
+def measure(
+    fleet: Fleet, loads: Callable[[Sequence[Probe]], Sequence[tuple[float, list[Due]]]], seed: int
+) -> FleetFound:
+    """``loads`` is told what lone requests took, and gives rates and what is asked.  Raises ClusterError."""
+    with fleet.running() as address:
+        probes = asyncio.run(probe(address))
+        found = [
+            Loaded(rate, tuple(dues), tuple(asyncio.run(send(address, dues, seed + number))))
+            for number, (rate, dues) in enumerate(loads(probes))
+        ]
+    return FleetFound(fleet, tuple(probes), tuple(found))
+
+
+def write(path: Path, calibrations: Sequence[dict[str, Any]], found: Sequence[FleetFound]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"calibrations": calibrations, "fleets": [asdict(each) for each in found]}))
+
+
+def read(path: Path) -> tuple[list[dict[str, Any]], list[FleetFound]]:
+    document = json.loads(path.read_text())
+    return document["calibrations"], [_fleet(each) for each in document["fleets"]]
+
+
+def _fleet(read: dict[str, Any]) -> FleetFound:
+    probes = tuple(Probe(**{**each, "records": _records(each)}) for each in read["probes"])
+    loads = tuple(
+        Loaded(each["rate"], tuple((at_s, Ask(**ask)) for at_s, ask in each["dues"]), _records(each))
+        for each in read["loads"]
+    )
+    return FleetFound(Fleet(**read["fleet"]), probes, loads)
+
+
+def _records(read: dict[str, Any]) -> tuple[Record, ...]:
+    return tuple(Record(**{**each, "token_at_s": tuple(each["token_at_s"])}) for each in read["records"])

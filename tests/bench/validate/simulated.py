@@ -1,0 +1,135 @@
+"""The same fleets and loads in virtual time: by the coarse simulator, which `kvferry plan` uses, and by the fine one,
+around the real schedulers and routing.  Pure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from gateway.candidates import Role
+from gateway.routing import Policy
+from kvferry.bench.record import Record
+from kvferry.bench.slo import Slo
+from services.engine.scheduler import Limits
+from services.planner import fleet as coarse
+from services.planner.fleet import Link, Pool
+from services.planner.hardware import Measured
+from services.planner.simulator.arrivals import Arrival
+from services.planner.simulator.cluster import Cluster
+from services.planner.simulator.cost_model import CostModel
+from services.planner.simulator.worker import WorkerSpec
+from services.planner.sizing import attained
+from services.planner.step_cost import batch, calibrated, chunk
+from services.planner.traffic import Traffic
+from tests.bench.split.fleets import Fleet
+from tests.bench.validate.load import MOST_TOKENS, Due
+from tests.bench.validate.measured import Probe
+
+MAX_RUNNING = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """``costs`` of the engine's steps and what serving adds to each and to each sequence in it; ``door_s`` from a client to
+    a worker's first step and from its end back."""
+
+    costs: CostModel
+    door_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Seconds; ``good``: share of the requests that keep the objectives."""
+
+    ttft_p50: float
+    ttft_p90: float
+    itl_p50: float
+    itl_p90: float
+    good: float
+
+
+def serving(costs: CostModel, probes: Sequence[Probe], fleet: Fleet) -> Serving:
+    """What lone requests take beyond the engine's steps.  None of it below 0: where the steps were slower when they were
+    measured there is nothing to add."""
+    first, one, many = probes
+    engine = calibrated(costs)
+
+    def gap(probe: Probe) -> float:
+        # Without the first, which may hold a handover.
+        return statistics.median(gap for record in probe.records for gap in record.gaps_s[1:])
+
+    def steps_s(probe: Probe) -> float:
+        return engine.step_s(batch(probe.num_streams, probe.num_prompt + probe.num_output / 2))
+
+    extra_one, extra_many = gap(one) - steps_s(one), gap(many) - steps_s(many)
+    each_s = max(0.0, (extra_many - extra_one) / (many.num_streams - one.num_streams))
+    step_s = max(0.0, extra_one - each_s)
+    added = replace(costs, step_s=costs.step_s + step_s, decode_sequence_s=costs.decode_sequence_s + each_s)
+    begins = range(0, first.num_prompt, fleet.chunk_tokens)
+    prompt_s = sum(calibrated(added).step_s(chunk(min(fleet.chunk_tokens, first.num_prompt - at), at)) for at in begins)
+    ttft_s = statistics.median(r.ttft_s for r in first.records if r.ttft_s is not None)
+    door_s = max(0.0, ttft_s - prompt_s)
+    if fleet.num_prefill:
+        second_s = statistics.median(record.gaps_s[0] for record in first.records)
+        handover_s = max(0.0, second_s - calibrated(added).step_s(batch(1, first.num_prompt)))
+        added = replace(added, round_trip_s=handover_s / 2)
+    return Serving(added, door_s)
+
+
+def by_plan(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Due], slo: Slo) -> Figures:
+    cost = calibrated(served.costs)
+    decode = Pool(fleet.num_decode, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING)
+    made = coarse.Fleet(decode)
+    if fleet.num_prefill:
+        rate = served.costs.transfer_bytes_per_s
+        prefill = Pool(fleet.num_prefill, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING)
+        made = coarse.Fleet(decode, prefill, Link(measured.kv_token_nbytes, rate, rate, served.costs.round_trip_s))
+    traffic = Traffic(
+        np.array([at_s for at_s, _ in dues]), np.array([ask.num_prompt_tokens for _, ask in dues], np.int32),
+        np.array([ask.num_output_tokens for _, ask in dues], np.int32), np.zeros(len(dues), np.int32),
+    )  # fmt: skip
+    run = coarse.simulate(made, traffic, slo.itl if slo.itl is not None else float("inf"))
+    first_s = slo.ttft - served.door_s if slo.ttft is not None else None
+    ttft_p50, ttft_p90 = (float(np.percentile(run.ttft_s, rank)) + served.door_s for rank in (50, 90))
+    return Figures(ttft_p50, ttft_p90, run.itl_s(50), run.itl_s(90), attained(run, replace(slo, ttft=first_s)).all)
+
+
+def by_cores(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Due], slo: Slo) -> Figures:
+    """The real routing and scheduling."""
+    limits = Limits(measured.block_size, 2 * MOST_TOKENS, fleet.chunk_tokens, MAX_RUNNING)
+    roles = [Role.PREFILL] * fleet.num_prefill + [Role.DECODE] * fleet.num_decode
+    num_blocks = measured.kv_tokens // measured.block_size
+    specs = [
+        WorkerSpec(f"w{number}", role, num_blocks, measured.block_nbytes, limits) for number, role in enumerate(roles)
+    ]
+    cluster = Cluster(specs, served.costs, Policy.KV_AWARE)
+    answered = cluster.run(
+        Arrival(f"r{number}", at_s, tuple(range(1000 * number, 1000 * number + ask.num_prompt_tokens)),
+                ask.num_output_tokens)
+        for number, (at_s, ask) in enumerate(dues)
+    )  # fmt: skip
+    cluster.check_integrity()
+    return of_records(
+        [
+            Record(s.arrived_s - served.door_s, s.arrived_s, s.ended_s, s.num_prompt, tuple(s.token_at_s))
+            for s in answered
+        ],
+        slo,
+    )
+
+
+def of_records(records: Sequence[Record], slo: Slo) -> Figures:
+    """Raises ValueError where nothing was answered."""
+    whole = [record for record in records if record.error is None]
+    if not whole:
+        raise ValueError(f"none of {len(records)} requests was answered")
+    ttfts = [record.ttft_s for record in whole if record.ttft_s is not None]
+    gaps = [gap for record in whole for gap in record.gaps_s]
+    good = sum(map(slo.is_met_by, records)) / len(records)
+    return Figures(
+        *(float(np.percentile(ttfts, rank)) for rank in (50, 90)), *(float(np.percentile(gaps, r)) for r in (50, 90)),
+        good,
+    )  # fmt: skip
