@@ -59,7 +59,8 @@ class Gateway:
 
     def status_of_a_completion(self) -> int:
         """Over HTTP: gRPC's channels of one process share a connection, and so a gateway process."""
-        request = urllib.request.Request(f"{self.http}/v1/completions", b'{"prompt": "a", "max_tokens": 1}')
+        body = b'{"model": "smollm2-135m-instruct", "prompt": "a", "max_tokens": 1}'
+        request = urllib.request.Request(f"{self.http}/v1/completions", body)
         request.add_header("authorization", "Bearer key")
         request.add_header("content-type", "application/json")
         try:
