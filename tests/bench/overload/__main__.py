@@ -1,9 +1,9 @@
 """make bench-overload: what is left of a cluster's goodput under three times the load that it sustains.
 
-First the sustainable rate is searched for: the highest at which most requests keep the objectives.  The peak is the
-highest goodput that was seen on the way, at whatever rate.  Then three times that rate comes, for two minutes: requests
-are refused, and the question is how many good ones are left, how soon the others hear of it, and whose memory grows.  At
-last a tenant that asks for little comes beside one that floods.
+First the rate rises until it is twice what is served well: the highest goodput on the way is the peak, and what the cluster
+sustains.  Then three times that comes, for two minutes: requests are refused, and the question is how many good ones are
+left, how soon the others hear of it, and whose memory grows.  At last a tenant that asks for little comes beside one that
+floods.
 
 A request is good that keeps the objectives, counted from when it was due, by the second of the load in which it was due.
 Clients, gateway, directory and both workers share the machine.
@@ -28,7 +28,7 @@ from kvferry.bench.doors import GrpcDoor
 from kvferry.bench.load import Load
 from kvferry.bench.record import Record, percentile
 from kvferry.bench.runner import Runner
-from kvferry.bench.slo import RateSearch, Slo
+from kvferry.bench.slo import Slo
 from tests.bench.overload.memory import Memory
 from tests.bench.overload.refusals import NotingDoor
 from tests.bench.overload.system import KEYS, System, running
@@ -40,6 +40,8 @@ from tests.bench.transport.rows import Row, more_is_better, within
 OUT = ROOT / "build" / "bench" / "overload.json"
 TIMEOUT_S = 60.0
 MAX_OPEN = 2000
+RISE = 1.6
+BEYOND = 2.0
 GOOD_SHARE = 0.9
 TIMES = 3
 GOODPUT_GOAL = 0.9
@@ -124,25 +126,21 @@ class Bench:
 async def measure(system: System, options: argparse.Namespace, objectives: Slo, console: Console) -> list[Row]:
     bench = Bench(system, objectives, console)
     await bench.load("warm", {"flooding": options.start}, options.seconds)
-    search = RateSearch(options.start, precision=0.15, max_trials=options.trials)
-    tried: list[Found] = []
-    while not search.done:
-        found = (await bench.load("search", {"flooding": search.rate}, options.seconds))["flooding"]
-        tried.append(found)
-        search.tell(found.good >= GOOD_SHARE * found.offered)
-    if search.best is None:
-        raise RuntimeError(
-            f"no rate was sustained; the lowest tried was {search.rate:g} requests/s, begin with --start"
-        )
-    sustained, peak = search.best, max(found.goodput for found in tried)
-    say(console, f"sustainable: {sustained:.2f} requests/s; peak goodput {peak:.2f}/s")
+    rate, peak = options.start, 0.0
+    while rate <= max(BEYOND * peak, options.start * BEYOND):
+        found = (await bench.load("rising", {"flooding": rate}, options.seconds))["flooding"]
+        peak = max(peak, found.goodput)
+        rate *= RISE
+    if peak == 0:
+        raise RuntimeError("no request was good at any rate; begin with a lower --start, or ask for less with --slo")
+    say(console, f"sustainable: {peak:.2f} requests/s")
     memory = Memory(system.pids)
     watching = asyncio.create_task(memory.watch())
-    over = (await bench.load("overload", {"flooding": TIMES * sustained}, options.overload_seconds))["flooding"]
+    over = (await bench.load("overload", {"flooding": TIMES * peak}, options.overload_seconds))["flooding"]
     watching.cancel()
-    modest_rate = {"modest": MODEST_SHARE * sustained}
+    modest_rate = {"modest": MODEST_SHARE * peak}
     alone = (await bench.load("alone", modest_rate, options.tenant_seconds))["modest"]
-    beside = await bench.load("beside", {"flooding": TIMES * sustained, **modest_rate}, options.tenant_seconds)
+    beside = await bench.load("beside", {"flooding": TIMES * peak, **modest_rate}, options.tenant_seconds)
     return [
         *rows_of(peak, over, memory, objectives),
         *rows_of_tenants(alone, beside["modest"], beside["flooding"], objectives),
@@ -191,9 +189,8 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench-overload", description=__doc__)
     parser.add_argument("--slo", default="ttft=2s,itl=200ms", help="what a good request keeps (default: %(default)s)")
-    parser.add_argument("--start", type=float, default=3.0, help="the first rate tried (default: %(default)s)")
-    parser.add_argument("--trials", type=int, default=6, help="of the search, at most (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each (default: %(default)s)")
+    parser.add_argument("--start", type=float, default=1.0, help="the first rate (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each rate (default: %(default)s)")
     parser.add_argument("--overload-seconds", type=float, default=120.0, help="(default: %(default)s)")
     parser.add_argument("--tenant-seconds", type=float, default=25.0, help="of the two loads of tenants")
     return parser.parse_args()
