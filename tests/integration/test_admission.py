@@ -27,7 +27,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     shipped."""
     environment = {**ENVIRONMENT, "KVFERRY_MIN_SHIP_TOKENS": "64", "KVFERRY_MAX_REQUESTS": MAX_REQUESTS}
     with started(tmp_path_factory.mktemp("tiny"), environment, kv_memory=KV_MEMORY, num_gateways=2) as running:
-        running.wait_routable()
+        addresses = running.address
+        for address in addresses.split(","):
+            running.local.grpc_address = address
+            running.wait_routable()
+        running.local.grpc_address = addresses
         yield running
 
 
