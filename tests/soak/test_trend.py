@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-import os
+import subprocess
+import sys
 
 import pytest
 
@@ -30,14 +31,30 @@ def test_too_few_samples_tell_nothing() -> None:
         trend("w", Held.THREADS, [1.0] * 3)
 
 
+_GROWS = """
+import sys
+kept = []
+print("ready", flush=True)
+for line in sys.stdin:
+    kept.append(b"x" * (16 << 20))
+    print(len(kept), flush=True)
+"""
+
+
 def test_a_process_is_sampled() -> None:
     samples = Samples()
-    kept = []
-    for _ in range(4):
-        kept.append(bytearray(os.urandom(1)) * (16 << 20))
-        samples.take({"me": os.getpid()})
-    memory = samples.series["me", Held.MEMORY]
-    assert 30 < memory[3] - memory[1] < 40
-    assert samples.series["me", Held.THREADS][0] >= 1
+    command = (sys.executable, "-I", "-c", _GROWS)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(4):
+            assert process.stdout.readline()
+            samples.take({"it": process.pid})
+            process.stdin.write("more\n")
+            process.stdin.flush()
+        process.stdin.close()
+    memory = samples.series["it", Held.MEMORY]
+    assert memory[3] - memory[1] == pytest.approx(32, abs=2)
+    assert samples.series["it", Held.THREADS] == [1] * 4
     with pytest.raises(OSError):
         samples.take({"gone": 2**22 + 1})
