@@ -21,6 +21,8 @@ LONG = "Each of these sentences makes the prompt a little longer than before. " 
 DEADLINE_S = 90.0
 # Of a ticket's five minutes.
 GIVEN_BACK_S = 5.0
+# Of an answer that nobody waits for: by itself it would end much later than that.
+LEFT_TOKENS = 1000
 NUM_LEAVERS = 9
 
 
@@ -48,7 +50,7 @@ def test_stranded_on_cancel(cluster: Running, client: Client, greedy: Reference)
     are still on their way then, since what carries them stands still."""
     prompt = "stranded: " + SHORT
     with traced(), tracing.held(ferry_thread(cluster)):
-        with client.generate(prompt, max_tokens=8, temperature=0, ignore_eos=True) as stream:
+        with client.generate(prompt, max_tokens=LEFT_TOKENS, temperature=0, ignore_eos=True) as stream:
             next(stream)
             assert cluster.stats("decode-0").state.load.blocks.lent > 0
         for name in ("prefill-0", "decode-0"):  # what a write may still be under way from or to is nobody's yet
@@ -70,7 +72,7 @@ def test_stranded_on_cancel_at_any_moment(cluster: Running, client: Client, gree
     assert stayed.timeline.prefill_worker == "prefill-0"
 
     def leave(prompt: str, after_s: float) -> None:
-        stream = client.generate(prompt, max_tokens=8, temperature=0, ignore_eos=True)
+        stream = client.generate(prompt, max_tokens=LEFT_TOKENS, temperature=0, ignore_eos=True)
         time.sleep(after_s)
         stream.close()
 
