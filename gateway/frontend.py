@@ -23,6 +23,7 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import Error, OverloadedError
 from services.engine.model_files import ModelFiles
+from services.runtime.units import to_us
 
 log = structlog.get_logger(__name__)
 
@@ -67,23 +68,23 @@ class Clock:
     def timeline(self, trace: Trace) -> inference_pb2.Timeline:
         gaps = sorted(b - a for a, b in zip(self._left_s, self._left_s[1:], strict=False))
         timeline = inference_pb2.Timeline(
-            tokenize_us=_us(self.tokenize_s),
-            route_us=_us(trace.route_s),
-            ttft_us=_us(self._left_s[0] - self.arrived_s) if self._left_s else 0,
-            total_us=_us(time.monotonic() - self.arrived_s),
-            itl_p50_us=_us(gaps[len(gaps) // 2]) if gaps else 0,
-            itl_p99_us=_us(gaps[min(len(gaps) - 1, len(gaps) * 99 // 100)]) if gaps else 0,
+            tokenize_us=to_us(self.tokenize_s),
+            route_us=to_us(trace.route_s),
+            ttft_us=to_us(self._left_s[0] - self.arrived_s) if self._left_s else 0,
+            total_us=to_us(time.monotonic() - self.arrived_s),
+            itl_p50_us=to_us(gaps[len(gaps) // 2]) if gaps else 0,
+            itl_p99_us=to_us(gaps[min(len(gaps) - 1, len(gaps) * 99 // 100)]) if gaps else 0,
             num_retries=trace.num_retries,
-            line_us=_us(trace.line_s),
+            line_us=to_us(trace.line_s),
         )
         if route := trace.route:
             timeline.route_reason = route.reason
             timeline.prefill_worker = route.prefill.key.worker_id if route.prefill else ""
             timeline.decode_worker = route.decode.key.worker_id
         if trace.opened_s is not None:
-            timeline.opened_us = _us(trace.opened_s - self.arrived_s)
+            timeline.opened_us = to_us(trace.opened_s - self.arrived_s)
         if trace.ticket_s is not None:
-            timeline.ticket_us = _us(trace.ticket_s - self.arrived_s)
+            timeline.ticket_us = to_us(trace.ticket_s - self.arrived_s)
         if trace.committed is not None:
             timeline.prefill.CopyFrom(trace.committed.prefill)
             timeline.transfer.CopyFrom(trace.committed.transfer)
@@ -253,7 +254,3 @@ def _served(tenant: str, arrived_s: float, finished: inference_pb2.Finished) -> 
         tpot_s=(timeline.total_us - timeline.ttft_us) / 1e6 / (usage.num_output_tokens - 1) if timeline.itl_p99_us else 0.0,
         total_s=timeline.total_us / 1e6,
     )  # fmt: skip
-
-
-def _us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))

@@ -21,6 +21,7 @@ from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import UnavailableError
 from services.runtime.channel import open_channel
 from services.runtime.server import create_server, running
+from services.runtime.units import to_us
 
 log = structlog.get_logger(__name__)
 
@@ -67,14 +68,14 @@ class Memory:
         served, now_s = self._served.of(request.tenant), time.monotonic()
         traffic = inference_pb2.DescribeTrafficResponse(
             since_ms=int((now_s - self._served.since_s) * 1000),
-            age_us=[_us(now_s - each.arrived_s) for each in served],
+            age_us=[to_us(now_s - each.arrived_s) for each in served],
             num_prompt_tokens=[each.num_prompt_tokens for each in served],
             num_cached_tokens=[each.num_cached_tokens for each in served],
             num_output_tokens=[each.num_output_tokens for each in served],
-            ttft_us=[_us(each.ttft_s) for each in served],
-            itl_p99_us=[_us(each.itl_p99_s) for each in served],
-            tpot_us=[_us(each.tpot_s) for each in served],
-            total_us=[_us(each.total_s) for each in served],
+            ttft_us=[to_us(each.ttft_s) for each in served],
+            itl_p99_us=[to_us(each.itl_p99_s) for each in served],
+            tpot_us=[to_us(each.tpot_s) for each in served],
+            total_us=[to_us(each.total_s) for each in served],
         )
         return gateway_pb2.FindTrafficResponse(traffic=traffic)
 
@@ -219,10 +220,6 @@ def _together(parts: Sequence[inference_pb2.DescribeTrafficResponse]) -> inferen
     for name, column in zip(_COLUMNS, zip(*rows, strict=True), strict=False):
         getattr(together, name).extend(column)
     return together
-
-
-def _us(seconds: float) -> int:
-    return round(seconds * 1e6)
 
 
 def _to_ended_proto(ended: EndedRequest, now_s: float) -> gateway_pb2.EndedRequest:

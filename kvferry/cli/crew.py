@@ -44,7 +44,7 @@ class Crew:
 
     def __init__(self, cluster: LocalCluster, make: Callable[[Role, int], Member], *, drain_s: float = 600.0) -> None:
         self._cluster, self._make, self._drain_s = cluster, make, drain_s
-        self._leaving: dict[str, threading.Thread] = {}
+        self._leaving: set[str] = set()  # names
         self._lock = threading.Lock()
 
     def scale(self, counts: Mapping[WorkerRole, int]) -> dict[WorkerRole, int]:
@@ -72,7 +72,7 @@ class Crew:
     def _hands(self) -> list[_Hand]:
         """Those that stay."""
         members = {m.name: m for m in self._cluster.members if m.role in (Role.PREFILL, Role.DECODE)}
-        self._leaving = {name: thread for name, thread in self._leaving.items() if name in members}
+        self._leaving &= members.keys()
         return [_look(member) for name, member in members.items() if name not in self._leaving]
 
     def _send_off(self, member: Member) -> None:
@@ -84,11 +84,10 @@ class Crew:
             except grpc.RpcError:
                 pass  # it ended meanwhile, or starts, or has had its time
 
-        leave = threading.Thread(
+        self._leaving.add(member.name)
+        threading.Thread(
             target=self._cluster.retire, args=(member.name, drain), name=f"retire-{member.name}", daemon=True
-        )
-        self._leaving[member.name] = leave
-        leave.start()
+        ).start()
 
 
 def _look(member: Member) -> _Hand:

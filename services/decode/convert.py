@@ -10,7 +10,8 @@ from services.decode.reservations import DecodeStream, Writer
 from services.decode.tickets import Ticket, WriterId
 from services.runtime.place import PLACE_LABELS
 from services.runtime.process import ProcessIdentity
-from services.worker.convert import to_pull_stats, to_us
+from services.runtime.units import to_us
+from services.worker.convert import to_pull_stats
 from services.worker.worker import Worker
 
 

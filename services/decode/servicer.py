@@ -13,7 +13,7 @@ from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.decode.reservations import Reservations
 from services.decode.session import Session
 from services.decode.tickets import WriterId, Written
-from services.worker.convert import to_us
+from services.runtime.units import to_us
 from services.worker.worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -32,7 +32,8 @@ from services.prefill.pieces import Pieces, Placement, pieces
 from services.prefill.readiness import reached
 from services.runtime import tracing
 from services.runtime.place import Distance, Place, distance_between
-from services.worker.convert import to_pull_stats, to_token, to_us
+from services.runtime.units import to_us
+from services.worker.convert import to_pull_stats, to_token
 from services.worker.pull_terms import PullReport
 from services.worker.remotes import Owner
 from transport import (

@@ -16,6 +16,7 @@ from services.engine.phase_book import COMPUTED, Phase, PhaseBook
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
 from services.runtime.place import Distance
+from services.runtime.units import to_us
 from services.worker.pull_terms import PullReport, Source
 from transport.reach import Reach, Way
 
@@ -100,10 +101,6 @@ def to_hashes(packed: bytes) -> list[bytes]:
             f"hashes holds {len(packed)} bytes, which are not whole hashes of {HASH_NBYTES} bytes"
         )
     return [packed[i : i + HASH_NBYTES] for i in range(0, len(packed), HASH_NBYTES)]
-
-
-def to_us(seconds: float) -> int:
-    return max(0, round(seconds * 1e6))
 
 
 def to_token(index: int, drawn: Drawn) -> common_pb2.Token:

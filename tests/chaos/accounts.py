@@ -64,17 +64,17 @@ class Accounts:
 
     def descriptors(self) -> dict[str, int]:
         """Open ones of each member."""
-        return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in self._pids().items()}
+        return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in self.pids().items()}
 
     def mapped_of_ended(self) -> dict[str, int]:
         """For each member, how many memory segments it maps that no member has open: those of ended processes."""
         owned = set()
-        for pid in self._pids().values():
+        for pid in self.pids().values():
             for descriptor in Path(f"/proc/{pid}/fd").iterdir():
                 with suppress(OSError):
                     if os.readlink(descriptor).startswith("/memfd:kvferry"):
                         owned.add(descriptor.stat().st_ino)
-        return {name: len(_mapped(pid) - owned) for name, pid in self._pids().items()}
+        return {name: len(_mapped(pid) - owned) for name, pid in self.pids().items()}
 
     def leaks(self, before: dict[str, int]) -> list[str]:
         found = [
@@ -119,7 +119,8 @@ class Accounts:
                 held.append(f"{name} has {'no answer' if view is None else view.num_requests_in_flight} in flight")
         return held
 
-    def _pids(self) -> dict[str, int]:
+    def pids(self) -> dict[str, int]:
+        """Of each member that runs."""
         return {m.name: pid for m in self._cluster.members if (pid := self._cluster.pid(m.name)) is not None}
 
     def _stats(self, name: str) -> worker_pb2.GetStatsResponse | None:

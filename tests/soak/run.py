@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvferry.cli.cluster import LocalCluster
 from tests.chaos.accounts import Accounts, shared_memory, still_running
 from tests.chaos.cluster import cluster_of, our_bugs, undisturbed
 from tests.chaos.oracle import LATE_S, History, Judged, Verdict, hangs, judge
@@ -55,8 +54,8 @@ def run(settings: Settings, say: Callable[[str], None]) -> Report:
     shared_before = shared_memory()
     with ExitStack() as stack:
         cluster = stack.enter_context(cluster_of(settings.log_dir))
-        pids = _pids(cluster)
         accounts = Accounts(cluster)
+        pids = accounts.pids()
         _await_all(accounts)
         asked = cases(settings.seed, settings.num_cases)
         expected = undisturbed(cluster.grpc_address, asked)
@@ -68,7 +67,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Report:
         finally:
             hanging = load.stop(TIMEOUT_S + LATE_S)
         report.broken += accounts.await_quiet()
-        report.broken += [f"{name} was started again" for name, pid in _pids(cluster).items() if pid != pids[name]]
+        report.broken += [f"{name} was started again" for name, pid in accounts.pids().items() if pid != pids[name]]
         report.judged = [_judge(outcome, expected) for outcome in load.outcomes]
         report.judged += [hangs(asking, time.monotonic()) for asking in hanging]
         report.num_tokens = sum(len(outcome.token_ids) for outcome in load.outcomes)
@@ -106,10 +105,6 @@ def _judge(outcome: Outcome, expected: dict[Case, tuple[int, ...]]) -> Judged:
     if outcome.case not in expected:
         expected = {outcome.case: outcome.token_ids}
     return judge(outcome, expected, History())
-
-
-def _pids(cluster: LocalCluster) -> dict[str, int]:
-    return {m.name: pid for m in cluster.members if (pid := cluster.pid(m.name)) is not None}
 
 
 def _await_all(accounts: Accounts) -> None:
