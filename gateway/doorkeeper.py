@@ -34,7 +34,7 @@ class Doorkeeper:
             )
         if not authorization.lower().startswith(_SCHEME):
             raise UnauthenticatedError("authorization: give the API key as 'Bearer KEY'", reason="INVALID_API_KEY")
-        tenant = self.keys.tenant_of(authorization[len(_SCHEME) :].strip())
+        tenant = self.keys.tenant_of(authorization[len(_SCHEME) :].strip(" \t"))
         if tenant is None:
             raise UnauthenticatedError("this gateway does not know that API key", reason="INVALID_API_KEY")
         return tenant

@@ -2,8 +2,9 @@
 
 Tenants take turns by what they have been served (the Virtual Token Counter of Sheng et al., "Fairness in Serving Large
 Language Models", OSDI 2024): each has a counter of its tokens, prompt and answer, divided by its weight, and whoever has
-the lowest goes next.  One that had nothing to do starts at the lowest of those who wait, so that nobody saves up.  Among a
-tenant's own, priority decides, then who came first: no request overtakes another tenant's by its priority.
+the lowest goes next; of equals not who had the last turn.  One that had nothing to do starts at the lowest of those who
+wait, so that nobody saves up.  Among a tenant's own, priority decides, then who came first: no request overtakes another
+tenant's by its priority.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Line(Generic[Item]):
         self._queues: dict[str, _Queue[Item]] = {}
         self._tickets: dict[int, Ticket[Item]] = {}  # those that wait
         self._served: dict[str, float] = {}
+        self._last_tenant: str | None = None  # whose turn came
         self._turn = 0
         self._left_s: float | None = None  # when somebody last left while others waited
         self._pace_s = 0.0
@@ -55,10 +57,8 @@ class Line(Generic[Item]):
 
     def join(self, item: Item, tenant: str, *, priority: int = 0, work_s: float = 0.0, now_s: float) -> Ticket[Item]:
         """To the end of its tenant's requests of its priority; higher ones go first."""
-        if tenant not in self._queues and self._queues:
-            self._served[tenant] = max(
-                self._served.get(tenant, 0.0), min(self._served.get(t, 0.0) for t in self._queues)
-            )
+        if level := self._level(tenant):
+            self._served[tenant] = level
         if not self._tickets:
             self._left_s = now_s
         self._turn += 1
@@ -77,6 +77,8 @@ class Line(Generic[Item]):
         """``now_s``: when its turn had come; None for one that gave up.  Idempotent."""
         if self._tickets.pop(ticket.turn, None) is None:
             return
+        if now_s is not None:
+            self._last_tenant = ticket.tenant
         if now_s is not None and self._left_s is not None:
             gap_s = now_s - self._left_s
             self._pace_s = gap_s if self._pace_s == 0 else self._pace_s + _SMOOTHING * (gap_s - self._pace_s)
@@ -103,17 +105,27 @@ class Line(Generic[Item]):
         return max(sum(t.work_s for t in ahead) / max(1, num_lanes), len(ahead) * self._pace_s)
 
     def _ahead_of(self, tenant: str, priority: int) -> Iterator[Ticket[Item]]:
-        """Of its own tenant those that it cannot overtake, of each other one as many: they take turns."""
+        """Of its own tenant those that it cannot overtake, of each other one as many, for they take turns, and one more
+        where that tenant's turn comes first."""
         by_tenant: dict[str, list[Ticket[Item]]] = {}
         for ticket in self._tickets.values():
             by_tenant.setdefault(ticket.tenant, []).append(ticket)
         own = [t for t in by_tenant.pop(tenant, []) if t.priority >= priority]
         yield from own
-        for others in by_tenant.values():
-            yield from sorted(others, key=lambda t: (-t.priority, t.turn))[: len(own) + 1]
+        rank = (self._level(tenant), tenant == self._last_tenant, own[0].turn if own else self._turn + 1)
+        for other, tickets in by_tenant.items():
+            num_before = len(own) + (self._rank(other) < rank)
+            yield from sorted(tickets, key=lambda t: (-t.priority, t.turn))[:num_before]
 
-    def _rank(self, tenant: str) -> tuple[float, int]:
-        return (self._served.get(tenant, 0.0), self._queues[tenant].heap[0][1])
+    def _level(self, tenant: str) -> float:
+        """Its counter, as it is when it waits."""
+        served = self._served.get(tenant, 0.0)
+        if tenant in self._queues or not self._queues:
+            return served
+        return max(served, min(self._served.get(waiting, 0.0) for waiting in self._queues))
+
+    def _rank(self, tenant: str) -> tuple[float, bool, int]:
+        return self._served.get(tenant, 0.0), tenant == self._last_tenant, self._queues[tenant].heap[0][1]
 
     def check_integrity(self) -> None:
         """Raises AssertionError when somebody waits in no queue, or in two, or a queue's head has gone."""

@@ -20,6 +20,7 @@ class Waiting(RuleBasedStateMachine):
         self.line: Line[int] = Line()
         self.waiting: list[Ticket[int]] = []
         self.served: Counter[str] = Counter()
+        self.had_the_last_turn: str | None = None
         self.now_s = 0.0
 
     @rule(tenant=st.sampled_from("abc"), priority=st.integers(-1, 1))
@@ -48,6 +49,7 @@ class Waiting(RuleBasedStateMachine):
         self.line.leave(ticket, self.now_s)
         self.line.served(ticket.tenant, num_prompt, num_output)
         self.waiting.remove(ticket)
+        self.had_the_last_turn = ticket.tenant
         self.served[ticket.tenant] += num_prompt + int(OUTPUT_WEIGHT) * num_output
 
     @invariant()
@@ -60,7 +62,9 @@ class Waiting(RuleBasedStateMachine):
         heads = {}
         for ticket in sorted(self.waiting, key=lambda t: (-t.priority, t.turn)):
             heads.setdefault(ticket.tenant, ticket)
-        assert self.line.first() is min(heads.values(), key=lambda t: (self.served[t.tenant], t.turn))
+        assert self.line.first() is min(
+            heads.values(), key=lambda t: (self.served[t.tenant], t.tenant == self.had_the_last_turn, t.turn)
+        )
 
 
 TestWaiting = Waiting.TestCase
@@ -102,6 +106,23 @@ def test_what_a_newcomer_would_wait_is_the_work_before_it() -> None:
     assert line.wait_s("a", 0, num_lanes=2) == 4
     assert line.wait_s("a", 1, num_lanes=2) == 0, "it would go before them"
     assert line.wait_s("b", 0, num_lanes=2) == 0.5, "they take turns"
+
+
+def test_a_newcomer_waits_for_no_tenant_that_was_served_more() -> None:
+    line: Line[int] = Line()
+    for _ in range(8):
+        line.join(0, "flooding", work_s=1.0, now_s=0.0)
+    first = line.first()
+    assert first is not None
+    line.leave(first, 1.0)
+    line.served("flooding", 100, 0)
+    assert line.wait_s("modest", 0, num_lanes=1) == 0, "level with the other, which had the last turn"
+    modest = line.join(0, "modest", work_s=1.0, now_s=1.0)
+    assert line.first() is modest
+    assert line.wait_s("modest", 0, num_lanes=1) == 2, "one of each before its second"
+    line.leave(modest, 2.0)
+    line.served("modest", 50, 0)
+    assert line.wait_s("modest", 0, num_lanes=1) == 1, "it had its turn, and more than the other"
 
 
 def test_a_line_that_moves_slowly_is_waited_for_longer() -> None:

@@ -192,7 +192,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--start", type=float, default=1.0, help="the first rate (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each rate (default: %(default)s)")
     parser.add_argument("--overload-seconds", type=float, default=120.0, help="(default: %(default)s)")
-    parser.add_argument("--tenant-seconds", type=float, default=25.0, help="of the two loads of tenants")
+    parser.add_argument("--tenant-seconds", type=float, default=60.0, help="of the two loads of tenants")
     return parser.parse_args()
 
 
