@@ -61,8 +61,10 @@ class Descriptor:
         if nbytes == 0 or base + nbytes > 1 << 64:
             raise BadDescriptor(f"the region descriptor names an impossible range: {nbytes} bytes at {base:#x}")
         address, key = body[_HEAD.size : _HEAD.size + num_address], body[_HEAD.size + num_address :]
-        segment = SegmentName(host, pid, fd) if pid else None
-        return cls(backend, incarnation, base, nbytes, segment, bytes(address), bytes(key))
+        segment = SegmentName(host, pid, fd)
+        if pid == 0 and segment != _NO_SEGMENT:
+            raise BadDescriptor("the region descriptor names a segment of no process")
+        return cls(backend, incarnation, base, nbytes, segment if pid else None, bytes(address), bytes(key))
 
 
 def _digest(body: bytes) -> bytes:

@@ -25,6 +25,7 @@ _STRING, _ARRAY = 8, 9
 _SAMPLE_NBYTES = 4096
 
 T = TypeVar("T", str, int, float, bool, list)  # type: ignore[type-arg]  # lists are asked for as a whole
+S = TypeVar("S", str, int, float)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,13 @@ class GgufFile:
         if not isinstance(value, kind):
             raise ModelError(f"{key} of the model file {self.path} is no {kind.__name__}")
         return value
+
+    def list_of(self, key: str, kind: type[S], default: list[S] | None = None) -> list[S]:
+        """The list at ``key``, as ``get`` does."""
+        values = self.get(key, list, default)
+        if not all(isinstance(value, kind) for value in values):
+            raise ModelError(f"{key} of the model file {self.path} is no list of {kind.__name__}")
+        return values
 
 
 class _Cursor:

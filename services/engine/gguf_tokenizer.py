@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -52,11 +54,10 @@ def _pre(file: GgufFile) -> str:
 
 
 def _byte_level(file: GgufFile) -> tokenizers.Tokenizer:
-    tokens = file.get("tokenizer.ggml.tokens", list)
-    merges = [tuple(merge.split(" ", 1)) for merge in file.get("tokenizer.ggml.merges", list)]
-    vocab = {token: token_id for token_id, token in enumerate(tokens)}
+    pairs = (merge.partition(" ") for merge in file.list_of("tokenizer.ggml.merges", str))
+    merges = [(left, right) for left, _, right in pairs]
     pre = _pre(file)
-    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre in _LLAMA3))
+    backend = _bpe(file, _vocab(file), merges, ignore_merges=pre in _LLAMA3)
     backend.decoder = decoders.ByteLevel()
     if pre in _GPT2:
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -82,16 +83,13 @@ def _byte_level(file: GgufFile) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(file: GgufFile) -> tokenizers.Tokenizer:
-    tokens = file.get("tokenizer.ggml.tokens", list)
-    scores = file.get("tokenizer.ggml.scores", list)
+    tokens = file.list_of("tokenizer.ggml.tokens", str)
+    scores = file.list_of("tokenizer.ggml.scores", float)
     unknown = file.get("tokenizer.ggml.unknown_token_id", int, 0)
     if len(scores) != len(tokens) or unknown >= len(tokens):
         raise ModelError(f"the tokenizer of {file.path} is damaged: its tokens and scores do not match")
-    vocab = {token: token_id for token_id, token in enumerate(tokens)}
-    model = models.BPE(
-        vocab=vocab, merges=_merges(vocab, scores), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True
-    )
-    backend = tokenizers.Tokenizer(model)
+    vocab = _vocab(file)
+    backend = _bpe(file, vocab, _merges(vocab, scores), unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True)
     spaces = normalizers.Replace(" ", "▁")
     steps: list[decoders.Decoder] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if file.get("tokenizer.ggml.add_space_prefix", bool, True):
@@ -102,6 +100,17 @@ def _sentencepiece(file: GgufFile) -> tokenizers.Tokenizer:
         backend.normalizer = spaces
     backend.decoder = decoders.Sequence(steps)
     return backend
+
+
+def _vocab(file: GgufFile) -> dict[str, int]:
+    return {token: token_id for token_id, token in enumerate(file.list_of("tokenizer.ggml.tokens", str))}
+
+
+def _bpe(file: GgufFile, vocab: dict[str, int], merges: list[tuple[str, str]], **options: Any) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, **options))
+    except Exception as error:  # the library has no narrower one
+        raise ModelError(f"the tokenizer of {file.path} is damaged: {error}") from error
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
@@ -119,8 +128,8 @@ def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
 
 def _add_written_tokens(backend: tokenizers.Tokenizer, file: GgufFile, *, byte_level: bool) -> None:
     """Control and user-defined tokens are found whole wherever they are written in a text."""
-    tokens = file.get("tokenizer.ggml.tokens", list)
-    kinds = file.get("tokenizer.ggml.token_type", list, [])
+    tokens = file.list_of("tokenizer.ggml.tokens", str)
+    kinds = file.list_of("tokenizer.ggml.token_type", int, [])
     alphabet = byte_of_letter().keys()
     control, user_defined = [], []
     for token, kind in zip(tokens, kinds, strict=False):

@@ -199,6 +199,23 @@ def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
         read(byte_level_gguf(tmp_path / "a.gguf", "novel"))
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("merges", ["a nowhere"], "is damaged: .*out of vocabulary"),
+        ("merges", ["alone"], "is damaged"),
+        ("merges", [1], "merges of the model file .* is no list of str"),
+        ("tokens", [1, 2], "tokens of the model file .* is no list of str"),
+        ("token_type", ["3"], "token_type of the model file .* is no list of int"),
+    ],
+)
+def test_a_damaged_vocabulary_is_refused(field: str, value: list[Any], said: str, tmp_path: Path) -> None:
+    file = byte_level_gguf(tmp_path / "a.gguf", "qwen2")
+    file.metadata[f"tokenizer.ggml.{field}"] = value
+    with pytest.raises(ModelError, match=said):
+        read(file)
+
+
 @pytest.fixture(scope="module")
 def sentencepiece(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Any]:
     """A vocabulary as Llama 2's is built, ours and transformers'."""

@@ -46,6 +46,11 @@ def test_impossible_ranges_are_refused(base: int, nbytes: int) -> None:
         Descriptor.unpack(Descriptor("ucx", 1, base, nbytes).pack(), backend="ucx")
 
 
+def test_a_segment_of_no_process_is_refused() -> None:
+    with pytest.raises(BadDescriptor, match="no process"):
+        Descriptor.unpack(Descriptor("ucx", 1, 0, 1, SegmentName(bytes(16), 0, 7)).pack(), backend="ucx")
+
+
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_what_is_garbled_never_reaches_the_library(owned: tuple[Transport, Region], data: st.DataObject) -> None:
