@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,7 +30,8 @@ def weight_files(directory: Path) -> list[Path]:
         files = [directory / name for name in _indexed(directory / _INDEX)]
     else:
         files = [directory / _SINGLE]
-    missing = [file.name for file in files if not file.is_file()]
+    # Unlike Path.is_file it also says no to names that no file can have.
+    missing = [ascii(file.name)[1:-1][:64] for file in files if not os.path.isfile(file)]
     if missing or not files:
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
         hint = "it has pickled weights only; convert them to safetensors" if pickled else "download the model again"

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from services.engine.checkpoint import locate, model_name
 from services.engine.gguf_file import GgufFile
+from services.engine.hf_checkpoint import weight_files
 from services.engine.model_config import ModelError
 from services.engine.model_files import ModelFiles, open_model
 from services.engine.weights import load_weights
@@ -152,3 +153,10 @@ def test_a_hugging_face_directory_brings_words_and_template(tmp_path: Path) -> N
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"lacks tokenizer\.json"):
         open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["m" * 300, "model-\ud800.safetensors", "model-2.safetensors"])
+def test_a_weight_file_that_an_index_names_and_nobody_has_is_missing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match=r"lacks (m{64}|model-.*safetensors); download"):
+        weight_files(tmp_path)
