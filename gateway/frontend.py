@@ -218,8 +218,10 @@ class Frontend:
                         break
                 num_output += len(pieces)
                 clock.tokens_left(len(pieces))
-                chunk = inference_pb2.Chunk(tokens=tokens[: len(pieces)], text="".join(pieces))
-                yield inference_pb2.GenerateResponse(chunk=chunk)
+                response = inference_pb2.GenerateResponse()
+                response.chunk.text = "".join(pieces)
+                response.chunk.tokens.extend(tokens if len(pieces) == len(tokens) else tokens[: len(pieces)])
+                yield response
                 if text.stopped:
                     break
         if rest := text.flush():

@@ -7,6 +7,7 @@ import gc
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from math import inf
+from typing import Any
 
 import structlog
 
@@ -23,6 +24,7 @@ from gateway.http.server import HttpServer
 from gateway.link import DecodeLinks
 from gateway.metrics import registry_of
 from gateway.readiness import Readiness
+from gateway.rpc.server import RpcServer
 from gateway.seat import Seat
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.shared_quotas import SharedQuotas
@@ -37,8 +39,6 @@ from services.runtime.channels import Channels
 from services.runtime.probes import serve_probes
 from services.runtime.server import (
     add_standard_services,
-    bind,
-    create_server,
     running,
     set_ready,
     split_address,
@@ -62,11 +62,9 @@ async def run_gateway(
     shares = seat is not None
     async with AsyncExitStack() as stack:
         certificates, shown = config.both_certificates()
-        server = create_server(write_timeout_s=config.write_timeout_s, share_port=shares)
-        # Clients show keys, not certificates.
-        credentials = shown.server_credentials(require_client=False) if shown else None
+        server = RpcServer(write_timeout_s=config.write_timeout_s)
         if not shares:  # early, for what is wrong with the address is known at once
-            bind(server, config.listen, credentials=credentials)
+            server.bind(config.listen, certificates=shown)
         try:
             files = await asyncio.to_thread(open_model, config.model)
             view = ClusterView(max_index_entries=config.max_index_entries)
@@ -91,9 +89,10 @@ async def run_gateway(
         siblings = await stack.enter_async_context(
             meeting(Memory(dispatcher.decisions, frontend.recent, frontend.served, frontend), seat)
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend, doorkeeper), server)
+        services: Any = server  # generated code asks for a grpc.aio.Server, and uses less of it
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(InferenceServicer(frontend, doorkeeper), services)
         inference_pb2_grpc.add_ClusterServiceServicer_to_server(
-            ClusterServicer(frontend, doorkeeper, view, siblings), server
+            ClusterServicer(frontend, doorkeeper, view, siblings), services
         )
         names = [s.full_name for s in inference_pb2.DESCRIPTOR.services_by_name.values()]
         health = await add_standard_services(server, names)
@@ -134,7 +133,7 @@ async def run_gateway(
                     while not frontend.ready:
                         membership_changed.clear()
                         await membership_changed.wait()
-            bind(server, config.listen, credentials=credentials, share_port=True)
+            server.bind(config.listen, certificates=shown, share_port=True)
             await set_ready(health, names, frontend.ready)
         await stack.enter_async_context(serve_probes(health, config.listen, config.health_port, share_port=shares))
         await stack.enter_async_context(running(server, grace_s=SERVER_GRACE_S))

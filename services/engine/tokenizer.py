@@ -30,7 +30,8 @@ class Tokenizer:
         self.bos_id = bos_id
         self.eos_ids = frozenset(eos_ids)
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
-        self._added = {
+        # Of added tokens, and of others that were asked for.
+        self._known = {
             token_id: b"" if token.special else token.content.encode()
             for token_id, token in backend.get_added_tokens_decoder().items()
         }
@@ -66,12 +67,16 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """What the token adds to a text.  Empty for special tokens and for ids that the vocabulary does not hold (models
         pad theirs)."""
-        added = self._added.get(token_id)
-        if added is not None:
-            return added
+        known = self._known.get(token_id)
+        if known is not None:
+            return known
         token = self._backend.id_to_token(token_id)
         if token is None:
             return b""
+        data = self._known[token_id] = self._bytes_of(token)
+        return data
+
+    def _bytes_of(self, token: str) -> bytes:
         if self._byte_level:
             alphabet = byte_of_letter()
             try:

@@ -49,10 +49,13 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
         handler = await continuation(handler_call_details)
-        return handler if handler is None else _wrap(handler, handler_call_details.method, self._write_timeout_s)
+        if handler is None:
+            return None
+        return with_errors_mapped(handler, handler_call_details.method, self._write_timeout_s)
 
 
-def _wrap(handler: _Handler, method: str, write_timeout_s: float | None) -> _Handler:
+def with_errors_mapped(handler: _Handler, method: str, write_timeout_s: float | None = None) -> _Handler:
+    """``handler`` as RequestInterceptor has it."""
     return rebuilt(
         handler,
         lambda given: _unary(given, method),
@@ -101,6 +104,9 @@ def _streaming(
 
 
 async def _write(context: _Context, response: Any, timeout_s: float | None) -> None:
+    if timeout_s is None:
+        await context.write(response)
+        return
     try:
         async with asyncio.timeout(timeout_s):
             await context.write(response)

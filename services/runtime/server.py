@@ -9,12 +9,12 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from services.runtime.access import RoleInterceptor
 from services.runtime.interceptor import RequestInterceptor
@@ -70,7 +70,19 @@ def create_inner_server(certificates: Certificates | None) -> tuple[grpc.aio.Ser
     return create_server(interceptors=[RoleInterceptor()]), certificates.server_credentials(require_client=True)
 
 
-async def add_standard_services(server: grpc.aio.Server, service_names: Iterable[str]) -> health.aio.HealthServicer:
+class Server(Protocol):
+    """As much of grpc.aio.Server as is asked of others too."""
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Any, /) -> None: ...
+
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Any, /) -> None: ...
+
+    async def start(self) -> None: ...
+
+    async def stop(self, grace: float | None, /) -> None: ...
+
+
+async def add_standard_services(server: Server, service_names: Iterable[str]) -> health.aio.HealthServicer:
     """Adds grpc.health.v1 (SERVING for the server, for each of the full ``service_names``, and for LIVE) and reflection.
     Await ``set_ready`` on the result to change all but LIVE."""
     names = tuple(service_names)
@@ -78,7 +90,8 @@ async def add_standard_services(server: grpc.aio.Server, service_names: Iterable
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     for name in ("", *names, LIVE):
         await servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    described = reflection.aio.ReflectionServicer((*names, health.SERVICE_NAME, reflection.SERVICE_NAME))
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(described, server)
     return servicer
 
 
@@ -138,7 +151,7 @@ def reserve(address: str, flag: str, *, share_port: bool = False) -> socket.sock
 
 
 @asynccontextmanager
-async def running(server: grpc.aio.Server, *, grace_s: float) -> AsyncIterator[None]:
+async def running(server: Server, *, grace_s: float) -> AsyncIterator[None]:
     """Serves while entered.  On leaving no new call is accepted, and calls in progress have ``grace_s`` to end before
     they are cancelled."""
     await server.start()

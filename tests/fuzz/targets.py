@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.fuzz import doors, files, messages
+from tests.fuzz import doors, files, messages, rpc
 
-_MODULES = (doors, messages, files)
+_MODULES = (doors, rpc, messages, files)
 TARGETS = [target for module in _MODULES for target in module.TARGETS]
 MODULES = {target.name: module.__name__ for module in _MODULES for target in module.TARGETS}

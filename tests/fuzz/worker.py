@@ -18,7 +18,9 @@ from random import Random
 
 import atheris
 
-with atheris.instrument_imports(include=["gateway", "services", "kvferry", "transport", "h11", "tomllib"]):
+with atheris.instrument_imports(
+    include=["gateway", "services", "kvferry", "transport", "h11", "h2", "hpack", "tomllib"]
+):
     import structlog
 
     from tests.fuzz import sanitized

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -81,29 +81,31 @@ class Handlers:
         return Text(value=",".join([request.value async for request in requests]))
 
 
+def grpc_aio(write_timeout_s: float | None) -> tuple[Any, Callable[[], int]]:
+    server = create_server(write_timeout_s=write_timeout_s)
+    return server, lambda: bind(server, "127.0.0.1:0")
+
+
+made_by = grpc_aio  # or by another server that shall do the same, as test_rpc.py has it
+
+
 @asynccontextmanager
 async def serving(
     handlers: Handlers, write_timeout_s: float | None = None
 ) -> AsyncIterator[tuple[grpc.aio.Channel, int]]:
-    server = create_server(write_timeout_s=write_timeout_s)
+    server, bound = made_by(write_timeout_s)
 
     def as_text(cls: Any) -> dict[str, Any]:
         return {"request_deserializer": cls.FromString, "response_serializer": cls.SerializeToString}
 
-    server.add_generic_rpc_handlers(
-        [
-            grpc.method_handlers_generic_handler(
-                "test.Test",
-                {
-                    "Unary": grpc.unary_unary_rpc_method_handler(handlers.unary, **as_text(Text)),
-                    "Stream": grpc.unary_stream_rpc_method_handler(handlers.stream, **as_text(Text)),
-                    "Collect": grpc.stream_unary_rpc_method_handler(handlers.collect, **as_text(Text)),
-                },
-            )
-        ]
-    )
+    methods = {
+        "Unary": grpc.unary_unary_rpc_method_handler(handlers.unary, **as_text(Text)),
+        "Stream": grpc.unary_stream_rpc_method_handler(handlers.stream, **as_text(Text)),
+        "Collect": grpc.stream_unary_rpc_method_handler(handlers.collect, **as_text(Text)),
+    }
+    server.add_registered_method_handlers("test.Test", methods)
     await add_standard_services(server, ["test.Test"])
-    port = bind(server, "127.0.0.1:0")
+    port = bound()
     async with running(server, grace_s=0), open_channel(f"127.0.0.1:{port}") as channel:
         yield channel, port
 
