@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast images test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-validate bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-overload bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images images-twice test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-validate bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-overload bench-gateway bench-gpu test-gpu wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,14 @@ images: ## Build the images of gateway and CPU worker (BASE_IMAGE=python:3.11-sl
 	  --build-arg "VERSION=$$($(PYTHON) -c 'import runpy; print(runpy.run_path("kvferry/_version.py")["__version__"])')" \
 	  --build-arg "REVISION=$$(git rev-parse HEAD)" --build-arg "SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)" \
 	  $(foreach name,$(IMAGE_ARGS),$(if $($(name)),--build-arg "$(name)=$($(name))")) $(ARGS) . || exit; done
+
+# Of BuildKit before 0.11 the layers alone are compared: it dates the rest of an image by the clock.
+LAYERS := docker image inspect --format '{{join .RootFS.Layers "\n"}}' kvferry-gateway kvferry-worker
+
+images-twice: ## Build the images twice without a cache, and compare their layers; takes make images' arguments
+	@mkdir -p build && $(MAKE) --no-print-directory images ARGS="$(ARGS) --no-cache" && $(LAYERS) >build/layers \
+	  && $(MAKE) --no-print-directory images ARGS="$(ARGS) --no-cache" && $(LAYERS) | diff build/layers - \
+	  && echo "$$(wc -l <build/layers) layers, the same twice"
 
 test-containers: $(STAMP) ## A cluster of containers, killed and restarted; wants docker compose and make images
 	@python -m pytest -m containers tests/containers $(ARGS)

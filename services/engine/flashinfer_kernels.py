@@ -116,13 +116,18 @@ class FlashInfer(Protocol):
 
 
 def load() -> FlashInfer:
-    """The package.  Raises ModelError with what to do where it is not installed.  That its kernels compile shows at the
-    first step, which takes minutes the first time on a machine."""
+    """The package.  Raises ModelError with what to do where it is not installed, or may not keep what it compiles.  That
+    its kernels compile shows at the first step, which takes minutes the first time on a machine."""
     try:
         return cast(FlashInfer, importlib.import_module("flashinfer"))
     except ImportError as e:
         raise ModelError(
             f"a CUDA device needs FlashInfer ({e}); run `pip install kvferry[gpu]`, or use --device cpu"
+        ) from e
+    except OSError as e:
+        raise ModelError(
+            f"FlashInfer finds no place for the kernels that it compiles ({e}); let HOME be a folder that may be "
+            "written, or name one by FLASHINFER_WORKSPACE_BASE"
         ) from e
 
 

@@ -43,6 +43,16 @@ print(json.dumps({
     "compilers": [name for name in ("gcc", "cc", "clang") if shutil.which(name)],
 }))
 """
+# Whatever of /opt has a date, compiled Python that is checked against one among it: the first word of its flags is 1 where
+# it is checked against nothing.
+_HELD = """
+import json, os, pathlib
+found = [os.path.join(folder, name) for folder, folders, files in os.walk("/opt") for name in (*folders, *files, ".")]
+compiled = [path for path in found if path.endswith(".pyc")]
+dated = {path for path in found if os.lstat(path).st_mtime != 0}
+dated |= {path for path in compiled if pathlib.Path(path).open("rb").read(8)[4:] != b"\\x01\\0\\0\\0"}
+print(json.dumps({"num_compiled": len(compiled), "dated": sorted(dated)[:20]}))
+"""
 # Who has a certificate of the cluster's is let in, and who has the authority's alone is not.
 _KNOCK = """
 import grpc, pathlib
@@ -116,6 +126,13 @@ def test_the_gateways_image_is_small(stack: Stack) -> None:
     except AssertionError:
         pytest.skip(f"the engine does not hold {base}, which the image was built on")
     assert 0 < above <= MAX_GATEWAY_NBYTES
+
+
+@pytest.mark.parametrize("name", ["gateway-1", "decode-1"])
+def test_what_an_image_holds_of_ours_bears_no_date_and_is_compiled_for_good(stack: Stack, name: str) -> None:
+    told = json.loads(stack.python(name, _HELD))
+    assert told["num_compiled"] > 1000
+    assert told["dated"] == []
 
 
 def test_kv_goes_through_mapped_memory(stack: Stack, client: Client) -> None:

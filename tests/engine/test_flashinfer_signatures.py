@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from services.engine import flashinfer_kernels
+from services.engine.model_config import ModelError
 from tests.engine import fake_flashinfer
 from tests.engine.flashinfer_signatures import DECODE, PREFILL, RECORD, USED, Signature, read, record, signature_of
 
@@ -57,3 +59,11 @@ def test_the_record_is_what_is_installed() -> None:
     version = record(package)
     if version in RECORDED:
         assert found == RECORDED[version]
+
+
+def test_where_kernels_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flashinfer.py").write_text("raise OSError(30, 'Read-only file system', '/var/lib/kvferry/.cache')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
+    with pytest.raises(ModelError, match=r"Read-only file system.*FLASHINFER_WORKSPACE_BASE"):
+        flashinfer_kernels.load()

@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     console = Console()
-    costs, block_nbytes = _costs(console, args.costs, args.rounds)
+    costs, block_nbytes = measured_costs(console, args.costs, args.rounds)
     told: list[dict[str, object]] = []
     for load in LOADS:
         for shape in SHAPES:
@@ -145,7 +145,8 @@ def main() -> None:
         args.json.write_text(json.dumps(told, indent=1))
 
 
-def _costs(console: Console, path: Path | None, rounds: int) -> tuple[CostModel, int]:
+def measured_costs(console: Console, path: Path | None, rounds: int) -> tuple[CostModel, int]:
+    """With the bytes of a block; of ``path`` where it is there."""
     if path is not None and path.exists():
         read = json.loads(path.read_text())
         return CostModel(**read["costs"]), read["block_nbytes"]

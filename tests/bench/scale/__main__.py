@@ -1,6 +1,6 @@
 """make bench-scale: what a request and a change cost with 10 to 10,000 workers, by the real cores of directory and gateway
 in one process: no socket, so figures are floors.  Of processor time, which others on the machine change little.
-docs/scale.md says what follows."""
+With --simulate, what clients of fleets wait in virtual time (simulation.py).  docs/scale.md says what follows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from rich.table import Table
 from gateway.costs import Demand
 from gateway.routing import choose_route
 from kvferry.api.directory.v1 import directory_pb2
+from tests.bench.routing.__main__ import measured_costs
 from tests.bench.scale.cluster import BLOCK_SIZE, NUM_BLOCKS, Cluster
+from tests.bench.scale.simulation import Shape, simulate
 from tests.bench.terminal import say
 
 ROOT = Path(__file__).resolve().parents[3]
 OUT = ROOT / "build" / "bench" / "scale.json"
+SIMULATED = ROOT / "build" / "bench" / "scale-simulated.json"
 DEMAND = Demand(num_prompt_tokens=NUM_BLOCKS * BLOCK_SIZE + 100, max_tokens=64)
 # Work that takes longer is done once: its rounds would say no more.
 _LONG_S = 3.0
@@ -33,16 +36,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.scale", description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 1000, 10_000], metavar="N")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of which the median is told")
+    parser.add_argument(
+        "--simulate",
+        type=Shape.of,
+        nargs="+",
+        metavar="CELLSxWORKERS",
+        help="instead: fleets in virtual time, such as 10x100",
+    )
+    parser.add_argument(
+        "--costs", type=Path, help="of steps in them: read where the file is there, else measured and written"
+    )
     options = parser.parse_args()
     console = Console()
-    found = [measure(size, options.rounds) for size in options.sizes]
-    table = Table("ms", *(f"{size:,}" for size in options.sizes))
-    for name in found[0]:
-        table.add_row(name, *(f"{each[name]:.3g}" for each in found))
+    if options.simulate:
+        costs, block_nbytes = measured_costs(console, options.costs, options.rounds)
+        tell(
+            console,
+            "cells x workers",
+            {str(each): simulate(each, costs, block_nbytes) for each in options.simulate},
+            SIMULATED,
+        )
+    else:
+        tell(console, "ms", {f"{size:,}": measure(size, options.rounds) for size in options.sizes}, OUT)
+
+
+def tell(console: Console, heading: str, found: dict[str, dict[str, float]], file: Path) -> None:
+    table = Table(heading, *found)
+    for name in next(iter(found.values())):
+        table.add_row(name, *(f"{each[name]:.3g}" for each in found.values()))
     console.print(table)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_text(json.dumps(dict(zip(map(str, options.sizes), found, strict=True)), indent=1))
-    say(console, f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; wrote {OUT.relative_to(ROOT)}")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1))
+    say(console, f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}; wrote {file.relative_to(ROOT)}")
 
 
 def measure(num_workers: int, rounds: int) -> dict[str, float]:
@@ -69,6 +94,13 @@ def measure(num_workers: int, rounds: int) -> dict[str, float]:
     figures["... and is told to one gateway: directory"] = timed(lambda: cluster.news(revision), rounds)
     figures["... and is told to one gateway: gateway"] = timed(lambda: heard(cluster, news), rounds)
     figures["... and is told to one gateway: MB"] = sum(map(len, news)) / 1e6
+    revision, sequences = cluster.state.revision, iter(range(2, 1_000_000))
+    figures[f"{NUM_BLOCKS} blocks stored: directory"] = timed(lambda: cluster.store_blocks(next(sequences)), rounds)
+    stored = cluster.news(revision)
+    figures[f"{NUM_BLOCKS} blocks stored: directory, for a gateway"] = (
+        timed(lambda: cluster.news(revision), rounds) / rounds
+    )
+    figures[f"{NUM_BLOCKS} blocks stored: gateway"] = timed(lambda: heard(cluster, stored), 1) / rounds
     figures["a gateway starts: directory"] = timed(cluster.snapshot, rounds)
     figures["a gateway starts: MB"] = sum(map(len, cluster.snapshot())) / 1e6
     cluster.view.check_integrity()
