@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import httpx
@@ -23,6 +20,7 @@ from kvferry.cli.members import clone_root
 from kvferry.cli.service_tls import CertificateFolder, open_service_channel
 from tests.certificates import make_authority
 from tests.integration.conftest import Running, started
+from tests.listening import listening
 
 MARKER = "zanzibarquokka"
 PROMPT = f"Say {MARKER} and then tell me about the sea. " + "The wind blows and the ship sails on. " * 20
@@ -103,25 +101,6 @@ def test_nothing_listens_beyond_the_loopback(guarded: Guarded) -> None:
         addresses = listening(guarded.local.pid(member.name))
         assert addresses, member.name
         assert all(address.is_loopback for address in addresses), (member.name, addresses)
-
-
-def listening(pid: int | None) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Where sockets of the process accept TCP connections (proc(5))."""
-    links = []
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            links.append(descriptor.readlink().name)
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            local, state = fields[1], fields[3]
-            if state == "0A" and f"socket:[{fields[9]}]" in links:
-                words = bytes.fromhex(local.partition(":")[0])
-                in_order = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
-                address = ipaddress.ip_address(in_order)
-                found.append(getattr(address, "ipv4_mapped", None) or address)
-    return found
 
 
 def test_an_operator_drains_a_worker(guarded: Guarded) -> None:
