@@ -24,6 +24,7 @@ from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import Error, OverloadedError
 from services.engine.model_files import ModelFiles
 from services.runtime.backoff import jittered
+from services.runtime.logs import loggable
 from services.runtime.units import to_us
 
 log = structlog.get_logger(__name__)
@@ -178,7 +179,7 @@ class Frontend:
             outcome = "completed"
         except Error as e:
             outcome = e.reason.lower()
-            log.info("request_failed", reason=e.reason, error=e.message)
+            log.info("request_failed", reason=e.reason, error=loggable(e))
             raise
         finally:
             self.num_in_flight -= 1

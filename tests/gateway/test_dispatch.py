@@ -10,8 +10,8 @@ from contextlib import aclosing, asynccontextmanager
 import grpc
 import pytest
 
-from gateway.decoding import WORKER_RETRY_S
-from gateway.dispatch import Dispatcher
+from gateway.decoding import WORKER_RETRY_S, as_lost
+from gateway.dispatch import NO_WORKER_RETRY_S, Dispatcher
 from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
 from gateway.pace import Pace
@@ -318,6 +318,22 @@ async def test_a_worker_that_leaves_its_calls_open_at_its_end_is_lost() -> None:
             await answer
         assert caught.value.reason == "WORKER_LOST"
         assert caught.value.retry_after_s
+
+
+async def test_those_who_lose_a_worker_together_are_not_told_to_come_back_together() -> None:
+    lost = [as_lost(UnavailableError("gone"), "decode-0").retry_after_s for _ in range(9)]
+    missed = []
+    async with dispatching() as (_, dispatcher):
+        left = directory_pb2.WorkerLeft(worker_id="decode-0", incarnation=1)
+        dispatcher._view.apply(directory_pb2.WatchResponse(revision=9, events=[directory_pb2.Event(left=left)]))
+        for _ in range(9):
+            with pytest.raises(UnavailableError) as caught:
+                await anext(ask(dispatcher))
+            assert caught.value.reason == "NO_WORKER"
+            missed.append(caught.value.retry_after_s)
+    for hints, least_s in ((lost, WORKER_RETRY_S), (missed, NO_WORKER_RETRY_S)):
+        assert len(set(hints)) == 9
+        assert all(hint is not None and least_s <= hint <= 1.5 * least_s for hint in hints)
 
 
 @pytest.mark.parametrize("reason", ["EXPIRED", "REPLACED", "DEREGISTERED"])

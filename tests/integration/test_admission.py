@@ -12,13 +12,13 @@ import pytest
 from kvferry import AsyncClient, OverloadedError
 from tests.integration.conftest import ENVIRONMENT, Running, started
 
-NUM_REQUESTS = 14
-PROMPT_TOKENS = (16, 120)
-ANSWER_TOKENS = (40, 72)
-# About a seventh of what all would hold at their ends, and no more than the longest two.
-KV_MEMORY = "18MiB"
+NUM_REQUESTS = 10
+PROMPT_TOKENS = (16, 80)
+ANSWER_TOKENS = (24, 40)
+# About a quarter of what all would hold at their ends, and hardly more than the longest two.
+KV_MEMORY = "12MiB"
 # Of each gateway: the rest is refused.
-MAX_REQUESTS = "6"
+MAX_REQUESTS = "4"
 
 
 @pytest.fixture(scope="module")

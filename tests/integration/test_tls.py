@@ -12,7 +12,7 @@ import grpc
 import httpx
 import pytest
 
-from kvferry import Client, PermissionDeniedError, TlsConfig, UnavailableError, errors
+from kvferry import Client, Error, PermissionDeniedError, TlsConfig, UnavailableError, errors
 from kvferry._roles import CertificateRole
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.cli.cluster import LocalCluster
@@ -67,10 +67,31 @@ def test_answers_are_those_of_a_cluster_in_the_clear_and_no_log_tells_them(
     )
     assert done.status_code == 200
     assert done.json()["usage"]["completion_tokens"] == 2
+    refuse_some(guarded)
     logs = {path.name: path.read_text() for path in guarded.local.log_dir.glob("*.log")}
     assert len(logs) == 4
     assert all(text for text in logs.values())
-    assert not [name for name, text in logs.items() if MARKER in text]
+    told = (MARKER, *(", ".join(map(str, ids[:4])) for ids in (client.tokenize(PROMPT), answer.token_ids)))
+    assert not [(name, what) for name, text in logs.items() for what in told if what in text]
+
+
+def refuse_some(guarded: Guarded) -> None:
+    """What is wrong with a request is told to its client, in its client's words."""
+    with Client(guarded.local.grpc_address, tls=guarded.client_tls, max_attempts=1) as secret:
+        for wrong in ({"stop": [MARKER * 50]}, {"model": MARKER}, {"request_id": f"{MARKER}\n"}):
+            with pytest.raises(Error, match=r"stop|model|request_id"):
+                secret.generate(PROMPT, **wrong).result()  # type: ignore[arg-type]
+        with pytest.raises(Error, match=MARKER):
+            secret.chat([{"role": MARKER, "content": PROMPT}]).result()
+        left = secret.generate(PROMPT, max_tokens=500, temperature=0, ignore_eos=True, stop=[MARKER])
+        next(left)
+        left.close()
+    verify = ssl.create_default_context(cafile=guarded.folder.ca)
+    with httpx.Client(base_url=guarded.local.http_url, verify=verify, timeout=60) as web:
+        for body in (f'{{"prompt": "{MARKER}"', f'{{"model": "m", "prompt": "x", "{MARKER}": "{MARKER}"}}',
+                     f'{{"model": "m", "prompt": "x", "temperature": "{MARKER}"}}'):  # fmt: skip
+            assert web.post("/v1/completions", content=body).status_code == 400
+        assert web.get(f"/nowhere?{MARKER}", headers={"authorization": f"Bearer {MARKER}"}).status_code == 404
 
 
 def test_without_a_certificate_no_port_answers(guarded: Guarded) -> None:
