@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,14 +15,17 @@ import pytest
 
 from kvferry import Client, Error, PermissionDeniedError, TlsConfig, UnavailableError, errors
 from kvferry._roles import CertificateRole
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import clone_root
 from kvferry.cli.service_tls import CertificateFolder, open_service_channel
 from tests.certificates import make_authority
-from tests.integration.conftest import Running, started
+from tests.integration.conftest import ENVIRONMENT, Running, started
 from tests.listening import listening
 
+WRITE_TIMEOUT_S = 1.5
 MARKER = "zanzibarquokka"
 PROMPT = f"Say {MARKER} and then tell me about the sea. " + "The wind blows and the ship sails on. " * 20
 
@@ -43,7 +47,9 @@ class Guarded:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = make_authority(tmp_path_factory.mktemp("certs"))
-    with started(tmp_path_factory.mktemp("logs"), kv_memory="64MiB", tls=folder, log_level="debug") as running:
+    environment = {**ENVIRONMENT, "KVFERRY_WRITE_TIMEOUT_S": f"{WRITE_TIMEOUT_S}"}
+    settings = {"kv_memory": "64MiB", "tls": folder, "log_level": "debug"}
+    with started(tmp_path_factory.mktemp("logs"), environment, **settings) as running:
         yield Guarded(running.local, CertificateFolder(folder))
 
 
@@ -122,6 +128,38 @@ def test_nothing_listens_beyond_the_loopback(guarded: Guarded) -> None:
         addresses = listening(guarded.local.pid(member.name))
         assert addresses, member.name
         assert all(address.is_loopback for address in addresses), (member.name, addresses)
+
+
+def test_who_reads_nothing_holds_no_blocks(guarded: Guarded) -> None:
+    """Long before the answer's end, and although the client is there."""
+    certificate, key = guarded.folder.pair(CertificateRole.OPERATOR)
+    channel, stub = guarded.stub(
+        "decode-0", TlsConfig(guarded.folder.ca, private_key=key, certificate_chain=certificate)
+    )
+
+    def num_held() -> int:
+        blocks = stub.GetStats(worker_pb2.GetStatsRequest(), timeout=10).state.load.blocks
+        return int(blocks.active + blocks.lent)
+
+    request = inference_pb2.GenerateRequest(
+        text="Count.",
+        sampling=common_pb2.SamplingParams(max_tokens=1000, temperature=0, num_logprobs=20, ignore_eos=True),
+    )
+    # By itself gRPC takes up to megabytes from its peer before anybody has asked for them.
+    small = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384))
+    credentials = grpc.ssl_channel_credentials(guarded.folder.ca.read_bytes())
+    with channel, grpc.secure_channel(guarded.local.grpc_address, credentials, small) as lazy:
+        stream = inference_pb2_grpc.InferenceServiceStub(lazy).Generate(request, timeout=120)
+        next(stream)
+        until_s = time.monotonic() + 20
+        while not num_held():
+            assert time.monotonic() < until_s
+        while num_held():
+            assert time.monotonic() < until_s, "it holds them still"
+            time.sleep(0.1)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+    assert errors.from_rpc_error(caught.value).reason == "CLIENT_TOO_SLOW"
 
 
 def test_an_operator_drains_a_worker(guarded: Guarded) -> None:
