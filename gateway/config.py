@@ -39,7 +39,9 @@ class GatewayConfig(TlsOptions):
         minimum=1,
     )
     retry_ratio: float = option(
-        0.2, help="retries that bring nothing, at most, for each request; three a second more are free", minimum=0
+        0.2,
+        help="retries that bring nothing, at most, for each request; each gateway has three a second more",
+        minimum=0,
     )
     min_ship_tokens: int = option(
         32,

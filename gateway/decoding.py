@@ -15,6 +15,7 @@ from gateway.request import DecodeDone, Stream, StreamFailed, TicketCame, TokenC
 from gateway.run import Run
 from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import CancelledError, Error, UnavailableError
+from services.runtime.backoff import jittered
 from services.runtime.failure import from_failure
 
 log = structlog.get_logger(__name__)
@@ -135,7 +136,7 @@ def as_lost(error: Error, worker_id: str) -> Error:
     if error.reason not in (UnavailableError.default_reason, CancelledError.default_reason):
         return error
     text = f"worker {worker_id} was lost or cannot be reached; send the request again"
-    return UnavailableError(text, reason="WORKER_LOST", retry_after_s=WORKER_RETRY_S)
+    return UnavailableError(text, reason="WORKER_LOST", retry_after_s=jittered(WORKER_RETRY_S))
 
 
 def stalled(worker_id: str, timeout_s: float) -> UnavailableError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections import Counter as Counts
 from collections import deque
@@ -64,6 +63,7 @@ from kvferry.errors import (
 )
 from services.directory.index import Prefix
 from services.engine.hashing import chain_root, extend_chain
+from services.runtime.backoff import jittered
 from services.runtime.channels import Channels
 from services.runtime.tracing import outgoing_metadata
 
@@ -100,13 +100,12 @@ class Dispatcher:
     def __init__(
         self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, routing: Policy,
         min_ship_tokens: int, max_attempts: int, stall_timeout_s: float, eos_token_ids: Iterable[int] = (),
-        retry_ratio: float = 0.2,
+        budget: RetryBudget | None = None,
         objectives: Objectives = _NO_OBJECTIVES,
     ) -> None:  # fmt: skip
-        """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it.  ``retry_ratio``: retries
-        that bring nothing, at most, for each request."""
+        """``stall_timeout_s``: a worker that says nothing of a request for so long has failed it."""
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._budget = RetryBudget(retry_ratio)
+        self._budget = budget or RetryBudget(0.2)
         self._apart = Apart()
         self._waiting: dict[Run, _Wait] = {}  # for a worker to join
         self._view = view
@@ -290,7 +289,7 @@ class Dispatcher:
             _OVER_BUDGET.inc()
             log.warning("over_retry_budget", request_id=run.job.request_id)
             what = "many requests are being started over at the moment, and this one is not"
-            return NotRouted(UnavailableError(what, reason="RETRY_BUDGET", retry_after_s=_jittered(WORKER_RETRY_S)))
+            return NotRouted(UnavailableError(what, reason="RETRY_BUDGET", retry_after_s=jittered(WORKER_RETRY_S)))
         event = self._choose(run, excluded)
         if isinstance(event, Routed):
             run.spent = self._budget.spend(now_s)
@@ -321,7 +320,7 @@ class Dispatcher:
             )
         except NoWorkerError as e:
             self._remember(run, Refusal(str(e), e.passed_over))
-            return NotRouted(UnavailableError(str(e), reason="NO_WORKER", retry_after_s=NO_WORKER_RETRY_S))
+            return NotRouted(UnavailableError(str(e), reason="NO_WORKER", retry_after_s=jittered(NO_WORKER_RETRY_S)))
         finally:
             run.trace.route_s = time.monotonic() - started_s  # the last time counts: others were in the line
 
@@ -411,10 +410,6 @@ class Dispatcher:
             control_address=candidate.address,
             process=state.info.process if state else None,
         )
-
-
-def _jittered(seconds: float) -> float:
-    return seconds * random.uniform(0.5, 1.0)
 
 
 def _to_pull_source(pull: Pull | None) -> worker_pb2.PullSource | None:

@@ -23,6 +23,8 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
 from kvferry.errors import Error, OverloadedError
 from services.engine.model_files import ModelFiles
+from services.runtime.backoff import jittered
+from services.runtime.logs import loggable
 from services.runtime.units import to_us
 
 log = structlog.get_logger(__name__)
@@ -155,7 +157,7 @@ class Frontend:
         if self._draining or self.num_in_flight >= self._max_requests:
             _REQUESTS.labels("refused").inc()
             what = "the gateway is shutting down" if self._draining else f"{self.num_in_flight} requests are in flight"
-            raise OverloadedError(what, retry_after_s=RETRY_AFTER_S)
+            raise OverloadedError(what, retry_after_s=jittered(RETRY_AFTER_S))
         self.num_in_flight += 1
         self.num_requests_total += 1
         _IN_FLIGHT.inc()
@@ -177,7 +179,7 @@ class Frontend:
             outcome = "completed"
         except Error as e:
             outcome = e.reason.lower()
-            log.info("request_failed", reason=e.reason, error=e.message)
+            log.info("request_failed", reason=e.reason, error=loggable(e))
             raise
         finally:
             self.num_in_flight -= 1

@@ -173,7 +173,7 @@ class RequestMachine:
                 self.state = State.ATTEMPTING
                 return [OpenDecode(self.attempt)]
             case NotRouted(error=error):
-                return self._fail(self._last_error or error)
+                return self._fail(_with_hint(self._last_error, error) if self._last_error else error)
             case TicketCame(ticket=ticket):
                 return [OpenPrefill(self.attempt, ticket)]
             case TokenCame(stream=stream, token=token):
@@ -271,3 +271,10 @@ class RequestMachine:
     def _fail(self, error: Error) -> list[Action]:
         self.state = State.ENDED
         return [CancelAttempt(self.attempt), Fail(error)]
+
+
+def _with_hint(cause: Error, refusal: Error) -> Error:
+    """Why it failed, and when to come again: by the refusal to start it over, where the cause does not say."""
+    if cause.retry_after_s is not None or refusal.retry_after_s is None:
+        return cause
+    return type(cause)(cause.message, reason=cause.reason, retry_after_s=refusal.retry_after_s, metadata=cause.metadata)

@@ -20,11 +20,18 @@ class Slice:
 
 class RetryBudget:
     """Within any ``window_s``: ``ratio`` times as many retries as requests, and ``floor_per_s`` more, so that a gateway
-    with little to do can make some as well.  A retry that got somewhere is given back and costs nothing."""
+    with little to do can make some as well.  A retry that got somewhere is given back and costs nothing.
 
-    def __init__(self, ratio: float, *, floor_per_s: float = 3.0, window_s: float = 10.0, num_slices: int = 10) -> None:
+    Parts of a whole keep its budget without talking: shares of their requests are a share of all.  Of what does not depend
+    on requests each of ``num_sharers`` has its part, and at least one retry."""
+
+    def __init__(
+        self, ratio: float, *, floor_per_s: float = 3.0, window_s: float = 10.0, num_slices: int = 10,
+        num_sharers: int = 1,
+    ) -> None:  # fmt: skip
         self._ratio = ratio
-        self._floor = floor_per_s * window_s
+        floor = floor_per_s * window_s
+        self._floor = max(floor / num_sharers, min(1.0, floor))
         self._window_s = window_s
         self._slice_s = window_s / num_slices
         self._slices: deque[Slice] = deque()

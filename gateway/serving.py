@@ -25,6 +25,7 @@ from gateway.link import DecodeLinks
 from gateway.metrics import registry_of
 from gateway.readiness import Readiness
 from gateway.rpc.server import RpcServer
+from gateway.retry_budget import RetryBudget
 from gateway.seat import Seat
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.shared_quotas import SharedQuotas
@@ -78,7 +79,7 @@ async def run_gateway(
             view, channels, links, model_revision=files.config.revision, routing=config.routing,
             min_ship_tokens=config.min_ship_tokens, max_attempts=config.max_attempts,
             stall_timeout_s=config.stall_timeout_s, eos_token_ids=files.config.eos_token_ids,
-            retry_ratio=config.retry_ratio,
+            budget=RetryBudget(config.retry_ratio, num_sharers=seat.count if seat else 1),
             objectives=Objectives(config.max_queue_s, config.slo_ttft_s or inf, config.slo_itl_s or inf),
         )  # fmt: skip
         frontend = Frontend(

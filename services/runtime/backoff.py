@@ -5,6 +5,11 @@ from __future__ import annotations
 import random
 
 
+def jittered(seconds: float) -> float:
+    """A hint when to come again, for one of many who are refused together: that long, or up to half as long again."""
+    return seconds * random.uniform(1.0, 1.5)
+
+
 class Backoff:
     """Doubling delays with full jitter, so that many clients of one lost service do not return in step.  Not for use by
     several tasks at once."""

@@ -14,6 +14,7 @@ from opentelemetry import trace
 from kvferry import errors
 from services.runtime import tracing
 from services.runtime.handlers import rebuilt
+from services.runtime.logs import loggable
 
 _log = structlog.stdlib.get_logger(__name__)
 
@@ -172,7 +173,7 @@ class _Scope:
             self._span_scope.__exit__(None, None, None)
 
     async def _abort(self, error: errors.Error) -> None:
-        self._span.set_status(trace.StatusCode.ERROR, error.message)
+        self._span.set_status(trace.StatusCode.ERROR, loggable(error))
         self._span.set_attribute("error.type", error.reason)
         status = errors.to_status(error)
         await self._context.abort(status.code, status.details, status.trailing_metadata)

@@ -10,6 +10,16 @@ import structlog
 from opentelemetry import trace
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from kvferry.errors import Error, InvalidRequestError, NotFoundError
+
+
+def loggable(error: Error) -> str:
+    """What logs and spans may say of an error: its words, but where these quote what a client sent, the field alone."""
+    if not isinstance(error, InvalidRequestError | NotFoundError):
+        return error.message
+    field = error.metadata.get("field")
+    return f"the request was wrong in {field}" if field else "the request was wrong"
+
 
 class LogLevel(Enum):
     DEBUG = "debug"

@@ -18,6 +18,7 @@ from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProces
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kvferry.errors import Error
+from services.runtime.logs import loggable
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID_LENGTH = 128
@@ -132,6 +133,6 @@ class RequestScope:
 
     def end(self, error: Error | None = None) -> None:
         if error is not None:
-            self._span.set_status(trace.StatusCode.ERROR, error.message)
+            self._span.set_status(trace.StatusCode.ERROR, loggable(error))
             self._span.set_attribute("error.type", error.reason)
         self._span.end()

@@ -43,7 +43,6 @@ from services.runtime.process import this_process
 from services.runtime.server import add_standard_services, bind, create_inner_server, running, set_ready, split_address
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
-from services.runtime.tls import is_loopback
 from services.worker.compute import Compute
 from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes
 from services.worker.device import choose_devices
@@ -59,6 +58,7 @@ from services.worker.servicer import StopTransfer, WorkerServicer, drain
 from services.worker.worker import Identity, Worker
 from transport import Region, TransportError
 from transport import create as create_transport
+from transport.interfaces import devices_at
 from transport.reach import look_at_reach
 
 if TYPE_CHECKING:
@@ -144,6 +144,14 @@ async def run_worker(config: WorkerConfig, role: Role, other: Role) -> None:
             worker.end_streams()
 
 
+def _confine_ucx(host: str) -> None:
+    """By itself UCX listens on every interface, and lets in whoever reaches it (SECURITY.md): who does not reach the gRPC
+    server has no business with the pool."""
+    if "UCX_NET_DEVICES" not in os.environ and (devices := devices_at(host)) is not None:
+        os.environ["UCX_NET_DEVICES"] = devices
+    log.info("kv_network", devices=os.environ.get("UCX_NET_DEVICES", "every interface"))
+
+
 @asynccontextmanager
 async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterator[Worker]:
     """Model, pool, transport and engine.  The engine is not started yet."""
@@ -158,9 +166,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         else:
             compiled = config.kernels is Kernels.COMPILED and config.tp == 1
             dtype = await asyncio.to_thread(choose_dtype, model, config.dtype, compiled=compiled)
-        if is_loopback(split_address(config.listen)[0]):
-            # UCX would listen on every interface; who does not reach the gRPC server has no business with the pool.
-            os.environ.setdefault("UCX_NET_DEVICES", "lo")
+        _confine_ucx(split_address(config.listen)[0])
         transport = create_transport("ucx")
     except (Error, TransportError) as e:
         raise StartupError(str(e)) from e

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from services.engine.blocks import OutOfBlocksError
 from services.engine.growth import Growing, peak_growth
 from services.engine.sampling_params import Drawn
-from services.engine.scheduler import Plan, QueueFullError, Scheduler
+from services.engine.scheduler import NeverFitsError, Plan, QueueFullError, Scheduler
 from services.engine.sequence import Sequence, SequenceId, Stage, TokenDrawn
 from tests.engine.test_scheduler import BLOCK, FakeModel, expected, scheduler, sequence
 
@@ -187,6 +187,51 @@ def test_every_request_ends_with_its_tokens(
         assert counts.active == len(each.pinned)
         assert not counts.lent
         assert not counts.quarantined
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 24), st.integers(1, 20)), min_size=1, max_size=5),
+    st.lists(st.tuples(st.integers(1, 24), st.integers(1, 6)), min_size=1, max_size=5),
+    st.integers(0, 8), st.integers(1, 4), st.booleans(),
+)  # fmt: skip
+def test_whoever_was_taken_ends_however_many_reservations_come(
+    asks: list[tuple[int, int]], strangers: list[tuple[int, int]], spare: int, max_running: int, look_ahead: bool
+) -> None:
+    """Without end, and always before anybody else could have the blocks; each for a writer that gives up some steps
+    later."""
+    num_blocks = spare + max(-(-(num_prompt + max_tokens) // BLOCK) for num_prompt, max_tokens in asks)
+    side = Side(scheduler(num_blocks, max_running=max_running, look_ahead=look_ahead), FakeModel(num_blocks))
+    pool = side.scheduler.pool
+    answers: dict[str, int] = {}
+    for number, (num_prompt, max_tokens) in enumerate(asks):
+        side.scheduler.add(sequence(f"{number}", [number] * num_prompt, max_tokens))
+    held: dict[int, tuple[Sequence, list[int]]] = {}  # by the stranger
+    until: dict[int, int] = {}
+    num_strangers = 0
+    for step in range(MAX_ROUNDS):
+        if len(answers) == len(asks):
+            break
+        for stranger in [s for s, end in until.items() if end <= step]:
+            reserved, lent = held.pop(stranger)
+            del until[stranger]
+            pool.quarantine(lent)
+            side.scheduler.abort(reserved.id)
+            pool.restore(lent)
+        for _ in range(num_blocks):
+            num_prompt, num_steps = strangers[num_strangers % len(strangers)]
+            reserved = sequence(f"stranger {num_strangers}", [100 + num_strangers] * num_prompt, 1)
+            num_strangers += 1
+            try:
+                _, lent = side.scheduler.reserve(reserved)
+            except (OutOfBlocksError, NeverFitsError):
+                continue
+            held[num_strangers], until[num_strangers] = (reserved, lent), step + num_steps
+        for event in side.step(ahead=False) or ():
+            if event.finish is not None:
+                answers[event.id] = event.index + 1
+        side.check()
+    assert answers == {f"{number}": max_tokens for number, (_, max_tokens) in enumerate(asks)}, "some are starved"
 
 
 def test_what_is_reserved_or_waits_counts_before_it_grows() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -256,6 +257,82 @@ def test_reservations_do_not_starve_those_who_run_or_wait() -> None:
     assert refused, "the pool was tight"
     assert started > 300
     assert longest_silence < 60
+
+
+def reserved(s: Scheduler, num_blocks: int) -> bool:
+    """Whether room was found for a stranger's prompt of so many blocks; it is given back."""
+    q = sequence("stranger", [9] * (num_blocks * BLOCK - 1), 1)
+    try:
+        _, lent = s.reserve(q)
+    except OutOfBlocksError:
+        return False
+    s.pool.quarantine(lent)
+    s.abort(q.id)
+    s.pool.restore(lent)
+    return True
+
+
+def test_a_reservation_leaves_a_block_for_each_that_grows_those_that_arrive_yet_among_them() -> None:
+    s, model = scheduler(12, max_step_tokens=64), FakeModel(12)
+    assert reserved(s, 12)
+    s.reserve(sequence("arrives", [1] * BLOCK, 20))
+    assert [reserved(s, num) for num in (10, 11)] == [True, False]
+    s.add(sequence("runs", [2] * BLOCK, 20))
+    plan = s.plan()
+    assert plan is not None
+    s.complete(plan, model.run(plan))
+    free = s.pool.num_available
+    assert [reserved(s, num) for num in (free - 2, free - 1)] == [True, False]
+
+
+def test_a_reservation_leaves_what_the_first_in_the_queue_needs_where_there_is_a_place_for_it() -> None:
+    for max_running, may in ((1, True), (2, False)):
+        s, model = scheduler(12, max_running=max_running, max_step_tokens=64), FakeModel(12)
+        s.add(sequence("runs", [1] * (4 * BLOCK), 40))
+        plan = s.plan()
+        assert plan is not None
+        s.complete(plan, model.run(plan))
+        s.add(sequence("waits", [2] * (5 * BLOCK), 1))
+        assert reserved(s, s.pool.num_available - 1 - 5)
+        assert reserved(s, s.pool.num_available - 1) is may
+
+
+def test_whoever_starts_leaves_a_block_for_each_that_runs() -> None:
+    for num_blocks, starts in ((6, False), (7, True)):
+        s, model = scheduler(num_blocks, max_step_tokens=64), FakeModel(num_blocks)
+        s.add(sequence("runs", [1] * (2 * BLOCK), 5))
+        plan = s.plan()
+        assert plan is not None
+        s.complete(plan, model.run(plan))
+        s.add(sequence("waits", [2] * (3 * BLOCK), 1))
+        plan = s.plan()  # whoever runs takes its third block first
+        assert plan is not None
+        assert (len(plan.sequences) == 2) is starts
+
+
+def test_a_prompt_that_is_written_elsewhere_is_preempted_for_nobody() -> None:
+    """Its first chunks are read by a transfer already."""
+    s, model = scheduler(7, max_step_tokens=4 * BLOCK), FakeModel(7)
+    grows = sequence("grows", [1] * (2 * BLOCK), 9)
+    s.add(grows)
+    while len(grows.tokens) < 3 * BLOCK - 1:
+        plan = s.plan()
+        assert plan is not None
+        s.complete(plan, model.run(plan))
+    written = sequence("written", [2] * (3 * BLOCK), 1, prefill_only=True)
+    s.add(written)
+    s.limits = replace(s.limits, max_step_tokens=BLOCK)  # so that it takes several steps
+    table: list[int] = []
+    while written.num_output == 0:
+        plan = s.plan()
+        assert plan is not None
+        s.complete(plan, model.run(plan))
+        assert written.block_table[: len(table)] == table
+        table = list(written.block_table)
+        if len(s.pool.lent_blocks()) == 0 and s.pool.num_available:
+            s.pool.lend(s.pool.num_available)  # nothing is left to grow into
+    assert grows.num_preemptions > 0
+    assert written.num_preemptions == 0
 
 
 def test_an_abort_during_a_step_keeps_the_blocks_until_its_end() -> None:

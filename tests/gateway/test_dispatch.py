@@ -10,7 +10,8 @@ from contextlib import aclosing, asynccontextmanager
 import grpc
 import pytest
 
-from gateway.dispatch import Dispatcher
+from gateway.decoding import WORKER_RETRY_S, as_lost
+from gateway.dispatch import NO_WORKER_RETRY_S, Dispatcher
 from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
 from gateway.pace import Pace
@@ -35,14 +36,15 @@ def view_of(address: str) -> ClusterView:
     return view
 
 
-def join(view: ClusterView, address: str, incarnation: int = 1) -> None:
+def join(view: ClusterView, address: str, incarnation: int = 1, worker_id: str = "decode-0") -> None:
     info = directory_pb2.WorkerInfo(
-        worker_id="decode-0", incarnation=incarnation, role=common_pb2.WORKER_ROLE_DECODE, control_address=address,
+        worker_id=worker_id, incarnation=incarnation, role=common_pb2.WORKER_ROLE_DECODE, control_address=address,
         model=common_pb2.ModelInfo(revision=REVISION), layout=common_pb2.Layout(block_size_tokens=16),
     )  # fmt: skip
     load = directory_pb2.WorkerLoad(blocks=common_pb2.BlockCounts(free=100))
     joined = directory_pb2.Event(joined=directory_pb2.WorkerState(info=info, load=load))
-    view.apply(directory_pb2.WatchResponse(revision=incarnation, events=[joined], snapshot=True))
+    is_first = not view.workers
+    view.apply(directory_pb2.WatchResponse(revision=view.revision + 1, events=[joined], snapshot=is_first))
 
 
 Answer = AsyncGenerator[list[common_pb2.Token], None]
@@ -50,7 +52,7 @@ Answer = AsyncGenerator[list[common_pb2.Token], None]
 
 @asynccontextmanager
 async def dispatching(
-    stall_timeout_s: float = LONG_S, max_attempts: int = 1, retry_ratio: float = 0.2
+    stall_timeout_s: float = LONG_S, max_attempts: int = 1, budget: RetryBudget | None = None
 ) -> AsyncIterator[tuple[Played, Dispatcher]]:
     async with playing() as (played, address), Channels() as channels, DecodeLinks(channels) as links:
         yield (
@@ -58,7 +60,7 @@ async def dispatching(
             Dispatcher(
                 view_of(address), channels, links, model_revision=REVISION, routing=Policy.KV_AWARE,
                 min_ship_tokens=32, max_attempts=max_attempts,
-                stall_timeout_s=stall_timeout_s, retry_ratio=retry_ratio,
+                stall_timeout_s=stall_timeout_s, budget=budget,
             ),
         )  # fmt: skip
 
@@ -265,9 +267,9 @@ async def test_beyond_the_budget_who_has_begun_waits_and_who_has_not_is_told_to_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("gateway.run.FORGIVE_S", (0.02, 0.02))
-    async with dispatching(max_attempts=9, retry_ratio=0) as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
-        dispatcher._budget = RetryBudget(0.0, floor_per_s=0.1)  # one
-        spent = dispatcher._budget.spend(time.monotonic())
+    budget = RetryBudget(0.0, floor_per_s=0.1)  # one
+    async with dispatching(max_attempts=9, budget=budget) as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
+        spent = budget.spend(time.monotonic())
         refused = begin(ask(dispatcher))
         played.say(failure(await opened(played)))
         with pytest.raises(UnavailableError, match="gone"):
@@ -277,10 +279,33 @@ async def test_beyond_the_budget_who_has_begun_waits_and_who_has_not_is_told_to_
         await until_waiting(dispatcher)
         await asyncio.sleep(0.1)
         assert played.sent.empty()
-        dispatcher._budget.give_back(spent)
+        budget.give_back(spent)
         played.say(token(await opened(played), 0))
         assert [t.index for t in await more] == [1]
-        assert dispatcher._budget.can_spend(time.monotonic()), "it got further, so its retry costs nothing"
+        assert budget.can_spend(time.monotonic()), "it got further, so its retry costs nothing"
+
+
+async def test_a_retry_that_brings_nothing_is_spent_and_the_next_request_goes_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever goes without is told what happened, and when to come back, not all at the same time."""
+    monkeypatch.setattr("gateway.run.RETRY_BACKOFF_S", (0.001, 0.01))
+    hints = set()
+    async with dispatching(max_attempts=2, budget=RetryBudget(0.0, floor_per_s=0.1)) as (played, dispatcher):
+        (known,) = dispatcher._view.workers.values()
+        join(dispatcher._view, known.info.control_address, worker_id="decode-1")
+        for num_attempts in (2, 1, 1, 1):
+            refused = begin(ask(dispatcher))
+            for _ in range(num_attempts):
+                played.say(failure(await opened(played)))
+            with pytest.raises(UnavailableError, match="gone") as caught:
+                await refused
+            assert played.sent.empty()
+            if num_attempts == 1:
+                hints.add(caught.value.retry_after_s)
+    assert None not in hints
+    assert len(hints) == 3
+    assert all(WORKER_RETRY_S <= hint <= 1.5 * WORKER_RETRY_S for hint in hints if hint is not None)
 
 
 async def test_a_worker_that_leaves_its_calls_open_at_its_end_is_lost() -> None:
@@ -293,6 +318,22 @@ async def test_a_worker_that_leaves_its_calls_open_at_its_end_is_lost() -> None:
             await answer
         assert caught.value.reason == "WORKER_LOST"
         assert caught.value.retry_after_s
+
+
+async def test_those_who_lose_a_worker_together_are_not_told_to_come_back_together() -> None:
+    lost = [as_lost(UnavailableError("gone"), "decode-0").retry_after_s for _ in range(9)]
+    missed = []
+    async with dispatching() as (_, dispatcher):
+        left = directory_pb2.WorkerLeft(worker_id="decode-0", incarnation=1)
+        dispatcher._view.apply(directory_pb2.WatchResponse(revision=9, events=[directory_pb2.Event(left=left)]))
+        for _ in range(9):
+            with pytest.raises(UnavailableError) as caught:
+                await anext(ask(dispatcher))
+            assert caught.value.reason == "NO_WORKER"
+            missed.append(caught.value.retry_after_s)
+    for hints, least_s in ((lost, WORKER_RETRY_S), (missed, NO_WORKER_RETRY_S)):
+        assert len(set(hints)) == 9
+        assert all(hint is not None and least_s <= hint <= 1.5 * least_s for hint in hints)
 
 
 @pytest.mark.parametrize("reason", ["EXPIRED", "REPLACED", "DEREGISTERED"])

@@ -265,6 +265,19 @@ def test_attempts_are_bounded_and_the_first_cause_is_told() -> None:
     assert m.on(NotRouted(UnavailableError("nobody left"))) == [CancelAttempt(2), Fail(LOST)]
 
 
+def test_a_cause_without_a_hint_is_told_with_that_of_the_refusal() -> None:
+    refusal = UnavailableError("over the budget", reason="RETRY_BUDGET", retry_after_s=2.0)
+    for cause, hint in ((AbortedError("late", reason="R", metadata={"a": "b"}), 2.0),
+                        (UnavailableError("gone", retry_after_s=0.5), 0.5)):  # fmt: skip
+        machine = split()
+        machine.on(failed(Stream.DECODE, cause))
+        [*_, last] = machine.on(NotRouted(refusal))
+        assert isinstance(last, Fail)
+        assert type(last.error) is type(cause)
+        assert (last.error.message, last.error.reason) == (cause.message, cause.reason)
+        assert (last.error.metadata, last.error.retry_after_s) == (cause.metadata, hint)
+
+
 def test_a_request_that_is_wrong_is_not_tried_twice() -> None:
     m = split()
     wrong = InvalidRequestError("wrong")

@@ -34,6 +34,18 @@ def test_requests_bring_their_share_for_as_long_as_the_window() -> None:
     assert not budget.can_spend(1.5 + WINDOW_S)
 
 
+@pytest.mark.parametrize("num_sharers", [1, 2, 3, 8, 100])
+def test_parts_of_a_gateway_have_together_what_one_would(num_sharers: int) -> None:
+    """But that each may make one."""
+    parts = [RetryBudget(0.2, num_sharers=num_sharers) for _ in range(num_sharers)]
+    assert 0.7 * 30 < sum(len(spend_all(part, 0.0)) for part in parts) <= max(30, num_sharers)
+    shared = [RetryBudget(0.2, num_sharers=num_sharers) for _ in range(num_sharers)]
+    for number in range(1000):
+        shared[number % num_sharers].request(0.0)
+    total = sum(len(spend_all(part, 0.0)) for part in shared)
+    assert 230 - num_sharers <= total <= max(230, 200 + num_sharers)
+
+
 def test_what_got_somewhere_costs_nothing() -> None:
     budget = RetryBudget(0.0, floor_per_s=0.1)
     for _ in range(100):

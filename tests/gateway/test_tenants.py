@@ -58,6 +58,21 @@ def test_a_digest_that_begins_alike_is_another_key() -> None:
     assert Keyring([(alike, Tenant("other", b""))]).tenant_of("a1") is None
 
 
+def test_digests_are_compared_in_constant_time_by_who_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append({one, other})
+        return answer
+
+    monkeypatch.setattr("gateway.tenants.hmac.compare_digest", compare)
+    digest, tenant = sha256("a1"), Tenant("a", b"")
+    alike = digest[:8] + digest[:7:-1]
+    for answer in (True, False):
+        assert Keyring([(alike, tenant)]).tenant_of("a1") == (tenant if answer else None)
+    assert compared == [{alike, digest}] * 2
+
+
 def test_a_cache_is_shared_by_those_who_name_it_alone() -> None:
     text = "".join(entry(name, name) for name in ("a", "b", "c", "docs"))
     keys = Keyring.parse(text + '[tenant.a]\ncache = "docs"\n[tenant.b]\ncache = "docs"\n')

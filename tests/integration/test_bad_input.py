@@ -49,6 +49,12 @@ def test_grpc(client: Client, arguments: dict[str, Any], error: type[Error], say
         client.generate(arguments.pop("prompt", "Hello"), **arguments).result()
 
 
+def test_a_prompt_that_is_too_long_has_a_reason_of_its_own(client: Client) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        client.generate("word " * 9000).result()
+    assert (caught.value.reason, caught.value.metadata["field"]) == ("PROMPT_TOO_LONG", "prompt")
+
+
 def test_bad_chats(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match="role"):
         client.chat([{"role": "wizard", "content": "x"}]).result()
@@ -88,7 +94,7 @@ def test_a_grpc_message_of_twenty_megabytes(cluster: Running, client: Client) ->
         (b'{"model": "smollm2-135m-instruct", "prompt": "x", "temperature": "hot"}', 400, "temperature"),
         (b'{"model": "smollm2-135m-instruct", "prompt": ""}', 400, "prompt"),
         (b'{"model": "nope", "prompt": "x"}', 404, "nope"),
-        (b'{"model": "smollm2-135m-instruct", "prompt": "' + b"word " * 9000 + b'"}', 400, "tokens"),
+        (b'{"model": "smollm2-135m-instruct", "prompt": "' + b"word " * 9000 + b'"}', 400, "prompt_too_long"),
         (b'{"model": "smollm2-135m-instruct", "prompt": "' + b"x" * 10_000_000 + b'"}', 413, "large"),
     ],
 )

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 import httpx
 import pytest
 
-from kvferry import Client, PermissionDeniedError, TlsConfig, UnavailableError, errors
+from kvferry import Client, Error, PermissionDeniedError, TlsConfig, UnavailableError, errors
 from kvferry._roles import CertificateRole
+from kvferry.api.common.v1 import common_pb2
+from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import clone_root
 from kvferry.cli.service_tls import CertificateFolder, open_service_channel
 from tests.certificates import make_authority
-from tests.integration.conftest import Running, started
+from tests.integration.conftest import ENVIRONMENT, Running, started
+from tests.listening import listening
 
+WRITE_TIMEOUT_S = 1.5
 MARKER = "zanzibarquokka"
 PROMPT = f"Say {MARKER} and then tell me about the sea. " + "The wind blows and the ship sails on. " * 20
 
@@ -45,7 +47,9 @@ class Guarded:
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
     folder = make_authority(tmp_path_factory.mktemp("certs"))
-    with started(tmp_path_factory.mktemp("logs"), kv_memory="64MiB", tls=folder, log_level="debug") as running:
+    environment = {**ENVIRONMENT, "KVFERRY_WRITE_TIMEOUT_S": f"{WRITE_TIMEOUT_S}"}
+    settings = {"kv_memory": "64MiB", "tls": folder, "log_level": "debug"}
+    with started(tmp_path_factory.mktemp("logs"), environment, **settings) as running:
         yield Guarded(running.local, CertificateFolder(folder))
 
 
@@ -69,10 +73,31 @@ def test_answers_are_those_of_a_cluster_in_the_clear_and_no_log_tells_them(
     )
     assert done.status_code == 200
     assert done.json()["usage"]["completion_tokens"] == 2
+    refuse_some(guarded)
     logs = {path.name: path.read_text() for path in guarded.local.log_dir.glob("*.log")}
     assert len(logs) == 4
     assert all(text for text in logs.values())
-    assert not [name for name, text in logs.items() if MARKER in text]
+    told = (MARKER, *(", ".join(map(str, ids[:4])) for ids in (client.tokenize(PROMPT), answer.token_ids)))
+    assert not [(name, what) for name, text in logs.items() for what in told if what in text]
+
+
+def refuse_some(guarded: Guarded) -> None:
+    """What is wrong with a request is told to its client, in its client's words."""
+    with Client(guarded.local.grpc_address, tls=guarded.client_tls, max_attempts=1) as secret:
+        for wrong in ({"stop": [MARKER * 50]}, {"model": MARKER}, {"request_id": f"{MARKER}\n"}):
+            with pytest.raises(Error, match=r"stop|model|request_id"):
+                secret.generate(PROMPT, **wrong).result()  # type: ignore[arg-type]
+        with pytest.raises(Error, match=MARKER):
+            secret.chat([{"role": MARKER, "content": PROMPT}]).result()
+        left = secret.generate(PROMPT, max_tokens=500, temperature=0, ignore_eos=True, stop=[MARKER])
+        next(left)
+        left.close()
+    verify = ssl.create_default_context(cafile=guarded.folder.ca)
+    with httpx.Client(base_url=guarded.local.http_url, verify=verify, timeout=60) as web:
+        for body in (f'{{"prompt": "{MARKER}"', f'{{"model": "m", "prompt": "x", "{MARKER}": "{MARKER}"}}',
+                     f'{{"model": "m", "prompt": "x", "temperature": "{MARKER}"}}'):  # fmt: skip
+            assert web.post("/v1/completions", content=body).status_code == 400
+        assert web.get(f"/nowhere?{MARKER}", headers={"authorization": f"Bearer {MARKER}"}).status_code == 404
 
 
 def test_without_a_certificate_no_port_answers(guarded: Guarded) -> None:
@@ -105,23 +130,36 @@ def test_nothing_listens_beyond_the_loopback(guarded: Guarded) -> None:
         assert all(address.is_loopback for address in addresses), (member.name, addresses)
 
 
-def listening(pid: int | None) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
-    """Where sockets of the process accept TCP connections (proc(5))."""
-    links = []
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            links.append(descriptor.readlink().name)
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            local, state = fields[1], fields[3]
-            if state == "0A" and f"socket:[{fields[9]}]" in links:
-                words = bytes.fromhex(local.partition(":")[0])
-                in_order = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
-                address = ipaddress.ip_address(in_order)
-                found.append(getattr(address, "ipv4_mapped", None) or address)
-    return found
+def test_who_reads_nothing_holds_no_blocks(guarded: Guarded) -> None:
+    """Long before the answer's end, and although the client is there."""
+    certificate, key = guarded.folder.pair(CertificateRole.OPERATOR)
+    channel, stub = guarded.stub(
+        "decode-0", TlsConfig(guarded.folder.ca, private_key=key, certificate_chain=certificate)
+    )
+
+    def num_held() -> int:
+        blocks = stub.GetStats(worker_pb2.GetStatsRequest(), timeout=10).state.load.blocks
+        return int(blocks.active + blocks.lent)
+
+    request = inference_pb2.GenerateRequest(
+        text="Count.",
+        sampling=common_pb2.SamplingParams(max_tokens=1000, temperature=0, num_logprobs=20, ignore_eos=True),
+    )
+    # By itself gRPC takes up to megabytes from its peer before anybody has asked for them.
+    small = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16384))
+    credentials = grpc.ssl_channel_credentials(guarded.folder.ca.read_bytes())
+    with channel, grpc.secure_channel(guarded.local.grpc_address, credentials, small) as lazy:
+        stream = inference_pb2_grpc.InferenceServiceStub(lazy).Generate(request, timeout=120)
+        next(stream)
+        until_s = time.monotonic() + 20
+        while not num_held():
+            assert time.monotonic() < until_s
+        while num_held():
+            assert time.monotonic() < until_s, "it holds them still"
+            time.sleep(0.1)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(stream)
+    assert errors.from_rpc_error(caught.value).reason == "CLIENT_TOO_SLOW"
 
 
 def test_an_operator_drains_a_worker(guarded: Guarded) -> None:

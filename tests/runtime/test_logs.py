@@ -12,6 +12,7 @@ import structlog
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
+from kvferry.errors import InvalidRequestError, NotFoundError, UnavailableError
 from services.runtime import logs, tracing
 
 
@@ -82,3 +83,11 @@ def test_a_terminal_gets_text() -> None:
         structlog.stdlib.get_logger("a").info("hello")
     assert "hello" in stream.getvalue()
     assert not stream.getvalue().startswith("{")
+
+
+def test_of_a_clients_mistake_the_field_is_told_and_nothing_that_it_wrote() -> None:
+    quoting = {"metadata": {"field": "chat.messages[0].role"}}
+    for wrong in (InvalidRequestError("not 'secret'", **quoting), NotFoundError("not 'secret'", **quoting)):  # type: ignore[arg-type]
+        assert logs.loggable(wrong) == "the request was wrong in chat.messages[0].role"
+    assert logs.loggable(NotFoundError("no 'secret'")) == "the request was wrong"
+    assert logs.loggable(UnavailableError("worker decode-0 was lost")) == "worker decode-0 was lost"

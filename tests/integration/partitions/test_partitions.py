@@ -11,6 +11,7 @@ import pytest
 
 from kvferry import Completion
 from tests.integration.partitions.world import DEADLINE_S, HOSTS, LEASE_S, World, a_world
+from tests.listening import listening
 
 LONG = "tell me of the ferry, and of the river. "
 WORKERS = ("prefill-0", "decode-0", "decode-1")
@@ -63,6 +64,13 @@ class Asking:
                 self._answer = stream.result()
         except Exception as e:
             self._answer = e
+
+
+def test_what_moves_kv_listens_where_its_worker_does_alone(world: World) -> None:
+    for name in WORKERS:
+        found = listening(world.local.pid(name))
+        assert {str(address) for address in found} == {world.network.address(name)}
+        assert len(found) >= 2, "its gRPC server, and UCX"
 
 
 @pytest.mark.parametrize("one_way", [False, True], ids=["both ways", "answers alone"])
