@@ -24,8 +24,8 @@ from gateway.http.server import HttpServer
 from gateway.link import DecodeLinks
 from gateway.metrics import registry_of
 from gateway.readiness import Readiness
-from gateway.rpc.server import RpcServer
 from gateway.retry_budget import RetryBudget
+from gateway.rpc.server import RpcServer
 from gateway.seat import Seat
 from gateway.servicer import ClusterServicer, InferenceServicer
 from gateway.shared_quotas import SharedQuotas
