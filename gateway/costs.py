@@ -210,7 +210,7 @@ def _each(terms: Terms) -> tuple[float, ...]:
 
 def _completed(candidates: Sequence[Candidate]) -> dict[WorkerKey, Rates]:
     fill_prefill = _Filler(candidates, lambda r: (r.prefill_tokens_per_s,))
-    fill_step = _Filler(candidates, lambda r: (r.step_base_s, r.step_per_sequence_s))
+    fill_step = _StepFiller(candidates)
     fill_bytes = _Filler(candidates, lambda r: (r.transfer_bytes_per_s,))
     fill_trip = _Filler(candidates, lambda r: (r.transfer_round_trip_s,))
     fill_host = _Filler(candidates, lambda r: (r.host_load_bytes_per_s,))
@@ -267,6 +267,22 @@ class _Filler:
     def of(self, candidate: Candidate) -> _Quantity:
         own = self._pick(candidate.rates)
         return own if _is_measured(own) else self._typical[candidate.role]
+
+
+class _StepFiller:
+    """The line of decode steps.  Who has seen steps of one size alone knows their time and not what one sequence more
+    would add: where that were taken for nothing, such a worker would get all that comes."""
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self._line = _Filler(candidates, lambda r: (r.step_base_s, r.step_per_sequence_s))
+        self._slope = _Filler(candidates, lambda r: (r.step_per_sequence_s,))
+
+    def of(self, candidate: Candidate) -> _Quantity:
+        base_s, each_s = self._line.of(candidate)
+        if each_s == 0:
+            (each_s,) = self._slope.of(candidate)
+            base_s = max(0.0, base_s - each_s)  # its steps were of one sequence at least
+        return base_s, each_s
 
 
 def _is_measured(values: _Quantity) -> bool:

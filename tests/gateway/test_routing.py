@@ -67,6 +67,17 @@ def test_a_full_pool_comes_last() -> None:
     assert names([P0, replace(D0, num_free_blocks=3), replace(D1, num_requests=9)]) == ("d1", "p0")
 
 
+def test_who_has_seen_steps_of_one_size_alone_does_not_get_all_that_comes() -> None:
+    """Its time of a step is known, and is the least here; what one sequence more would add is not."""
+    flat = replace(RATES, step_base_s=0.019, step_per_sequence_s=0.0)
+    went = [names([P0, replace(D0, rates=flat, num_requests=n), replace(D1, num_requests=1)])[0] for n in (0, 8)]
+    assert went == ["d0", "d1"], "a sequence more is taken to add what it adds elsewhere"
+    nobody_knows = [replace(each, rates=flat) for each in (D0, D1)]
+    terms = [route([P0, replace(each, num_requests=n)]).chosen.terms for n, each in enumerate(nobody_knows)]
+    assert terms[0].decode_s == pytest.approx(64 * 0.019), "of one sequence, as it was measured"
+    assert terms[1].decode_s > terms[0].decode_s
+
+
 def test_the_prefill_worker_that_is_done_first() -> None:
     busy = replace(P0, num_queued_prefill_tokens=4000)
     slow = replace(P1, rates=replace(RATES, prefill_tokens_per_s=400.0))
