@@ -79,6 +79,6 @@ def configure(service: str, *, level: str = "info", json: bool | None = None) ->
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [], True
-    # At debug asyncio and friends drown what the operator asked for.
-    for name in ("asyncio", "grpc", "urllib3", "filelock"):
+    # At debug asyncio and friends drown what the operator asked for, and HTTP's tell heads of requests: keys, and prompts.
+    for name in ("asyncio", "grpc", "h11", "hpack", "httpcore", "hyperframe", "urllib3", "filelock"):
         logging.getLogger(name).setLevel(max(logging.INFO, root.level))
