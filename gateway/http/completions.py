@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
 
@@ -134,6 +134,7 @@ class _Reply:
         self._write_timeout_s = write_timeout_s
         self.begun = False
         self._streams = False
+        self._write_now: Callable[[bytes], bool] | None = scope["state"].get("write_now")
         self.request_id: str = scope["state"]["request_id"]
         self.tenant: Tenant = scope["state"]["tenant"]
         self.wants_timeline = Headers(scope=scope).get("x-kvferry-timeline") == "1"
@@ -147,6 +148,8 @@ class _Reply:
         if not self.begun:
             self.begun = self._streams = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
+        if self._write_now is not None and self._write_now(events):
+            return
         try:
             async with asyncio.timeout(self._write_timeout_s):
                 await self._send({"type": "http.response.body", "body": events, "more_body": True})

@@ -19,6 +19,20 @@ class BoundedHeads(H11Protocol):
         self._head_timeout_s = head_timeout_s
         self._head_timer: asyncio.TimerHandle | None = None
         self._has_begun = False
+        self.app_state = {**self.app_state, "write_now": self.write_now}
+
+    def write_now(self, data: bytes) -> bool:
+        """Sends what is not nothing as a chunk of the response that has begun, past h11, which would take as long as all
+        else that a token costs here.  False where it would wait, or be no chunk."""
+        if (
+            self.flow.write_paused
+            or self.transport.is_closing()
+            or self.conn.our_state is not h11.SEND_BODY
+            or self.conn.their_http_version != b"1.1"
+        ):
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn has it
         super().connection_made(transport)

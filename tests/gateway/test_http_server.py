@@ -273,6 +273,23 @@ async def test_tokens_arrive_as_they_come() -> None:
         assert b'{"content":"def"}' in await reader.readuntil(b"[DONE]")
 
 
+async def test_a_client_of_http_1_0_gets_no_chunks() -> None:
+    front_door = ScriptedFrontDoor(started(), chunk("abc"), chunk("def"), finished())
+    content = body(True)
+    async with serving(front_door) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"POST {CHAT} HTTP/1.0\r\ncontent-length: {len(content)}\r\n\r\n".encode() + content)
+        async with asyncio.timeout(SOON_S):
+            answer = await reader.read()
+        writer.close()
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert b"chunked" not in head.lower()
+    assert events.startswith(b"data: ")
+    assert all(line.startswith(b"data: ") for line in events.split(b"\n\n") if line)
+    assert b"abc" in events
+    assert b"def" in events
+
+
 async def test_ten_megabytes_are_refused_and_the_client_hears_of_it() -> None:
     front_door = ScriptedFrontDoor(started(), finished())
     async with serving(front_door) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
