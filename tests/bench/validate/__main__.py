@@ -33,6 +33,7 @@ OUT = ROOT / "build" / "bench" / "validate.json"
 MEASURED = ROOT / "build" / "bench" / "validate-measured.json"
 GOAL = 0.15
 LEVELS = (0.3, 0.6, 0.9)
+FEWEST_REQUESTS = 5  # to be expected of a load
 FLEETS = (Fleet("split", 1, 1, 256), Fleet("colocated", 0, 2, 64))
 KNEE_SHARE, KNEE_SECONDS, MOST_RATE, KNEE_STEPS = 0.9, 300.0, 20.0, 10
 
@@ -59,6 +60,11 @@ def take(options: argparse.Namespace, objectives: Slo, console: Console) -> None
             served = serving(costs.costs, probes, fleet)
             highest = knee(fleet, costs, served, objectives, options.seed)
             say(console, f"{fleet.name}: {highest:.2f} requests/s at the knee, by the plan's simulator; {told(served)}")
+            if LEVELS[0] * highest * options.seconds < FEWEST_REQUESTS:
+                raise SystemExit(
+                    f"bench-validate: {options.seconds:g} s of the lightest load would be fewer than {FEWEST_REQUESTS} "
+                    "requests; ask for less with --slo, or give more --seconds"
+                )
             return [(f * highest, load(f * highest, options.seconds, options.seed)) for f in LEVELS]
 
         found.append(measured.measure(fleet, loads, options.seed))
@@ -114,7 +120,7 @@ def _ratio(value: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench-validate", description=__doc__)
-    parser.add_argument("--slo", default="ttft=2s,itl=150ms", help="what a good request keeps (default: %(default)s)")
+    parser.add_argument("--slo", default="ttft=5s,itl=300ms", help="what a good request keeps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
     parser.add_argument("--seed", type=int, default=0)
