@@ -120,6 +120,12 @@ class Stack:
         """Whatever its status."""
         return self._try(["docker", "exec", f"{PROJECT}-{service}-1", *command])
 
+    def labels(self, image: str) -> dict[str, str]:
+        told: dict[str, str] = json.loads(
+            self._run(["docker", "image", "inspect", "--format", "{{json .Config.Labels}}", image])
+        )
+        return told
+
     def image_nbytes(self, image: str) -> int:
         return int(self._run(["docker", "image", "inspect", "--format", "{{.Size}}", image]))
 

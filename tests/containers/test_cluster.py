@@ -15,9 +15,9 @@ import httpx
 import openai
 import pytest
 
-from kvferry import Client, UnavailableError
+from kvferry import Client, UnavailableError, __version__
 from tests.containers.load import Load, answers, load, prompts
-from tests.containers.stack import ALL, HERE, OTHERS, SERVICES, WORKERS, Stack
+from tests.containers.stack import ALL, HERE, IMAGES, OTHERS, SERVICES, WORKERS, Stack
 
 PREFILL = tuple(name for name in WORKERS if name.startswith("prefill"))
 BACK_S = 90.0
@@ -126,6 +126,15 @@ def test_the_gateways_image_is_small(stack: Stack) -> None:
     except AssertionError:
         pytest.skip(f"the engine does not hold {base}, which the image was built on")
     assert 0 < above <= MAX_GATEWAY_NBYTES
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_an_image_says_what_it_is(stack: Stack, image: str) -> None:
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in stack.labels(image).items()}
+    assert labels["title"] == "kvferry"
+    assert labels["licenses"] == "Apache-2.0"
+    assert labels["version"] == __version__
+    assert re.fullmatch(r"[0-9a-f]{40}", labels["revision"])
 
 
 @pytest.mark.parametrize("name", ["gateway-1", "decode-1"])
