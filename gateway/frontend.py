@@ -222,7 +222,7 @@ class Frontend:
                 clock.tokens_left(len(pieces))
                 response = inference_pb2.GenerateResponse()
                 response.chunk.text = "".join(pieces)
-                response.chunk.tokens.extend(tokens if len(pieces) == len(tokens) else tokens[: len(pieces)])
+                response.chunk.tokens.extend(tokens[: len(pieces)])
                 yield response
                 if text.stopped:
                     break

@@ -20,6 +20,7 @@ import h2.events
 import h2.exceptions
 import h2.settings
 import structlog
+from hyperframe.frame import GoAwayFrame
 
 from gateway.rpc import metadata
 from gateway.rpc.call import Call
@@ -34,7 +35,6 @@ _MAX_FRAME_NBYTES = 16_384
 # In a turn of the loop; the rest has to wait, and the client may not read at all.
 _TURN_NBYTES = 256 * 1024
 _PING = b"kvferry?"
-_GOAWAY, _NO_ERROR = 0x07, 0
 _ERRORS = h2.errors.ErrorCodes
 _CONTENT_TYPE = "application/grpc"
 
@@ -185,9 +185,7 @@ class Connection(asyncio.Protocol):
             return
         self._is_closing = True
         # h2 would send nothing more after a GOAWAY of its own.
-        last = self._last_stream_id.to_bytes(4, "big")
-        head = (8).to_bytes(3, "big") + bytes((_GOAWAY, 0)) + bytes(4)
-        self._send(head + last + _NO_ERROR.to_bytes(4, "big"))
+        self._send(GoAwayFrame(last_stream_id=self._last_stream_id).serialize())
         if not self.calls:
             self.hang_up()
 
@@ -371,7 +369,7 @@ class Connection(asyncio.Protocol):
     def _ask(self) -> None:
         """Whether the client is still there."""
         self._pinged = True
-        if not self._is_over():
+        if self._transport is not None and not self._transport.is_closing():
             self._h2.ping(_PING)
             self._take()
             self._later(self._limits.ping_timeout_s, self._see_whether_it_answered)
@@ -381,6 +379,3 @@ class Connection(asyncio.Protocol):
             self._abort("answered_no_ping")
         else:
             self._later(self._limits.ping_interval_s, self._ask)
-
-    def _is_over(self) -> bool:
-        return self._transport is None or self._transport.is_closing()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -37,12 +36,8 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
     - any other exception is logged with its traceback and becomes INTERNAL, its text kept from the caller;
     - cancellation and context.abort() pass through;
     - a streaming handler is closed as soon as its call ends, also when it was suspended at a yield;
-    - a call whose client takes no response for ``write_timeout_s`` ends with DEADLINE_EXCEEDED, reason CLIENT_TOO_SLOW;
     - request id and trace context of the caller hold within the handler.
     """
-
-    def __init__(self, write_timeout_s: float | None = None) -> None:
-        self._write_timeout_s = write_timeout_s
 
     async def intercept_service(
         self,
@@ -50,17 +45,15 @@ class RequestInterceptor(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> _Handler:
         handler = await continuation(handler_call_details)
-        if handler is None:
-            return None
-        return with_errors_mapped(handler, handler_call_details.method, self._write_timeout_s)
+        return handler if handler is None else with_errors_mapped(handler, handler_call_details.method)
 
 
-def with_errors_mapped(handler: _Handler, method: str, write_timeout_s: float | None = None) -> _Handler:
+def with_errors_mapped(handler: _Handler, method: str) -> _Handler:
     """``handler`` as RequestInterceptor has it."""
     return rebuilt(
         handler,
         lambda given: _unary(given, method),
-        lambda given: _streaming(given, method, write_timeout_s),
+        lambda given: _streaming(given, method),
         _tolerant,
     )
 
@@ -86,9 +79,7 @@ def _unary(behaviour: Callable[[Any, _Context], Awaitable[Any]], method: str) ->
     return handle
 
 
-def _streaming(
-    behaviour: Callable[[Any, _Context], Any], method: str, write_timeout_s: float | None
-) -> Callable[[Any, _Context], Awaitable[None]]:
+def _streaming(behaviour: Callable[[Any, _Context], Any], method: str) -> Callable[[Any, _Context], Awaitable[None]]:
     # Writes by itself instead of being a generator: gRPC would leave a generator that is suspended at a yield when its
     # call is cancelled to the garbage collector, and what it holds with it.
     async def handle(request: Any, context: _Context) -> None:
@@ -99,20 +90,9 @@ def _streaming(
                 return
             async with aclosing(responses):
                 async for response in responses:
-                    await _write(context, response, write_timeout_s)
+                    await context.write(response)
 
     return handle
-
-
-async def _write(context: _Context, response: Any, timeout_s: float | None) -> None:
-    if timeout_s is None:
-        await context.write(response)
-        return
-    try:
-        async with asyncio.timeout(timeout_s):
-            await context.write(response)
-    except TimeoutError:
-        raise errors.DeadlineError(f"no response was taken for {timeout_s} s", reason="CLIENT_TOO_SLOW") from None
 
 
 def _decoded(request: Any, method: str) -> Any:

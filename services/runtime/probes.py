@@ -25,7 +25,7 @@ async def serve_probes(
 ) -> AsyncIterator[None]:
     """Answers grpc.health.v1's Check, in the clear and nothing else, on ``port`` of the host of ``listen`` while entered;
     port 0 is off.  "" is ready, which a service that drains or waits for others is not; LIVE is for restarts.
-    ``share_port`` as of ``create_server``.  Raises StartupError when the port cannot be had."""
+    ``share_port`` as of ``reserve``.  Raises StartupError when the port cannot be had."""
     if port == 0:
         yield
         return

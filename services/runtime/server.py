@@ -40,6 +40,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     # Our channels ping every 5 s, also while idle; the default would end their connections for pinging too often.
     ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
     ("grpc.keepalive_permit_without_calls", 1),
+    # By default two that listen on one port by mistake would share its calls without noticing.
+    ("grpc.so_reuseport", 0),
 )
 
 
@@ -47,17 +49,13 @@ def create_server(
     *,
     interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
     max_concurrent_rpcs: int | None = None,
-    write_timeout_s: float | None = None,
-    share_port: bool = False,
 ) -> grpc.aio.Server:
     """A server that maps errors as RequestInterceptor says; ``interceptors`` run inside of it.  Add servicers, then
     ``add_standard_services``, then ``bind``, then enter ``running``.  Calls beyond ``max_concurrent_rpcs`` are refused
-    with RESOURCE_EXHAUSTED, and calls whose client takes nothing for ``write_timeout_s`` are ended.  ``share_port``: with
-    other processes, whose connections the kernel deals out (SO_REUSEPORT); without, two that listen on one port by mistake
-    would share its calls without noticing."""
+    with RESOURCE_EXHAUSTED."""
     return grpc.aio.server(
-        interceptors=(RequestInterceptor(write_timeout_s), *interceptors),
-        options=(("grpc.so_reuseport", int(share_port)), *_OPTIONS),
+        interceptors=(RequestInterceptor(), *interceptors),
+        options=_OPTIONS,
         maximum_concurrent_rpcs=max_concurrent_rpcs,
     )
 
@@ -120,7 +118,7 @@ def bind(
     share_port: bool = False,
 ) -> int:
     """Opens ``address`` ("host:port", port 0 picks one), in the clear without ``credentials``, and returns the port.
-    Raises StartupError, naming ``flag`` as the remedy, when that cannot be done.  ``share_port`` as of the server."""
+    Raises StartupError, naming ``flag`` as the remedy, when that cannot be done.  ``share_port`` as of ``reserve``."""
     reserve(address, flag, share_port=share_port).close()
     try:
         return (

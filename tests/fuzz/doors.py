@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from functools import cache
-from typing import Any
 
 import uvicorn
 from hypothesis import strategies as st
@@ -25,6 +24,7 @@ from services.runtime.server import split_address
 from services.runtime.startup import StartupError
 from services.runtime.tls import is_loopback
 from services.runtime.tracing import RequestScope, is_request_id
+from tests.fuzz.clients import Client, say
 from tests.fuzz.inputs import damaged, dumped, nested, objects
 from tests.fuzz.mutation import body_of_http, json_values
 from tests.fuzz.target import Target
@@ -37,33 +37,6 @@ CHAT = {
 }  # fmt: skip
 COMPLETION = {"model": MODEL, "prompt": [1, 2], "max_tokens": 3, "logprobs": 2, "temperature": 0.5}
 UNKNOWN = {"best_of": 1, "suffix": None, "echo": False}
-
-
-class _Client(asyncio.Transport):
-    """What the gateway has of a connection; keeps what it answers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.answer = b""
-        self._closing = False
-
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        self.answer += bytes(data)
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return {"peername": ("127.0.0.1", 1), "sockname": ("127.0.0.1", 2)}.get(name, default)
-
-    def is_closing(self) -> bool:
-        return self._closing
-
-    def close(self) -> None:
-        self._closing = True
-
-    def pause_reading(self) -> None:
-        pass
-
-    def resume_reading(self) -> None:
-        pass
 
 
 class _Door:
@@ -94,17 +67,8 @@ class _Door:
         self.statuses.clear()
         state = ServerState()
         protocol = BoundedHeads(self.config, state, {}, self.loop, head_timeout_s=10)
-        client = _Client()
-        protocol.connection_made(client)
-        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
-            if part and not client.is_closing():  # a loop never says that nothing came
-                protocol.data_received(part)
-            for _ in range(20):
-                await asyncio.sleep(0)
-        protocol.connection_lost(None)
-        if state.tasks:
-            _, left = await asyncio.wait(set(state.tasks), timeout=5)
-            assert not left, "a request outlives its connection"
+        client = Client()
+        await say(protocol, client, data, lambda: state.tasks, "request")
         assert not client.answer or client.answer.startswith(b"HTTP/1.1 "), client.answer[:100]
         assert all(status < 500 for status in self.statuses), self.statuses
         return 200 in self.statuses

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator
 from functools import cache
 from random import Random
-from typing import Any
 
 import grpc
 from google.protobuf.wrappers_pb2 import StringValue
@@ -14,9 +13,9 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 from hypothesis import strategies as st
 
-from gateway.rpc.connection import Connection
 from gateway.rpc.framing import prefixed
 from gateway.rpc.server import RpcServer
+from tests.fuzz.clients import Client, say
 from tests.fuzz.inputs import damaged
 from tests.fuzz.target import Target
 
@@ -24,30 +23,9 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 HEAD_NBYTES = 9
 
 
-class _Client(asyncio.Transport):
-    """Reads everything."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self._connection = connection
-        self._closing = False
-
+class _Client(Client):
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        assert not self._closing
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-    def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
-
-    def is_closing(self) -> bool:
-        return self._closing
-
-    def close(self) -> None:
-        self._closing = True
-
-    abort = close
+        assert not self.is_closing()
 
 
 class _Door:
@@ -83,18 +61,7 @@ class _Door:
         """Whether a handler was asked.  The client hangs up when nothing more comes."""
         self.num_answered = 0
         connection = self._server.connection()
-        client = _Client(connection)
-        connection.connection_made(client)
-        for part in (data[: len(data) // 2], data[len(data) // 2 :]):
-            if part and not client.is_closing():  # a loop never says that nothing came
-                connection.data_received(part)
-            for _ in range(20):
-                await asyncio.sleep(0)
-        tasks = {call.task for call in connection.calls.values()}
-        connection.connection_lost(None)
-        if tasks:
-            _, left = await asyncio.wait(tasks, timeout=5)
-            assert not left, "a call outlives its connection"
+        await say(connection, _Client(), data, lambda: {call.task for call in connection.calls.values()}, "call")
         return self.num_answered > 0
 
 

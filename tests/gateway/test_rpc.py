@@ -13,7 +13,7 @@ import pytest
 from google.protobuf.wrappers_pb2 import StringValue as Text
 from h2.config import H2Configuration
 from h2.connection import H2Connection
-from h2.events import TrailersReceived
+from h2.events import DataReceived, TrailersReceived
 
 from gateway.rpc.framing import prefixed
 from gateway.rpc.limits import Limits
@@ -22,7 +22,6 @@ from tests.runtime import test_server
 from tests.runtime.test_server import (  # noqa: F401
     test_a_bug_becomes_internal_without_its_text,
     test_a_cancelled_stream_closes_its_handler_even_at_a_yield,
-    test_a_client_that_takes_nothing_loses_its_stream,
     test_a_message_has_so_many_bytes_and_no_more,
     test_a_taken_port_is_named_with_the_remedy,
     test_abort_by_hand_passes,
@@ -42,8 +41,8 @@ from tests.runtime.test_server import (  # noqa: F401
 
 @pytest.fixture(autouse=True)
 def made_by_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ours(write_timeout_s: float | None) -> tuple[Any, Callable[[], int]]:
-        server = RpcServer(write_timeout_s=write_timeout_s)
+    def ours() -> tuple[Any, Callable[[], int]]:
+        server = RpcServer()
         return server, lambda: server.bind("127.0.0.1:0")
 
     monkeypatch.setattr(test_server, "made_by", ours)
@@ -76,12 +75,15 @@ class Numbers:
 
 
 LIMITS = Limits(max_message_nbytes=1 << 20)
+PATIENT = replace(LIMITS, preface_timeout_s=600)  # asks nobody whether he is there: what ends is ended by another bound
 
 
 @asynccontextmanager
-async def serving(handlers: Numbers, limits: Limits = LIMITS, grace_s: float = 0.0) -> AsyncIterator[tuple[Any, str]]:
+async def serving(
+    handlers: Numbers, limits: Limits = LIMITS, write_timeout_s: float = 20
+) -> AsyncIterator[tuple[Any, str]]:
     """The server, which may be stopped, and its address."""
-    server = RpcServer(write_timeout_s=20, limits=limits)
+    server = RpcServer(write_timeout_s=write_timeout_s, limits=limits)
     how = {"request_deserializer": Text.FromString, "response_serializer": Text.SerializeToString}
     methods = {
         "Stream": grpc.unary_stream_rpc_method_handler(handlers.stream, **how),
@@ -94,7 +96,7 @@ async def serving(handlers: Numbers, limits: Limits = LIMITS, grace_s: float = 0
     try:
         yield server, f"127.0.0.1:{port}"
     finally:
-        await server.stop(grace_s)
+        await server.stop(0)
 
 
 def stream(channel: grpc.aio.Channel, count: int, size: int) -> Any:
@@ -140,6 +142,43 @@ async def test_a_stream_that_is_not_read_holds_up_no_other() -> None:
         assert handlers.open == 1
         unread.cancel()
         await until(lambda: handlers.open == 0)
+
+
+async def test_a_client_that_takes_nothing_loses_its_stream() -> None:
+    handlers = Numbers()
+    handlers.go_on.set()
+    async with (
+        serving(handlers, write_timeout_s=0.3) as (_, address),
+        grpc.aio.insecure_channel(address) as channel,
+    ):
+        call = stream(channel, 1_000_000, 100_000)
+        await until(lambda: handlers.open == 1)
+        await until(lambda: handlers.open == 0)
+        assert not call.done()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await rest(call)
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert test_server.details_of(caught.value)[0].reason == "CLIENT_TOO_SLOW"
+
+
+async def test_streams_share_their_connections_window() -> None:
+    """Which is 65,535 bytes until the client makes it larger; beyond it h2 raises FlowControlError here."""
+    handlers = Numbers()
+    handlers.go_on.set()
+    async with serving(handlers) as (_, address), Raw.connected(address) as client, asyncio.timeout(20):
+        waiting = {client.call("Stream", Text(value="1,50000")) for _ in range(2)}
+        untaken: dict[int, int] = dict.fromkeys(waiting, 0)
+        while waiting:
+            for event in client.h2.receive_data(await client.reader.read(65_536)):
+                if isinstance(event, DataReceived):
+                    untaken[event.stream_id] += event.flow_controlled_length
+                elif isinstance(event, TrailersReceived):
+                    waiting.remove(event.stream_id)
+            if sum(untaken.values()) == 65_535:
+                for stream_id, nbytes in untaken.items():
+                    client.h2.acknowledge_received_data(nbytes, stream_id)
+            client.flush()
+        assert sum(untaken.values()) > 100_000
 
 
 async def test_who_hangs_up_ends_its_calls() -> None:
@@ -267,6 +306,8 @@ async def test_who_says_goodbye_still_gets_what_it_had_asked_for() -> None:
         stream_id = client.call("Stream", Text(value="2,1"))
         await until(lambda: handlers.open == 1)
         client.writer.write((8).to_bytes(3, "big") + b"\x07\x00" + bytes(4) + bytes(8))
+        await client.writer.drain()
+        await asyncio.sleep(0.2)  # until it has been read
         handlers.go_on.set()
         assert (await client.trailers(stream_id))["grpc-status"] == "0"
         assert await client.is_hung_up()
@@ -300,7 +341,7 @@ async def test_who_answers_pings_stays() -> None:
 
 async def test_who_gives_up_streams_as_fast_as_it_opens_them_is_hung_up_on() -> None:
     handlers = Numbers()
-    async with serving(handlers, replace(LIMITS, max_resets=20)) as (_, address), Raw.connected(address) as client:
+    async with serving(handlers, replace(PATIENT, max_resets=20)) as (_, address), Raw.connected(address) as client:
         with suppress(ConnectionError):
             for _ in range(30):
                 stream_id = client.call("Stream", Text(value="2,1"))
@@ -348,7 +389,7 @@ async def test_who_asks_for_answers_and_reads_none_is_hung_up_on() -> None:
 
 
 async def test_requests_that_are_never_whole_have_a_bound() -> None:
-    limits = replace(LIMITS, max_buffered_nbytes=40_000)
+    limits = replace(PATIENT, max_buffered_nbytes=40_000)
     async with serving(Numbers(), limits) as (_, address), Raw.connected(address) as client:
         head = [(":method", "POST"), (":scheme", "http"), (":path", "/test.Test/Unary"), (":authority", "a")]
         for _ in range(5):
