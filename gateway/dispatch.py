@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Counts
-from collections import deque
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ from gateway.request import (
 )
 from gateway.retry_budget import RetryBudget
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
-from gateway.run import Run
+from gateway.run import Run, TokenSink
 from gateway.view import Change, ClusterView, WorkerGone
 from gateway.worker_state import ROLES, key_of, to_candidate
 from kvferry.api.common.v1 import common_pb2
@@ -123,24 +122,22 @@ class Dispatcher:
         self.decisions = DecisionBook()
         self._pace = Pace(Load().is_behind)
 
-    async def run(self, job: Job, trace: Trace, timeout_s: float) -> AsyncGenerator[list[common_pb2.Token], None]:
-        """Each token once, in order, together with those that have come since the caller took the last ones; at least one.
-        Closing the generator stops the request's compute.  Raises kvferry.errors.Error."""
+    async def run(self, job: Job, trace: Trace, timeout_s: float, sink: TokenSink) -> None:
+        """Puts each token into ``sink`` once, in order, together with those that have come since.  Returns at the answer's
+        end, or when the sink wants no more; cancelling it stops the request's compute.  Raises kvferry.errors.Error."""
         self._budget.request(time.monotonic())
-        run = Run(job, trace, self._pace)
-        run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         machine = RequestMachine(
             self._max_attempts, max_tokens=job.sampling.max_tokens, stop_ids=self._stop_ids(job.sampling)
         )
-        actions = deque(machine.start())
+        run = Run(job, trace, machine, sink, self._pace, self._pass_on)
+        run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         try:
             while True:
-                tokens: list[common_pb2.Token] = []
-                last = self._advance(run, machine, actions, tokens)
-                if tokens:
-                    self._entrance.served(job.tenant, 0, len(tokens))
-                    yield tokens
-                match last:
+                self._advance(run)
+                if run.is_held and not await sink.room():
+                    return
+                run.is_held = False
+                match run.last:
                     case Finish(finished=finished):
                         trace.finished = finished
                         return
@@ -165,42 +162,64 @@ class Dispatcher:
     def _stop_ids(self, sampling: common_pb2.SamplingParams) -> frozenset[int]:
         return frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_token_ids)
 
-    def _advance(
-        self, run: Run, machine: RequestMachine, actions: deque[Action], tokens: list[common_pb2.Token]
-    ) -> Finish | Fail | None:
-        """Does all that there is to do; adds what is to be sent to ``tokens``.  None: there is more to come."""
-        while True:
-            while actions:
-                match actions.popleft():
-                    case Emit(token=token):
-                        run.sent.append(token.id)
-                        tokens.append(token)
-                        self._got_further(run)
-                    case ChooseRoute() if machine.attempt == 1:
-                        if (outcome := self._entrance.enter(run)) is not None:
-                            actions.extend(machine.on(outcome))
-                    case ChooseRoute(excluded=excluded):
-                        self._start_over(run, excluded)
-                    case OpenDecode(attempt=attempt):
-                        self._open_decode(run, attempt)
-                    case OpenPrefill(attempt=attempt, ticket=ticket):
-                        run.trace.ticket_s = time.monotonic()
-                        run.tasks[attempt] = asyncio.create_task(self._follow_prefill(run, attempt, ticket))
-                    case CancelAttempt(attempt=attempt):
-                        run.cancel(attempt)
-                    case (Finish() | Fail()) as last:
-                        return last
-            if not run.events:
-                return None
-            event = run.events.popleft()
-            if isinstance(event, DeadlineError):
-                return Fail(event)
-            if isinstance(event, PrefillDone) and event.attempt == machine.attempt:
-                run.trace.committed = event.committed
-            if isinstance(event, StreamFailed) and event.attempt == machine.attempt:
-                self._note_apart(run, event)
-            actions.extend(machine.on(event))
-            run.trace.num_retries = max(0, machine.attempt - 1)
+    def _pass_on(self, run: Run) -> None:
+        """What the tokens that have come ask for, with no task in between: most of what a gateway does is this."""
+        try:
+            self._advance(run)
+        except Exception:
+            log.exception("answer_broke", request_id=run.job.request_id)
+            run.last = Fail(InternalError("the gateway failed to pass the answer on; its log has the details"))
+        if run.is_held or run.last is not None:
+            run.wake()
+
+    def _advance(self, run: Run) -> None:
+        """Does all that there is to do until the request ends, but gives the sink no more than it has room for."""
+        tokens: list[common_pb2.Token] = []
+        while run.last is None and (run.actions or run.events):
+            if run.actions:
+                self._act(run, run.actions.popleft(), tokens)
+            else:
+                self._see(run, run.events.popleft())
+        if tokens:
+            self._entrance.served(run.job.tenant, 0, len(tokens))
+            run.is_held = not run.sink.put(tokens)
+
+    def _act(self, run: Run, action: Action, tokens: list[common_pb2.Token]) -> None:
+        """Adds what is to be sent to ``tokens``."""
+        match action:
+            case Emit(token=token):
+                run.sent.append(token.id)
+                tokens.append(token)
+                self._got_further(run)
+            case ChooseRoute() if run.machine.attempt == 1:
+                if (outcome := self._entrance.enter(run)) is not None:
+                    run.actions.extend(run.machine.on(outcome))
+            case ChooseRoute(excluded=excluded):
+                self._start_over(run, excluded)
+            case OpenDecode(attempt=attempt):
+                self._open_decode(run, attempt)
+            case OpenPrefill(attempt=attempt, ticket=ticket):
+                run.trace.ticket_s = time.monotonic()
+                run.tasks[attempt] = asyncio.create_task(self._follow_prefill(run, attempt, ticket))
+            case CancelAttempt(attempt=attempt):
+                run.cancel(attempt)
+            case Finish() | Fail():
+                run.last = action
+
+    def _see(self, run: Run, event: Event | DeadlineError) -> None:
+        machine = run.machine
+        if isinstance(event, TokenCame):
+            run.actions.extend(machine.on(event))
+            return
+        if isinstance(event, DeadlineError):
+            run.last = Fail(event)
+            return
+        if isinstance(event, PrefillDone) and event.attempt == machine.attempt:
+            run.trace.committed = event.committed
+        if isinstance(event, StreamFailed) and event.attempt == machine.attempt:
+            self._note_apart(run, event)
+        run.actions.extend(machine.on(event))
+        run.trace.num_retries = max(0, machine.attempt - 1)
 
     def _note_apart(self, run: Run, failed: StreamFailed) -> None:
         if failed.stream is Stream.PREFILL and failed.error.reason == "OWNER_LOST":

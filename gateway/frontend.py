@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge
 
+from gateway.answer import Answer, Clock, Outlet, deliver
 from gateway.dispatch import Dispatcher
 from gateway.job import Job, Trace
 from gateway.quotas import QuotaBook, Quotas
@@ -25,7 +24,6 @@ from kvferry.errors import Error, OverloadedError
 from services.engine.model_files import ModelFiles
 from services.runtime.backoff import jittered
 from services.runtime.logs import loggable
-from services.runtime.units import to_us
 
 log = structlog.get_logger(__name__)
 
@@ -33,68 +31,6 @@ RETRY_AFTER_S = 1.0
 
 _REQUESTS = Counter("kvferry_requests", "Requests by how they ended", ["outcome"])
 _IN_FLIGHT = Gauge("kvferry_requests_in_flight", "Requests being answered", multiprocess_mode="livesum")
-_OUTPUT_TOKENS = Counter("kvferry_output_tokens", "Tokens sent to clients")
-_TTFT = Histogram(
-    "kvferry_ttft_seconds", "Time to first token",
-    buckets=(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60),
-)  # fmt: skip
-_ITL = Histogram(
-    "kvferry_itl_seconds", "Time between a request's successive tokens",
-    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
-)  # fmt: skip
-
-
-class Clock:
-    """When a request's tokens left."""
-
-    def __init__(self) -> None:
-        self.arrived_s = time.monotonic()
-        self.tokenize_s = 0.0
-        self._left_s: list[float] = []
-
-    @property
-    def num_left(self) -> int:
-        return len(self._left_s)
-
-    def tokens_left(self, num_tokens: int) -> None:
-        """In one message."""
-        _OUTPUT_TOKENS.inc(num_tokens)
-        now_s = time.monotonic()
-        for _ in range(num_tokens):
-            if self._left_s:
-                _ITL.observe(now_s - self._left_s[-1])
-            else:
-                _TTFT.observe(now_s - self.arrived_s)
-            self._left_s.append(now_s)
-
-    def timeline(self, trace: Trace) -> inference_pb2.Timeline:
-        gaps = sorted(b - a for a, b in zip(self._left_s, self._left_s[1:], strict=False))
-        timeline = inference_pb2.Timeline(
-            tokenize_us=to_us(self.tokenize_s),
-            route_us=to_us(trace.route_s),
-            ttft_us=to_us(self._left_s[0] - self.arrived_s) if self._left_s else 0,
-            total_us=to_us(time.monotonic() - self.arrived_s),
-            itl_p50_us=to_us(gaps[len(gaps) // 2]) if gaps else 0,
-            itl_p99_us=to_us(gaps[min(len(gaps) - 1, len(gaps) * 99 // 100)]) if gaps else 0,
-            num_retries=trace.num_retries,
-            line_us=to_us(trace.line_s),
-        )
-        if route := trace.route:
-            timeline.route_reason = route.reason
-            timeline.prefill_worker = route.prefill.key.worker_id if route.prefill else ""
-            timeline.decode_worker = route.decode.key.worker_id
-        if trace.opened_s is not None:
-            timeline.opened_us = to_us(trace.opened_s - self.arrived_s)
-        if trace.ticket_s is not None:
-            timeline.ticket_us = to_us(trace.ticket_s - self.arrived_s)
-        if trace.committed is not None:
-            timeline.prefill.CopyFrom(trace.committed.prefill)
-            timeline.transfer.CopyFrom(trace.committed.transfer)
-        if trace.finished is not None:
-            timeline.decode.CopyFrom(trace.finished.decode)
-            if trace.finished.HasField("prefill"):
-                timeline.prefill.CopyFrom(trace.finished.prefill)
-        return timeline
 
 
 class Frontend:
@@ -149,10 +85,8 @@ class Frontend:
         except TimeoutError:
             log.warning("drain_cut_short", requests=self.num_in_flight)
 
-    async def generate(
-        self, request: inference_pb2.GenerateRequest, tenant: Tenant
-    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
-        """One Started, chunks, one Finished.  Closing it stops the compute.  Raises kvferry.errors.Error."""
+    async def generate(self, request: inference_pb2.GenerateRequest, tenant: Tenant, outlet: Outlet) -> None:
+        """Sends one Started, chunks, one Finished.  Cancelling it stops the compute.  Raises kvferry.errors.Error."""
         clock = Clock()
         if self._draining or self.num_in_flight >= self._max_requests:
             _REQUESTS.labels("refused").inc()
@@ -169,11 +103,8 @@ class Frontend:
             clock.tokenize_s = time.monotonic() - clock.arrived_s
             self._quotas.begin(tenant.name, tenant.quota, len(job.prompt), time.monotonic())
             try:
-                async with aclosing(self._answer(job, tuple(request.stop), clock)) as responses:
-                    async for response in responses:
-                        if response.HasField("finished"):
-                            finished = response.finished
-                        yield response
+                finished = await self._answer(job, tuple(request.stop), clock, outlet)
+                await deliver(inference_pb2.GenerateResponse(finished=finished), outlet)
             finally:
                 self._quotas.end(tenant.name, clock.num_left)
             outcome = "completed"
@@ -192,9 +123,7 @@ class Frontend:
             if finished is not None and finished.usage.num_output_tokens:
                 self.served.add(_served(tenant.name, clock.arrived_s, finished))
 
-    async def _answer(
-        self, job: Job, stop: tuple[str, ...], clock: Clock
-    ) -> AsyncGenerator[inference_pb2.GenerateResponse, None]:
+    async def _answer(self, job: Job, stop: tuple[str, ...], clock: Clock, outlet: Outlet) -> inference_pb2.Finished:
         structlog.contextvars.bind_contextvars(request_id=job.request_id)
         if job.tenant.name:
             structlog.contextvars.bind_contextvars(tenant=job.tenant.name)
@@ -205,43 +134,28 @@ class Frontend:
             seed=job.sampling.seed,
         )
         text = TextStream(self.files.tokenizer.token_bytes, stop)
-        silent = frozenset(job.sampling.stop_token_ids)
+        answer = Answer(started, text, frozenset(job.sampling.stop_token_ids), clock, outlet)
         trace = Trace()
-        num_output = 0
         left_s = clock.arrived_s + self._max_request_s - time.monotonic()
-        async with aclosing(self._dispatcher.run(job, trace, left_s)) as gathered:
-            async for tokens in gathered:
-                if num_output == 0:
-                    yield inference_pb2.GenerateResponse(started=started)
-                pieces = []
-                for token in tokens:
-                    pieces.append("" if token.id in silent else text.feed(token.id))
-                    if text.stopped:
-                        break
-                num_output += len(pieces)
-                clock.tokens_left(len(pieces))
-                response = inference_pb2.GenerateResponse()
-                response.chunk.text = "".join(pieces)
-                response.chunk.tokens.extend(tokens[: len(pieces)])
-                yield response
-                if text.stopped:
-                    break
-        if rest := text.flush():
-            yield inference_pb2.GenerateResponse(chunk=inference_pb2.Chunk(text=rest))
-        yield inference_pb2.GenerateResponse(finished=self._finished(job, clock, trace, num_output))
+        await self._dispatcher.run(job, trace, left_s, answer)
+        await answer.flush()
+        return self._finished(job, clock, trace)
 
-    def _finished(self, job: Job, clock: Clock, trace: Trace, num_output: int) -> inference_pb2.Finished:
+    def _finished(self, job: Job, clock: Clock, trace: Trace) -> inference_pb2.Finished:
         timeline = clock.timeline(trace)
         # Only a stop string ends the answer before the decode worker does.
         reason = trace.finished.reason if trace.finished else common_pb2.FINISH_REASON_STOP
         log.info(
-            "finished", output_tokens=num_output, ttft_ms=timeline.ttft_us // 1000, total_ms=timeline.total_us // 1000
+            "finished",
+            output_tokens=clock.num_left,
+            ttft_ms=timeline.ttft_us // 1000,
+            total_ms=timeline.total_us // 1000,
         )
         return inference_pb2.Finished(
             reason=reason,
             usage=inference_pb2.Usage(
                 num_prompt_tokens=len(job.prompt),
-                num_output_tokens=num_output,
+                num_output_tokens=clock.num_left,
                 # Of a request that another worker went on with, the answer so far was a part of the prompt.
                 num_cached_tokens=min(timeline.prefill.num_cached_tokens, len(job.prompt)),
             ),

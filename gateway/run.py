@@ -12,9 +12,10 @@ from gateway.candidates import Candidate
 from gateway.job import Job, Trace
 from gateway.line import Ticket
 from gateway.pace import Pace
-from gateway.request import Event, TokenCame
+from gateway.request import Action, Event, Fail, Finish, RequestMachine, TokenCame
 from gateway.retry_budget import Slice
 from gateway.routing import Route
+from kvferry.api.common.v1 import common_pb2
 from kvferry.errors import DeadlineError
 from services.runtime.backoff import Backoff
 
@@ -28,10 +29,31 @@ class Cancellable(Protocol):
     def cancel(self) -> None: ...
 
 
+class TokenSink(Protocol):
+    """Where an answer's tokens go."""
+
+    def put(self, tokens: list[common_pb2.Token]) -> bool:
+        """The next ones, at least one.  False: no more until ``room`` has returned.  Called in the event loop, must neither
+        block nor raise."""
+
+    async def room(self) -> bool:
+        """Waits until more can be put.  False: it has all that it wants.  Raises kvferry.errors.Error."""
+
+
 class Run:
     """Where a request's events wait, and what goes on for it."""
 
-    def __init__(self, job: Job, trace: Trace, pace: Pace) -> None:
+    def __init__(
+        self, job: Job, trace: Trace, machine: RequestMachine, sink: TokenSink, pace: Pace,
+        pass_on: Callable[[Run], None],
+    ) -> None:  # fmt: skip
+        """``pass_on`` sees to the events while they are tokens; must not raise.  Whatever else comes is for the request's
+        task, which is woken."""
+        self.machine = machine
+        self.actions: deque[Action] = deque(machine.start())
+        self.last: Finish | Fail | None = None
+        self.sink = sink
+        self.is_held = False  # until the sink has room
         self.whole_job = job
         self.job = job  # of the attempt
         self.sent: list[int] = []
@@ -43,6 +65,7 @@ class Run:
         self.routed = False
         self.ticket: Ticket[Run] | None = None  # while it waits in the line
         self._pace = pace
+        self._pass_on = pass_on
         self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
         self.decodes: dict[int, Cancellable] = {}  # by attempt
         self.timers: list[asyncio.TimerHandle] = []
@@ -64,12 +87,11 @@ class Run:
     def put(self, event: Event | DeadlineError) -> None:
         """Tokens after the first wait for the pace, everything else is for now."""
         self.events.append(event)
-        if not isinstance(event, TokenCame) or event.token.index == 0:
-            self._wake()
-            return
-        if not self._is_paced and not self._is_woken:
+        if type(event) is not TokenCame or event.token.index == 0:
+            self.wake()
+        elif not self._is_paced and not self._is_woken:
             self._is_paced = True
-            self._pace.add(self._wake)
+            self._pace.add(self._take_turn)
 
     def later(self, delay_s: float, act: Callable[[], None]) -> None:
         self.timers.append(asyncio.get_running_loop().call_later(delay_s, act))
@@ -84,10 +106,17 @@ class Run:
             await self._waiter
         self._is_woken = False
 
-    def _wake(self) -> None:
-        self._is_paced, self._is_woken = False, True
+    def wake(self) -> None:
+        self._is_woken = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def _take_turn(self) -> None:
+        self._is_paced = False
+        if self.is_held:
+            self.wake()
+        elif not self._is_woken:
+            self._pass_on(self)
 
     def cancel(self, attempt: int) -> None:
         if task := self.tasks.get(attempt):

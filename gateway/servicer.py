@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -27,13 +25,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._frontend = frontend
         self._doorkeeper = doorkeeper
 
-    async def Generate(
-        self, request: inference_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
+    async def Generate(  # type: ignore[override]  # writes for itself
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> None:
+        """``context``: a gateway.rpc.call.Call, which is the answer's outlet."""
         tenant = _admit(self._doorkeeper, context)
-        async with aclosing(self._frontend.generate(request, tenant)) as responses:
-            async for response in responses:
-                yield response
+        await self._frontend.generate(request, tenant, context)
 
     async def ListModels(
         self, request: inference_pb2.ListModelsRequest, context: Context

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import structlog
@@ -36,8 +36,6 @@ _SSE_HEADERS = [
     # nginx would gather the events otherwise.
     (b"x-accel-buffering", b"no"),
 ]
-
-Events = AsyncIterator[inference_pb2.GenerateResponse]
 
 
 class MakeShape(Protocol):
@@ -107,15 +105,15 @@ class Completions:
         return timeout_s
 
     async def _answer(self, asked: schema.GenerationRequest, reply: _Reply, deadline_s: float) -> None:
-        """Runs in one task from the first event to the iterator's closing, as FrontDoor wants it."""
         model = require_model(self._front_door, asked.model)
         request = asked.to_proto(reply.request_id)
         head = Head(id=reply.request_id, created_s=int(time.time()), model=model.name, fingerprint=model.revision)
         shape = self._shape(head, self._vocabulary, with_logprobs=asked.num_logprobs is not None)
-        write = _write_stream if asked.stream else _write_whole
+        outlet = _Stream(asked, shape, reply) if asked.stream else _Whole(shape, reply)
         try:
-            async with until(deadline_s), _closing(self._front_door.generate(request, reply.tenant)) as events:
-                await write(events, asked, shape, reply)
+            async with until(deadline_s):
+                await self._front_door.generate(request, reply.tenant, outlet)
+                await outlet.end()
         except Exception as error:
             if not reply.begun:
                 raise
@@ -143,12 +141,16 @@ class _Reply:
         self.begun = True
         await json_response(content)(self._scope, self._receive, self._send)
 
+    def write_now(self, events: bytes) -> bool:
+        """Sends server-sent events, unless that would have to wait."""
+        return self._streams and self._write_now is not None and self._write_now(events)
+
     async def write(self, events: bytes) -> None:
-        """Sends server-sent events.  Waits while the client does not read, but not for ever: then raises DeadlineError."""
+        """Waits while the client does not read, but not for ever: then raises DeadlineError."""
         if not self.begun:
             self.begun = self._streams = True
             await self._send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
-        if self._write_now is not None and self._write_now(events):
+        if self.write_now(events):
             return
         try:
             async with asyncio.timeout(self._write_timeout_s):
@@ -172,71 +174,92 @@ class _Reply:
             await error_response(error)(self._scope, self._receive, self._send)
 
 
-async def _write_whole(events: Events, _: schema.GenerationRequest, shape: Shape, reply: _Reply) -> None:
-    """Answers after the iterator's own end, so that whoever has the whole answer knows that its resources are free."""
-    texts: list[str] = []
-    tokens: list[common_pb2.Token] = []
-    finished: inference_pb2.Finished | None = None
-    async for event in events:
-        kind = event.WhichOneof("event")
+class _Whole:
+    """Outlet of an answer that leaves in one piece, after its end, so that whoever has it knows that its resources are
+    free."""
+
+    def __init__(self, shape: Shape, reply: _Reply) -> None:
+        self._shape = shape
+        self._reply = reply
+        self._texts: list[str] = []
+        self._tokens: list[common_pb2.Token] = []
+        self._finished: inference_pb2.Finished | None = None
+
+    def send(self, response: inference_pb2.GenerateResponse) -> bool:
+        kind = response.WhichOneof("event")
         if kind == "chunk":
-            texts.append(event.chunk.text)
-            tokens.extend(event.chunk.tokens)
+            self._texts.append(response.chunk.text)
+            self._tokens.extend(response.chunk.tokens)
         elif kind == "finished":
-            finished = event.finished
-    if finished is None:
-        raise _broken_off()
-    content = shape.whole("".join(texts), tokens, finished)
-    if reply.wants_timeline:
-        content["kvferry"] = timeline_content(finished.timeline)
-    await reply.whole(content)
+            self._finished = response.finished
+        return True
+
+    async def drained(self) -> None:
+        """Nothing was sent that could be in the way."""
+
+    async def end(self) -> None:
+        if self._finished is None:
+            raise _broken_off()
+        content = self._shape.whole("".join(self._texts), self._tokens, self._finished)
+        if self._reply.wants_timeline:
+            content["kvferry"] = timeline_content(self._finished.timeline)
+        await self._reply.whole(content)
 
 
-async def _write_stream(events: Events, asked: schema.GenerationRequest, shape: Shape, reply: _Reply) -> None:
-    """Begins the response with the first chunk, not before: until then a failure can still have its own status, which
-    is what clients decide on whether to try again.  Ends it after the iterator's own end, as ``_write_whole`` does."""
-    with_logprobs = asked.num_logprobs is not None
-    # With include_usage every event has the field, null in all but the last.
-    extra: dict[str, Any] = {"usage": None} if asked.include_usage else {}
-    so_far = inference_pb2.Usage()
-    opening = shape.opening()
-    finished: inference_pb2.Finished | None = None
-    ahead = b"" if opening is None else sse_event({**opening, **extra})
-    async for event in events:
-        kind = event.WhichOneof("event")
+class _Stream:
+    """Outlet of server-sent events.  Begins the response with the first chunk, not before: until then a failure can still
+    have its own status, which is what clients decide on whether to try again.  Ends it after the answer's own end, as
+    ``_Whole`` does."""
+
+    def __init__(self, asked: schema.GenerationRequest, shape: Shape, reply: _Reply) -> None:
+        self._asked = asked
+        self._shape = shape
+        self._reply = reply
+        self._with_logprobs = asked.num_logprobs is not None
+        # With include_usage every event has the field, null in all but the last.
+        self._extra: dict[str, Any] = {"usage": None} if asked.include_usage else {}
+        self._so_far = inference_pb2.Usage()
+        opening = shape.opening()
+        self._ahead = b"" if opening is None else sse_event({**opening, **self._extra})
+        self._finished: inference_pb2.Finished | None = None
+
+    def send(self, response: inference_pb2.GenerateResponse) -> bool:
+        kind = response.WhichOneof("event")
         if kind == "chunk":
-            chunk = event.chunk
-            if asked.usage_so_far:
-                so_far.num_output_tokens += len(chunk.tokens)
-                extra = {"usage": usage_content(so_far)}
-            if chunk.text or (with_logprobs and chunk.tokens):
-                await reply.write(ahead + sse_event({**shape.delta(chunk.text, chunk.tokens), **extra}))
-                ahead = b""
-        elif kind == "started":
-            so_far.num_prompt_tokens = event.started.num_prompt_tokens
+            return self._send_chunk(response.chunk)
+        if kind == "started":
+            self._so_far.num_prompt_tokens = response.started.num_prompt_tokens
         elif kind == "finished":
-            finished = event.finished
-    if finished is None:
-        raise _broken_off()
-    if asked.usage_so_far:
-        extra = {"usage": usage_content(finished.usage)}
-    parts = [{**shape.closing(finished.reason), **extra}]
-    if asked.include_usage:
-        parts.append(shape.usage(finished.usage))
-    if reply.wants_timeline:
-        parts[-1]["kvferry"] = timeline_content(finished.timeline)
-    await reply.end(b"".join((ahead, *map(sse_event, parts), DONE_EVENT)))
+            self._finished = response.finished
+        return True
+
+    def _send_chunk(self, chunk: inference_pb2.Chunk) -> bool:
+        if self._asked.usage_so_far:
+            self._so_far.num_output_tokens += len(chunk.tokens)
+            self._extra = {"usage": usage_content(self._so_far)}
+        if not chunk.text and not (self._with_logprobs and chunk.tokens):
+            return True
+        events = self._ahead + sse_event({**self._shape.delta(chunk.text, chunk.tokens), **self._extra})
+        is_sent = self._reply.write_now(events)
+        self._ahead = b"" if is_sent else events
+        return is_sent
+
+    async def drained(self) -> None:
+        events, self._ahead = self._ahead, b""
+        await self._reply.write(events)
+
+    async def end(self) -> None:
+        if self._finished is None:
+            raise _broken_off()
+        if self._asked.usage_so_far:
+            self._extra = {"usage": usage_content(self._finished.usage)}
+        parts = [{**self._shape.closing(self._finished.reason), **self._extra}]
+        if self._asked.include_usage:
+            parts.append(self._shape.usage(self._finished.usage))
+        if self._reply.wants_timeline:
+            parts[-1]["kvferry"] = timeline_content(self._finished.timeline)
+        await self._reply.end(b"".join((self._ahead, *map(sse_event, parts), DONE_EVENT)))
 
 
 def _broken_off() -> InternalError:
     return InternalError("the answer broke off without an end")
-
-
-@asynccontextmanager
-async def _closing(events: Events) -> AsyncIterator[Events]:
-    try:
-        yield events
-    finally:
-        # An iterator need not be a generator.
-        if (aclose := getattr(events, "aclose", None)) is not None:
-            await aclose()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from gateway.answer import Outlet
 from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.inference.v1 import inference_pb2
@@ -22,14 +23,10 @@ class FrontDoor(Protocol):
         """Whether a request would now find workers."""
         ...
 
-    def generate(
-        self, request: inference_pb2.GenerateRequest, tenant: Tenant
-    ) -> AsyncIterator[inference_pb2.GenerateResponse]:
-        """One Started, chunks, one Finished.  Cancelling the task that awaits the next item, or ``aclose()`` where the
-        iterator has it, stops the compute; both come back within a bounded time.  Everything is called from one task.
-        Raises kvferry.errors.Error, before the first item for a request that is refused; its ``metadata["field"]``,
+    async def generate(self, request: inference_pb2.GenerateRequest, tenant: Tenant, outlet: Outlet) -> None:
+        """Sends one Started, chunks, one Finished.  Cancelling it stops the compute; it comes back within a bounded time.
+        Raises kvferry.errors.Error, before anything is sent for a request that is refused; its ``metadata["field"]``,
         where present, names the field at fault."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,9 +79,27 @@ class Call:
     async def write(self, response: Any) -> None:
         """Returns when it has been handed to the connection, or to the client's window where that is shut.  Raises
         DeadlineError (CLIENT_TOO_SLOW) when the client takes nothing for as long as it may."""
+        if not self.send(response):
+            await self.drained()
+
+    # As an Outlet, for who has much to send.
+
+    def send(self, response: Any) -> bool:
+        """False where the client's window is shut, or its connection full: it is kept until there is room."""
         self._wire.send_message(self, self._handler.response_serializer(response))
-        if self.unsent:
-            await self._until_drained()
+        return not self.unsent
+
+    async def drained(self) -> None:
+        """Raises as ``write`` does."""
+        self._drained.clear()
+        if not self.unsent:
+            return
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await self._drained.wait()
+        except TimeoutError:
+            text = f"no response was taken for {self._write_timeout_s} s"
+            raise DeadlineError(text, reason="CLIENT_TOO_SLOW") from None
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: metadata.Metadata | None = ()
@@ -171,15 +189,6 @@ class Call:
                 return
             self._something_came.clear()
             await self._something_came.wait()
-
-    async def _until_drained(self) -> None:
-        self._drained.clear()
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await self._drained.wait()
-        except TimeoutError:
-            text = f"no response was taken for {self._write_timeout_s} s"
-            raise DeadlineError(text, reason="CLIENT_TOO_SLOW") from None
 
     def _end(self, code: grpc.StatusCode, details: str = "", trailing: metadata.Metadata = ()) -> None:
         if self._is_gone:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
+from gateway.answer import Outlet, deliver
 from gateway.http.app import Vocabulary
 from gateway.tenants import Tenant
 from kvferry.api.common.v1 import common_pb2
@@ -64,7 +65,7 @@ def finished(reason: common_pb2.FinishReason.ValueType = common_pb2.FINISH_REASO
 
 
 class ScriptedFrontDoor:
-    """Plays ``script`` to every request: yields responses, raises exceptions, waits for events."""
+    """Plays ``script`` to every request: sends responses, raises exceptions, waits for events."""
 
     def __init__(self, *script: Step) -> None:
         self.script: Sequence[Step] = script
@@ -77,11 +78,10 @@ class ScriptedFrontDoor:
         self.waiting = asyncio.Event()
         self.idle = asyncio.Event()
 
-    async def generate(self, request: inference_pb2.GenerateRequest, tenant: Tenant) -> AsyncIterator[Response]:
+    async def generate(self, request: inference_pb2.GenerateRequest, tenant: Tenant, outlet: Outlet) -> None:
         self.requests.append(request)
         self.tenants.append(tenant)
         self.num_running += 1
-        task = asyncio.current_task()
         try:
             for step in self.script:
                 if isinstance(step, Exception):
@@ -90,12 +90,10 @@ class ScriptedFrontDoor:
                     self.waiting.set()
                     await step.wait()
                 else:
-                    yield step
-        except (asyncio.CancelledError, GeneratorExit):
+                    await deliver(step, outlet)
+        except asyncio.CancelledError:
             self.num_cancelled += 1
             raise
         finally:
-            # An async generator that holds a timeout or a task group open must end in the task that began it.
-            assert asyncio.current_task() is task
             self.num_running -= 1
             self.idle.set()

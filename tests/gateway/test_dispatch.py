@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 
 import grpc
@@ -12,7 +12,7 @@ import pytest
 
 from gateway.decoding import WORKER_RETRY_S, as_lost
 from gateway.dispatch import NO_WORKER_RETRY_S, Dispatcher
-from gateway.job import Job, Trace
+from gateway.job import Job
 from gateway.link import DecodeLinks
 from gateway.pace import Pace
 from gateway.retry_budget import RetryBudget
@@ -24,6 +24,7 @@ from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import DeadlineError, UnavailableError
 from services.runtime.channels import Channels
 from tests.gateway.played import Played, playing, token
+from tests.gateway.reading import Reading
 
 REVISION = "rev-1"
 LONG_S = 15.0
@@ -47,9 +48,6 @@ def join(view: ClusterView, address: str, incarnation: int = 1, worker_id: str =
     view.apply(directory_pb2.WatchResponse(revision=view.revision + 1, events=[joined], snapshot=is_first))
 
 
-Answer = AsyncGenerator[list[common_pb2.Token], None]
-
-
 @asynccontextmanager
 async def dispatching(
     stall_timeout_s: float = LONG_S, max_attempts: int = 1, budget: RetryBudget | None = None
@@ -65,18 +63,18 @@ async def dispatching(
         )  # fmt: skip
 
 
-def ask(dispatcher: Dispatcher, timeout_s: float = LONG_S) -> Answer:
-    return dispatcher.run(Job("r", [1, 2, 3], common_pb2.SamplingParams(max_tokens=9)), Trace(), timeout_s)
+def ask(dispatcher: Dispatcher, timeout_s: float = LONG_S) -> Reading:
+    return Reading(dispatcher, Job("r", [1, 2, 3], common_pb2.SamplingParams(max_tokens=9)), timeout_s)
 
 
 @asynccontextmanager
-async def asked(*, timeout_s: float = LONG_S, stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Answer]]:
+async def asked(*, timeout_s: float = LONG_S, stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Reading]]:
     async with dispatching(stall_timeout_s) as (played, dispatcher), aclosing(ask(dispatcher, timeout_s)) as answer:
         yield played, answer
 
 
-def begin(answer: Answer) -> asyncio.Task[list[common_pb2.Token]]:
-    return asyncio.create_task(anext(answer))  # type: ignore[arg-type]
+def begin(answer: Reading) -> asyncio.Task[list[common_pb2.Token]]:
+    return asyncio.create_task(anext(answer))
 
 
 async def opened(played: Played) -> int:
@@ -237,7 +235,7 @@ async def test_an_answer_waits_for_a_worker_no_longer_than_it_may(monkeypatch: p
             assert not dispatcher._waiting
 
 
-async def fail_once_begun(played: Played, answer: Answer) -> None:
+async def fail_once_begun(played: Played, answer: Reading) -> None:
     first = begin(answer)
     handle = await opened(played)
     played.say(token(handle, 0))

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from gateway.dispatch import Dispatcher
-from gateway.job import Job, Trace
+from gateway.job import Job
 from gateway.link import DecodeLinks
 from gateway.routing import Policy
 from gateway.view import ClusterView
@@ -19,6 +19,7 @@ from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from services.engine.hashing import chain_root, extend_chain
 from services.runtime.channels import Channels
 from tests.gateway.played import playing
+from tests.gateway.reading import Reading
 from tests.gateway.test_dispatch import REVISION
 
 PROMPT = list(range(160))
@@ -71,9 +72,9 @@ async def test_the_prefill_worker_is_told_whose_blocks_to_read() -> None:
             max_attempts=1, stall_timeout_s=15,
         )  # fmt: skip
         async with aclosing(
-            dispatcher.run(Job("r", PROMPT, common_pb2.SamplingParams(max_tokens=4)), Trace(), 15)
+            Reading(dispatcher, Job("r", PROMPT, common_pb2.SamplingParams(max_tokens=4)), 15)
         ) as answer:
-            reading = asyncio.create_task(anext(answer))  # type: ignore[arg-type]
+            reading = asyncio.create_task(anext(answer))
             opened = (await played.sent.get()).open
             assert opened.writer.worker_id == "prefill-0"
             assert not opened.HasField("pull")

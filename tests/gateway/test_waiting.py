@@ -20,7 +20,8 @@ from kvferry.api.directory.v1 import directory_pb2
 from kvferry.errors import DeadlineError, OverloadedError
 from services.runtime.channels import Channels
 from tests.gateway.played import Played, playing, token
-from tests.gateway.test_dispatch import LONG_S, REVISION, Answer, begin, finished, join, opened
+from tests.gateway.reading import Reading
+from tests.gateway.test_dispatch import LONG_S, REVISION, begin, finished, join, opened
 
 # At the worker's 10 tokens/s, more than may wait behind another.
 PROMPT = list(range(30))
@@ -52,10 +53,10 @@ def report(view: ClusterView, **load: float) -> None:
 def ask(
     dispatcher: Dispatcher, name: str, *, tenant: str = "", priority: int = 0, timeout_s: float = LONG_S,
     trace: Trace | None = None,
-) -> Answer:  # fmt: skip
+) -> Reading:  # fmt: skip
     sampling = common_pb2.SamplingParams(max_tokens=9)
     job = Job(name, PROMPT, sampling, Tenant(tenant, tenant.encode()), priority)
-    return dispatcher.run(job, trace or Trace(), timeout_s)
+    return Reading(dispatcher, job, timeout_s, trace)
 
 
 async def ended(*tasks: asyncio.Task[list[common_pb2.Token]]) -> None:
