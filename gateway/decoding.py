@@ -44,6 +44,7 @@ class Decoding:
         self._counted: Pending | None = None
         self._promised: tuple[WorkerKey, Pending] | None = None  # to the prefill worker, until the ticket is here
         self._handle = 0
+        self._has_begun = False
         self._silence: asyncio.TimerHandle | None = None
 
     def open(self, request: worker_pb2.DecodeOpen) -> None:
@@ -72,12 +73,12 @@ class Decoding:
             self._silence.cancel()
         self._watch(self._stall_timeout_s)
 
-    def on_event(self, event: worker_pb2.DecodeEvent) -> None:
+    def on_event(self, kind: str | None, event: worker_pb2.DecodeEvent) -> None:
         self._heard_s = time.monotonic()
-        match event.WhichOneof("event"):
+        match kind:
             case "token":
-                if self._counted is not None:
-                    self._pending.computed(self.key, self._counted)
+                if not self._has_begun:
+                    self._begin()
                 self._run.put(TokenCame(self._attempt, Stream.DECODE, event.token))
             case "ticket":
                 self._keep_promise()
@@ -96,6 +97,12 @@ class Decoding:
     def cancel(self) -> None:
         self._end()
         self._link.cancel(self._handle)
+
+    def _begin(self) -> None:
+        """Its prompt is no longer ahead of others'."""
+        self._has_begun = True
+        if self._counted is not None:
+            self._pending.computed(self.key, self._counted)
 
     def _watch(self, delay_s: float) -> None:
         self._silence = asyncio.get_running_loop().call_later(delay_s, self._check_silence)

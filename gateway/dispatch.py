@@ -24,7 +24,6 @@ from gateway.decoding import WORKER_RETRY_S, Decoding, as_lost, stalled
 from gateway.entrance import Entrance
 from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
-from gateway.pace import Load, Pace
 from gateway.pending import PendingBook
 from gateway.pulls import Pull
 from gateway.request import (
@@ -48,6 +47,7 @@ from gateway.request import (
 from gateway.retry_budget import RetryBudget
 from gateway.routing import NoWorkerError, Policy, Route, choose_route
 from gateway.run import Run, TokenSink
+from gateway.turn import Turn
 from gateway.view import Change, ClusterView, WorkerGone
 from gateway.worker_state import ROLES, key_of, to_candidate
 from kvferry.api.common.v1 import common_pb2
@@ -120,7 +120,7 @@ class Dispatcher:
         self._opened: set[Decoding] = set()
         self._num_routed = 0
         self.decisions = DecisionBook()
-        self._pace = Pace(Load().is_behind)
+        self._turn = Turn()
 
     async def run(self, job: Job, trace: Trace, timeout_s: float, sink: TokenSink) -> None:
         """Puts each token into ``sink`` once, in order, together with those that have come since.  Returns at the answer's
@@ -129,7 +129,7 @@ class Dispatcher:
         machine = RequestMachine(
             self._max_attempts, max_tokens=job.sampling.max_tokens, stop_ids=self._stop_ids(job.sampling)
         )
-        run = Run(job, trace, machine, sink, self._pace, self._pass_on)
+        run = Run(job, trace, machine, sink, self._turn, self._pass_on)
         run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         try:
             while True:
@@ -175,22 +175,26 @@ class Dispatcher:
     def _advance(self, run: Run) -> None:
         """Does all that there is to do until the request ends, but gives the sink no more than it has room for."""
         tokens: list[common_pb2.Token] = []
-        while run.last is None and (run.actions or run.events):
+        while run.last is None:
             if run.actions:
-                self._act(run, run.actions.popleft(), tokens)
+                self._act(run, run.actions.popleft())
+            elif run.events:
+                for action in self._see(run, run.events.popleft()):
+                    if isinstance(action, Emit):
+                        tokens.append(action.token)
+                        run.sent.append(action.token.id)
+                        if run.retrying_since_s is not None or run.spent is not None:
+                            self._got_further(run)
+                    else:
+                        run.actions.append(action)
             else:
-                self._see(run, run.events.popleft())
+                break
         if tokens:
             self._entrance.served(run.job.tenant, 0, len(tokens))
             run.is_held = not run.sink.put(tokens)
 
-    def _act(self, run: Run, action: Action, tokens: list[common_pb2.Token]) -> None:
-        """Adds what is to be sent to ``tokens``."""
+    def _act(self, run: Run, action: Action) -> None:
         match action:
-            case Emit(token=token):
-                run.sent.append(token.id)
-                tokens.append(token)
-                self._got_further(run)
             case ChooseRoute() if run.machine.attempt == 1:
                 if (outcome := self._entrance.enter(run)) is not None:
                     run.actions.extend(run.machine.on(outcome))
@@ -206,20 +210,19 @@ class Dispatcher:
             case Finish() | Fail():
                 run.last = action
 
-    def _see(self, run: Run, event: Event | DeadlineError) -> None:
+    def _see(self, run: Run, event: Event | DeadlineError) -> list[Action]:
         machine = run.machine
         if isinstance(event, TokenCame):
-            run.actions.extend(machine.on(event))
-            return
+            return machine.on(event)
         if isinstance(event, DeadlineError):
-            run.last = Fail(event)
-            return
+            return [Fail(event)]
         if isinstance(event, PrefillDone) and event.attempt == machine.attempt:
             run.trace.committed = event.committed
         if isinstance(event, StreamFailed) and event.attempt == machine.attempt:
             self._note_apart(run, event)
-        run.actions.extend(machine.on(event))
+        actions = machine.on(event)
         run.trace.num_retries = max(0, machine.attempt - 1)
+        return actions
 
     def _note_apart(self, run: Run, failed: StreamFailed) -> None:
         if failed.stream is Stream.PREFILL and failed.error.reason == "OWNER_LOST":

@@ -106,6 +106,7 @@ class Frontend:
                 finished = await self._answer(job, tuple(request.stop), clock, outlet)
                 await deliver(inference_pb2.GenerateResponse(finished=finished), outlet)
             finally:
+                clock.tell()
                 self._quotas.end(tenant.name, clock.num_left)
             outcome = "completed"
         except Error as e:

@@ -26,8 +26,8 @@ _LAST = ("finished", "failure")
 class Listener(Protocol):
     """One request on a link; called in the event loop, must neither block nor raise."""
 
-    def on_event(self, event: worker_pb2.DecodeEvent) -> None:
-        """What the worker says of it, in order; a finished or a failure is the last."""
+    def on_event(self, kind: str | None, event: worker_pb2.DecodeEvent) -> None:
+        """What the worker says of it, in order; a finished or a failure is the last.  ``kind`` is the field that is set."""
 
     def on_lost(self, error: Error) -> None:
         """The stream was lost, and the request with it: nothing more comes."""
@@ -108,9 +108,10 @@ class DecodeLink:
         listener = self._listeners.get(event.handle)
         if listener is None:  # cancelled
             return
-        if event.WhichOneof("event") in _LAST:
+        kind = event.WhichOneof("event")
+        if kind in _LAST:
             del self._listeners[event.handle]
-        listener.on_event(event)
+        listener.on_event(kind, event)
 
     def _lose(self, error: Error) -> None:
         self._serving = None

@@ -11,10 +11,10 @@ from typing import Protocol
 from gateway.candidates import Candidate
 from gateway.job import Job, Trace
 from gateway.line import Ticket
-from gateway.pace import Pace
 from gateway.request import Action, Event, Fail, Finish, RequestMachine, TokenCame
 from gateway.retry_budget import Slice
 from gateway.routing import Route
+from gateway.turn import Turn
 from kvferry.api.common.v1 import common_pb2
 from kvferry.errors import DeadlineError
 from services.runtime.backoff import Backoff
@@ -44,7 +44,7 @@ class Run:
     """Where a request's events wait, and what goes on for it."""
 
     def __init__(
-        self, job: Job, trace: Trace, machine: RequestMachine, sink: TokenSink, pace: Pace,
+        self, job: Job, trace: Trace, machine: RequestMachine, sink: TokenSink, turn: Turn,
         pass_on: Callable[[Run], None],
     ) -> None:  # fmt: skip
         """``pass_on`` sees to the events while they are tokens; must not raise.  Whatever else comes is for the request's
@@ -64,7 +64,7 @@ class Run:
         self.spent: Slice | None = None  # of the retry budget, until it has paid
         self.routed = False
         self.ticket: Ticket[Run] | None = None  # while it waits in the line
-        self._pace = pace
+        self._turn = turn
         self._pass_on = pass_on
         self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
         self.decodes: dict[int, Cancellable] = {}  # by attempt
@@ -85,13 +85,13 @@ class Run:
         return self.route.prefill
 
     def put(self, event: Event | DeadlineError) -> None:
-        """Tokens after the first wait for the pace, everything else is for now."""
+        """Tokens after the first wait for the turn, everything else is for now."""
         self.events.append(event)
         if type(event) is not TokenCame or event.token.index == 0:
             self.wake()
         elif not self._is_paced and not self._is_woken:
             self._is_paced = True
-            self._pace.add(self._take_turn)
+            self._turn.add(self._take_turn)
 
     def later(self, delay_s: float, act: Callable[[], None]) -> None:
         self.timers.append(asyncio.get_running_loop().call_later(delay_s, act))

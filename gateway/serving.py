@@ -51,6 +51,9 @@ log = structlog.get_logger(__name__)
 SERVER_GRACE_S = 2.0
 # That a worker is lost while the directory is away, only the connection to it tells.
 LOOK_AGAIN_S = 1.0
+# Of a worker's stream, a step or a few: what it has to say beyond that gathers there, in one message instead of many, and
+# does not grow old on the way.
+WORKER_WINDOW_NBYTES = 8192
 # How long a process waits for its view of the cluster before it takes connections from others that have one.
 FIRST_VIEW_S = 2.0
 
@@ -72,7 +75,7 @@ async def run_gateway(
             doorkeeper = Doorkeeper(read_keys(config.api_keys) if config.api_keys else None)
         except (Error, IndexUnavailable, KeyFileError) as e:
             raise StartupError(str(e)) from e
-        channels = await stack.enter_async_context(Channels(certificates))
+        channels = await stack.enter_async_context(Channels(certificates, window_nbytes=WORKER_WINDOW_NBYTES))
         registry = registry_of(view, seat)
         links = await stack.enter_async_context(DecodeLinks(channels))
         dispatcher = Dispatcher(

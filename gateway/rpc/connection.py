@@ -24,7 +24,7 @@ from hyperframe.frame import GoAwayFrame
 
 from gateway.rpc import metadata
 from gateway.rpc.call import Call
-from gateway.rpc.framing import data_frame, prefixed
+from gateway.rpc.framing import PREFIX_NBYTES, data_frame, message_frame, prefixed
 from gateway.rpc.limits import Limits
 from services.runtime.server import MAX_METADATA_NBYTES
 
@@ -129,12 +129,13 @@ class Connection(asyncio.Protocol):
         if not call.begun:
             call.begun = True
             self._send_headers(call.stream_id, [(":status", "200"), ("content-type", _CONTENT_TYPE)])
-        payload = prefixed(message)
-        if call.unsent or len(payload) > self._room(call):
-            call.unsent.append(memoryview(payload))
+        nbytes = PREFIX_NBYTES + len(message)
+        if call.unsent or nbytes > self._room(call):
+            call.unsent.append(memoryview(prefixed(message)))
             self._pump(call)
         else:
-            self._send_data(call, payload)
+            self._take_room(call, nbytes)
+            self._send(message_frame(call.stream_id, message))
 
     def end(self, call: Call, headers: list[tuple[str, str]]) -> None:
         if self.calls.get(call.stream_id) is not call:
@@ -281,10 +282,9 @@ class Connection(asyncio.Protocol):
             return 0
         return min(self._h2.outbound_flow_control_window, stream.outbound_flow_control_window, _MAX_FRAME_NBYTES)
 
-    def _send_data(self, call: Call, payload: bytes | memoryview) -> None:
-        self._h2.streams[call.stream_id].outbound_flow_control_window -= len(payload)
-        self._h2.outbound_flow_control_window -= len(payload)
-        self._send(data_frame(call.stream_id, payload))
+    def _take_room(self, call: Call, nbytes: int) -> None:
+        self._h2.streams[call.stream_id].outbound_flow_control_window -= nbytes
+        self._h2.outbound_flow_control_window -= nbytes
 
     # Of a stream that has been reset h2 knows before it has told: there is nobody to send to.
 
@@ -307,7 +307,9 @@ class Connection(asyncio.Protocol):
         """Sends as much of what is unsent as the windows take."""
         while call.unsent and (room := self._room(call)) > 0:
             payload = call.unsent[0]
-            self._send_data(call, payload[:room])
+            part = payload[:room]
+            self._take_room(call, len(part))
+            self._send(data_frame(call.stream_id, part))
             call.is_partly_sent = len(payload) > room
             if call.is_partly_sent:
                 call.unsent[0] = payload[room:]

@@ -3,6 +3,8 @@ https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md, RFC 9113 section
 
 from __future__ import annotations
 
+import struct
+
 PREFIX_NBYTES = 5
 
 
@@ -18,6 +20,10 @@ class CompressedError(FramingError):
     """A message is compressed, which none need be: this server accepts no encoding."""
 
 
+# A DATA frame's head, whose length is three bytes, and a message's prefix.
+_HEADS = struct.Struct(">BHxxIxI")
+
+
 def prefixed(message: bytes) -> bytes:
     return b"\0" + len(message).to_bytes(4, "big") + message
 
@@ -25,6 +31,13 @@ def prefixed(message: bytes) -> bytes:
 def data_frame(stream_id: int, payload: bytes | memoryview) -> bytes:
     """``payload`` must not be larger than the peer takes frames."""
     return len(payload).to_bytes(3, "big") + b"\0\0" + stream_id.to_bytes(4, "big") + payload
+
+
+def message_frame(stream_id: int, message: bytes) -> bytes:
+    """``data_frame(stream_id, prefixed(message))``, made at once."""
+    nbytes = len(message)
+    high, low = divmod(nbytes + PREFIX_NBYTES, 1 << 16)
+    return _HEADS.pack(high, low, stream_id, nbytes) + message
 
 
 class Messages:

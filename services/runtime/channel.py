@@ -31,16 +31,24 @@ _OPTIONS: tuple[tuple[str, int | str], ...] = (
 
 
 def open_channel(
-    address: str, *, certificates: Certificates | None = None, peer: Role | None = None
+    address: str,
+    *,
+    certificates: Certificates | None = None,
+    peer: Role | None = None,
+    window_nbytes: int | None = None,
 ) -> grpc.aio.Channel:
     """A channel to ``address`` (host:port), in the clear without ``certificates``; with them, to none but who shows the
     certificate of a ``peer``, wherever it runs.  Connects when first used, reconnects for ever with a backoff from 100 ms
-    to 2 s.  Every call made through it sends the caller's request id and trace context.  The caller closes it.  Must be
-    called within the event loop that uses it."""
+    to 2 s.  Every call made through it sends the caller's request id and trace context.  ``window_nbytes``: what a stream
+    may bring beyond the message that is being read, always, instead of as much as the connection carries.  The caller
+    closes it.  Must be called within the event loop that uses it."""
+    options = _OPTIONS
+    if window_nbytes is not None:
+        options += (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", window_nbytes))
     if certificates is None:
-        return _Channel(grpc.aio.insecure_channel(address, options=_OPTIONS))
+        return _Channel(grpc.aio.insecure_channel(address, options=options))
     assert peer is not None, "what the peer's certificate must say"
-    options = (*_OPTIONS, ("grpc.ssl_target_name_override", peer.dns_name))
+    options += (("grpc.ssl_target_name_override", peer.dns_name),)
     return _Channel(
         RenewedChannel(certificates, lambda pem: grpc.aio.secure_channel(address, pem.channel_credentials, options))
     )

@@ -39,6 +39,10 @@ class Played(worker_pb2_grpc.DecodeServiceServicer):
     def say(self, *events: worker_pb2.DecodeEvent) -> None:
         self._to_say.put_nowait(worker_pb2.DecodeResponse(events=events))
 
+    @property
+    def num_left_to_say(self) -> int:
+        return self._to_say.qsize()
+
     def vanish(self, code: grpc.StatusCode = grpc.StatusCode.UNAVAILABLE) -> None:
         self._to_say.put_nowait(code)
 

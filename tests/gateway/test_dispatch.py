@@ -14,21 +14,19 @@ from gateway.decoding import WORKER_RETRY_S, as_lost
 from gateway.dispatch import NO_WORKER_RETRY_S, Dispatcher
 from gateway.job import Job
 from gateway.link import DecodeLinks
-from gateway.pace import Pace
 from gateway.retry_budget import RetryBudget
 from gateway.routing import Policy
 from gateway.view import ClusterView, WorkerGone
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2
-from kvferry.errors import DeadlineError, UnavailableError
+from kvferry.errors import DeadlineError, InternalError, UnavailableError
 from services.runtime.channels import Channels
 from tests.gateway.played import Played, playing, token
 from tests.gateway.reading import Reading
 
 REVISION = "rev-1"
 LONG_S = 15.0
-BURST_S = 0.09
 
 
 def view_of(address: str) -> ClusterView:
@@ -116,20 +114,31 @@ async def test_what_comes_while_a_message_is_being_sent_gathers() -> None:
         assert [t.index for t in await anext(answer)] == [1, 2, 3]
 
 
-async def test_after_a_burst_the_first_token_is_for_now_and_the_next_waits() -> None:
-    async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
-        dispatcher._pace = Pace(lambda: True)  # this process has not used a core's time
-        first = begin(answer)
-        handle = await opened(played)
-        dispatcher._pace.add(lambda: time.sleep(BURST_S))
-        await asyncio.sleep(0.001)
-        began_s = time.monotonic()
-        played.say(token(handle, 0))
-        await first
-        assert time.monotonic() - began_s < 0.8 * BURST_S
-        played.say(token(handle, 1))
-        await anext(answer)
-        assert time.monotonic() - began_s > 0.9 * BURST_S
+async def test_a_sink_that_fails_ends_its_request_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with (
+        dispatching() as (played, dispatcher),
+        aclosing(ask(dispatcher)) as broken,
+        aclosing(ask(dispatcher)) as other,
+    ):
+        handles = []
+        for answer in (broken, other):
+            reading = begin(answer)
+            handles.append(await opened(played))
+            played.say(token(handles[-1], 0))
+            await reading
+        more = [begin(answer) for answer in (broken, other)]
+        await asyncio.sleep(0)
+
+        def fail(_: object) -> bool:
+            raise ValueError("secret")
+
+        monkeypatch.setattr(broken, "put", fail)
+        played.say(*(token(handle, 1) for handle in handles))
+        with pytest.raises(InternalError) as caught:
+            await more[0]
+        assert "secret" not in str(caught.value)
+        assert [t.index for t in await more[1]] == [1]
+        assert (await played.sent.get()).cancel.handle == handles[0]
 
 
 async def test_a_worker_that_says_nothing_has_failed_the_request_and_is_told() -> None:

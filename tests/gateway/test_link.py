@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 import pytest
 
 from gateway.link import DecodeLink
-from kvferry.api.worker.v1 import worker_pb2
+from gateway.serving import WORKER_WINDOW_NBYTES
+from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import Error, UnavailableError
 from services.runtime.channel import open_channel
+from services.runtime.channels import Channels
 from tests.gateway.played import Played, playing, token
 
 
@@ -21,7 +23,7 @@ class Heard:
     events: asyncio.Queue[worker_pb2.DecodeEvent] = field(default_factory=asyncio.Queue)
     lost: asyncio.Queue[Error] = field(default_factory=asyncio.Queue)
 
-    def on_event(self, event: worker_pb2.DecodeEvent) -> None:
+    def on_event(self, _kind: str | None, event: worker_pb2.DecodeEvent) -> None:
         self.events.put_nowait(event)
 
     def on_lost(self, error: Error) -> None:
@@ -57,6 +59,30 @@ async def test_requests_share_one_stream_and_hear_their_own() -> None:
         assert await first.indices(2) == [0, 1]
         assert await second.indices(2) == [0, 1]
         assert played.num_streams == 1
+
+
+async def test_what_a_gateway_does_not_read_waits_at_the_worker() -> None:
+    """There it gathers; on the way it would only grow old."""
+    sent_nbytes = {}
+    for window_nbytes in (None, WORKER_WINDOW_NBYTES):
+        async with (
+            playing() as (played, address),
+            Channels(window_nbytes=window_nbytes) as channels,
+        ):
+            call = worker_pb2_grpc.DecodeServiceStub(channels.get(address)).Decode()
+            while played.num_streams == 0:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            step = [token(1, index) for index in range(64)]
+            for _ in range(1000):
+                played.say(*step)
+            seen = -1
+            while seen != played.num_left_to_say:
+                seen = played.num_left_to_say
+                await asyncio.sleep(0.1)
+            sent_nbytes[window_nbytes] = (1000 - seen) * worker_pb2.DecodeResponse(events=step).ByteSize()
+            call.cancel()
+    assert sent_nbytes[None] > 60_000
+    assert sent_nbytes[WORKER_WINDOW_NBYTES] < 2 * WORKER_WINDOW_NBYTES
 
 
 async def test_after_its_end_or_its_cancellation_a_request_hears_nothing() -> None:

@@ -3,11 +3,12 @@ each fault of theirs is found."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from gateway.request import Action, CancelAttempt, Emit, Event, RequestMachine, State
+from gateway.request import Action, CancelAttempt, Emit, Event, RequestMachine, State, Stream
 from kvferry.api.common.v1 import common_pb2
 from kvferry.errors import Error
 from tests.exploration.search import Counterexample
@@ -32,16 +33,15 @@ def test_each_token_leaves_once_everything_is_given_back_and_it_ends(setup: Setu
 class SendsAgain(RequestMachine):
     """The first token comes by both streams."""
 
-    def _emit(self, token: common_pb2.Token) -> list[Action]:
-        return super()._emit(token) or [Emit(token)]
+    def _on_token(self, stream: Stream, token: common_pb2.Token) -> list[Action]:
+        return super()._on_token(stream, token) or [Emit(token)]
 
 
 class HearsAttemptsGoneBy(RequestMachine):
     def on(self, event: Event) -> list[Action]:
         if self.state is State.ROUTING or self.state is State.ENDED or not hasattr(event, "attempt"):
             return super().on(event)
-        object.__setattr__(event := _copy(event), "attempt", self.attempt)
-        return super().on(event)
+        return super().on(_with_attempt(event, self.attempt))
 
 
 class LeavesItsWorkersAlone(RequestMachine):
@@ -83,9 +83,9 @@ class ForgetsThatItWaits(RequestMachine):
 class CountsFromTheBeginning(RequestMachine):
     """The tokens of a later attempt."""
 
-    def _emit(self, token: common_pb2.Token) -> list[Action]:
+    def _on_token(self, stream: Stream, token: common_pb2.Token) -> list[Action]:
         self._num_sent_before = 0
-        return super()._emit(token)
+        return super()._on_token(stream, token)
 
 
 class StartsOverWhenAllIsThere(RequestMachine):
@@ -109,8 +109,8 @@ class CountsWritersThatAreDistrusted(RequestMachine):
         return super().on(event)
 
 
-def _copy(event: Any) -> Any:
-    return type(event)(*(getattr(event, name) for name in event.__slots__))
+def _with_attempt(event: Any, attempt: int) -> Any:
+    return event._replace(attempt=attempt) if isinstance(event, tuple) else replace(event, attempt=attempt)
 
 
 def _without_grudge(action: Any) -> Any:

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import codecs
 import time
 from itertools import pairwise
 
@@ -54,26 +53,6 @@ def test_what_is_emitted_stands_whatever_comes_next(data: bytes, at: list[int], 
             assert cut((so_far + more).decode(errors="replace"), stop)[0].startswith(emitted)
 
 
-@given(DATA, st.lists(st.integers(0, 1000), max_size=8), STOPS)
-def test_a_settled_token_has_its_text_out(data: bytes, at: list[int], stop: list[str]) -> None:
-    tokens = split(data, at)
-    stream = TextStream(tokens.__getitem__, stop)
-    emitted, settled = "", 0
-    for i in range(len(tokens)):
-        emitted += stream.feed(i)
-        assert settled <= stream.num_tokens_settled <= i + 1
-        settled = stream.num_tokens_settled
-        if not stream.stopped:
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            whole = decoder.decode(b"".join(tokens[:settled]))
-            # A character begun by the last of them counts as its text, too.
-            is_begun = bool(decoder.getstate()[0])
-            assert emitted.startswith(whole)
-            assert len(emitted) >= len(whole) + is_begun
-    stream.flush()
-    assert stream.num_tokens_settled == len(tokens)
-
-
 def test_whole_characters_leave_at_once() -> None:
     assert play([b"a", "é".encode(), b"\xe6\x97", b"\xa5x", b"z"])[0] == ["a", "é", "", "日x", "z", ""]
 
@@ -113,19 +92,8 @@ def test_which_stop_string_counts(text: str, stop: list[str], expected: str) -> 
 
 
 def test_tokens_after_the_hit_yield_nothing() -> None:
-    texts, stream = play([b"a#b", b"more"], ["#"])
+    texts, _ = play([b"a#b", b"more"], ["#"])
     assert texts == ["a", "", ""]
-    assert stream.num_tokens_settled == 2
-
-
-def test_settled_tokens_wait_for_characters_and_stop_strings() -> None:
-    tokens = [b"a", b"\xe6", b"\x97\xa5", b"#", b"", b"b"]
-    stream = TextStream(tokens.__getitem__, ["##"])
-    settled = []
-    for i in range(len(tokens)):
-        stream.feed(i)
-        settled.append(stream.num_tokens_settled)
-    assert settled == [1, 1, 3, 3, 3, 6]
 
 
 def test_huge_stop_strings_and_long_near_misses_cost_linear_time() -> None:

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvferry.cli import ports
+from tests.bench.gateway.null_workers import FIRST_STEP_S
 
 ROOT = Path(__file__).resolve().parents[3]
 LOGS = ROOT / "build" / "logs" / "bench-gateway"
 MODEL = "smollm2-135m-instruct"
-WARM_S = 3.0
+# Longer than a first step, which ends before workers look at their pace again.
+WARM_S = FIRST_STEP_S + 1.0
 
 
 @dataclass(frozen=True, slots=True)
