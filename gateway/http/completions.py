@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
+from uuid import uuid4
 
 import structlog
 from starlette.datastructures import Headers
@@ -15,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.http import schema
 from gateway.http.connection import BodyTooLargeError, ClientGoneError, read_body, refuse_body, until, while_connected
-from gateway.http.encoding import DONE_EVENT, sse_event
+from gateway.http.encoding import DONE_EVENT, encode, sse_event
 from gateway.http.errors import error_body, error_response, internal_error, json_response, too_large
 from gateway.http.front_door import FrontDoor, Vocabulary
 from gateway.http.limits import HttpLimits
@@ -36,6 +37,10 @@ _SSE_HEADERS = [
     # nginx would gather the events otherwise.
     (b"x-accel-buffering", b"no"),
 ]
+
+
+# Stands for a chunk's text where all else of its event is made once for a whole answer.
+_MARK = uuid4().hex
 
 
 class MakeShape(Protocol):
@@ -221,6 +226,10 @@ class _Stream:
         self._so_far = inference_pb2.Usage()
         opening = shape.opening()
         self._ahead = b"" if opening is None else sse_event({**opening, **self._extra})
+        self._around: tuple[bytes, bytes] | None = None
+        if not self._with_logprobs and not asked.usage_so_far:
+            before, after = sse_event({**shape.delta(_MARK, ()), **self._extra}).split(encode(_MARK))
+            self._around = before, after
         self._finished: inference_pb2.Finished | None = None
 
     def send(self, response: inference_pb2.GenerateResponse) -> bool:
@@ -239,7 +248,11 @@ class _Stream:
             self._extra = {"usage": usage_content(self._so_far)}
         if not chunk.text and not (self._with_logprobs and chunk.tokens):
             return True
-        events = self._ahead + sse_event({**self._shape.delta(chunk.text, chunk.tokens), **self._extra})
+        if self._around is not None:
+            before, after = self._around
+            events = b"%b%b%b%b" % (self._ahead, before, encode(chunk.text), after)
+        else:
+            events = self._ahead + sse_event({**self._shape.delta(chunk.text, chunk.tokens), **self._extra})
         is_sent = self._reply.write_now(events)
         self._ahead = b"" if is_sent else events
         return is_sent

@@ -14,7 +14,7 @@ _encoder = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, allow_nan=
 DONE_EVENT = b"data: [DONE]\n\n"
 
 
-def encode(content: dict[str, Any]) -> bytes:
+def encode(content: dict[str, Any] | str) -> bytes:
     return _encoder.encode(content).encode("ascii")
 
 
