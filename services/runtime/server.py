@@ -133,8 +133,10 @@ def reserve(address: str, flag: str, *, share_port: bool = False) -> socket.sock
     user that share it too.  Raises StartupError, which says why it cannot be had; gRPC would not."""
     host, port = split_address(address)
     try:
-        family, kind, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        reserved = socket.socket(family, kind)
+        family, kind, protocol, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # By name: of a connection whose socket does not say that it is TCP, asyncio would let small writes wait for the
+        # acknowledgement of those before (TCP_NODELAY).
+        reserved = socket.socket(family, kind, protocol)
         try:
             reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if share_port:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -129,6 +130,14 @@ async def test_each_stream_gets_all_its_messages_once_and_in_order(num_streams: 
         for first, call in zip(firsts, calls, strict=True):
             got = [first, *(message.value for message in await rest(call))]
             assert got == [f"{number}," + "x" * size for number in range(count)]
+
+
+async def test_a_small_message_does_not_wait_for_the_acknowledgement_of_the_one_before() -> None:
+    async with serving(Numbers()) as (server, address), grpc.aio.insecure_channel(address) as channel:
+        await channel.channel_ready()
+        (connection,) = server._connections
+        accepted = connection._transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 async def test_a_stream_that_is_not_read_holds_up_no_other() -> None:
