@@ -141,8 +141,8 @@ class Dispatcher:
                     case Finish(finished=finished):
                         trace.finished = finished
                         return
-                    case Fail(error=error):
-                        raise error
+                    case Fail():
+                        raise _taken_from(run)
                 await run.wait()
         finally:
             self._waiting.pop(run, None)
@@ -432,6 +432,13 @@ class Dispatcher:
             control_address=candidate.address,
             process=state.info.process if state else None,
         )
+
+
+def _taken_from(run: Run) -> Error:
+    """What it failed with, which will refer to the request by its traceback, and the request no longer to it."""
+    assert isinstance(run.last, Fail)
+    error, run.last = run.last.error, None
+    return error
 
 
 def _to_pull_source(pull: Pull | None) -> worker_pb2.PullSource | None:

@@ -72,7 +72,8 @@ class Run:
         self.events: deque[Event | DeadlineError] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._is_woken = False
-        self._is_paced = False
+        self._has_turn = False
+        self._has_ended = False
 
     @property
     def route(self) -> Route:
@@ -89,8 +90,8 @@ class Run:
         self.events.append(event)
         if type(event) is not TokenCame or event.token.index == 0:
             self.wake()
-        elif not self._is_paced and not self._is_woken:
-            self._is_paced = True
+        elif not self._has_turn and not self._is_woken:
+            self._has_turn = True
             self._turn.add(self._take_turn)
 
     def later(self, delay_s: float, act: Callable[[], None]) -> None:
@@ -112,10 +113,10 @@ class Run:
             self._waiter.set_result(None)
 
     def _take_turn(self) -> None:
-        self._is_paced = False
+        self._has_turn = False
         if self.is_held:
             self.wake()
-        elif not self._is_woken:
+        elif not self._is_woken and not self._has_ended:
             self._pass_on(self)
 
     def cancel(self, attempt: int) -> None:
@@ -125,9 +126,14 @@ class Run:
             decode.cancel()
 
     async def end(self) -> None:
-        """Cancels whatever goes on."""
+        """Cancels whatever goes on.  From here on the sink gets nothing more."""
+        self._has_ended = True
         for timer in self.timers:
             timer.cancel()
         for attempt in self.tasks.keys() | self.decodes.keys():
             self.cancel(attempt)
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        # They refer to it as it does to them.
+        self.tasks.clear()
+        self.decodes.clear()
+        self.timers.clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
 from math import inf
@@ -36,6 +35,7 @@ from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.errors import Error
 from services.directory.library import IndexUnavailable
 from services.engine.model_files import open_model
+from services.runtime import garbage
 from services.runtime.channels import Channels
 from services.runtime.probes import serve_probes
 from services.runtime.server import (
@@ -51,6 +51,8 @@ log = structlog.get_logger(__name__)
 SERVER_GRACE_S = 2.0
 # That a worker is lost while the directory is away, only the connection to it tells.
 LOOK_AGAIN_S = 1.0
+# So few that a look for garbage takes some milliseconds.
+QUIET_REQUESTS = 32
 # Of a worker's stream, a step or a few: what it has to say beyond that gathers there, in one message instead of many, and
 # does not grow old on the way.
 WORKER_WINDOW_NBYTES = 8192
@@ -149,13 +151,15 @@ async def run_gateway(
         async def follow_on() -> None:
             await following
 
-        tasks = [background.create_task(follow_on()), background.create_task(report_health())]
+        tasks = [
+            background.create_task(follow_on()),
+            background.create_task(report_health()),
+            background.create_task(garbage.collect_when_quiet(lambda: frontend.num_in_flight < QUIET_REQUESTS)),
+        ]
         if config.api_keys:
             tasks.append(background.create_task(follow(doorkeeper, config.api_keys)))
         stack.callback(lambda: [task.cancel() for task in tasks])
-        # What is there for good need not be looked through whenever garbage is.
-        gc.collect()
-        gc.freeze()
+        garbage.settle()
         log.info("ready", grpc=config.listen, http=config.http_listen, model=files.config.name)
         on_listening()
         try:

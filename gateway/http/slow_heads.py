@@ -53,6 +53,9 @@ class BoundedHeads(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
         super().connection_lost(exc)
+        # What it refers to refers to it: without this it would be there until somebody looks for garbage.
+        self.app_state = {}
+        self.cycle = None  # type: ignore[assignment]
 
     def _start_clock(self) -> None:
         self._head_timer = self.loop.call_later(self._head_timeout_s, self._time_out)

@@ -35,6 +35,7 @@ from services.engine.runners import (
     kv_dtype,
 )
 from services.engine.scheduler import Limits, Scheduler
+from services.runtime import garbage
 from services.runtime.channels import Channels
 from services.runtime.membership import Membership
 from services.runtime.metrics import serve_metrics
@@ -132,6 +133,7 @@ async def run_worker(config: WorkerConfig, role: Role, other: Role) -> None:
         worker.report_load = membership.report
         worker.register_anew = lambda: membership.describe(worker.info())
         publish_metrics(worker)
+        garbage.settle()
         log.info("ready", address=worker.identity.control_address, worker_id=worker.identity.worker_id)
         try:
             await asyncio.shield(worker.router.died)  # or the cancellation would end it, and draining with it

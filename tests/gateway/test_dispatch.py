@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+import weakref
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
 
 import grpc
 import pytest
 
 from gateway.decoding import WORKER_RETRY_S, as_lost
 from gateway.dispatch import NO_WORKER_RETRY_S, Dispatcher
-from gateway.job import Job
+from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
 from gateway.retry_budget import RetryBudget
 from gateway.routing import Policy
+from gateway.run import Run
 from gateway.view import ClusterView, WorkerGone
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
@@ -61,8 +65,21 @@ async def dispatching(
         )  # fmt: skip
 
 
+JOB = Job("r", [1, 2, 3], common_pb2.SamplingParams(max_tokens=9))
+
+
 def ask(dispatcher: Dispatcher, timeout_s: float = LONG_S) -> Reading:
-    return Reading(dispatcher, Job("r", [1, 2, 3], common_pb2.SamplingParams(max_tokens=9)), timeout_s)
+    return Reading(dispatcher, JOB, timeout_s)
+
+
+class Sink:
+    """Has room for everything."""
+
+    def put(self, tokens: list[common_pb2.Token]) -> bool:
+        return True
+
+    async def room(self) -> bool:
+        return True
 
 
 @asynccontextmanager
@@ -139,6 +156,55 @@ async def test_a_sink_that_fails_ends_its_request_and_no_other(monkeypatch: pyte
         assert "secret" not in str(caught.value)
         assert [t.index for t in await more[1]] == [1]
         assert (await played.sent.get()).cancel.handle == handles[0]
+
+
+async def test_who_has_left_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though tokens were about to leave: the connection may be another request's by then."""
+    async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
+        reading = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0))
+        await reading
+        more = begin(answer)
+        await asyncio.sleep(0.01)
+        turns: list[Callable[[], None]] = []
+        monkeypatch.setattr(dispatcher._turn, "add", turns.append)
+        played.say(token(handle, 1))
+        while not turns:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        more.cancel()
+        await asyncio.wait((more,))
+        turns[0]()
+        assert answer._tokens == []
+
+
+@pytest.mark.parametrize("how", ["finished", "failed", "left"])
+async def test_a_request_that_has_ended_dies_at_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """Nothing is looked for garbage while many requests are open (services/runtime/garbage.py)."""
+    runs: list[weakref.ref[Run]] = []
+
+    class Watched(Run):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            runs.append(weakref.ref(self))
+
+    monkeypatch.setattr("gateway.dispatch.Run", Watched)
+    async with dispatching() as (played, dispatcher):
+        gc.disable()
+        try:
+            request = asyncio.create_task(dispatcher.run(JOB, Trace(), LONG_S, Sink()))
+            handle = await opened(played)
+            if how == "left":
+                request.cancel()
+            else:
+                played.say(finished(handle) if how == "finished" else failure(handle))
+            with suppress(UnavailableError, asyncio.CancelledError):
+                await request
+            del request
+            await asyncio.sleep(0.01)
+            assert [run() for run in runs] == [None]
+        finally:
+            gc.enable()
 
 
 async def test_a_worker_that_says_nothing_has_failed_the_request_and_is_told() -> None:
