@@ -133,10 +133,13 @@ class Dispatcher:
         run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         try:
             while True:
+                if run.is_held:
+                    if not await sink.room():
+                        return
+                    run.is_held = False
                 self._advance(run)
-                if run.is_held and not await sink.room():
-                    return
-                run.is_held = False
+                if run.is_held:
+                    continue
                 match run.last:
                     case Finish(finished=finished):
                         trace.finished = finished

@@ -17,6 +17,7 @@ from gateway.decoding import WORKER_RETRY_S, as_lost
 from gateway.dispatch import NO_WORKER_RETRY_S, Dispatcher
 from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
+from gateway.request import Stream, TokenCame
 from gateway.retry_budget import RetryBudget
 from gateway.routing import Policy
 from gateway.run import Run
@@ -176,6 +177,33 @@ async def test_who_has_left_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) -
         await asyncio.wait((more,))
         turns[0]()
         assert answer._tokens == []
+
+
+async def test_a_sink_without_room_gets_nothing_until_it_has_some_and_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what came before the request's task had heard that there is no room."""
+    runs: list[Run] = []
+
+    class Kept(Run):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            runs.append(self)
+
+    monkeypatch.setattr("gateway.dispatch.Run", Kept)
+    async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
+        reading = begin(answer)
+        handle = await opened(played)
+        played.say(token(handle, 0))
+        await reading
+        more = begin(answer)
+        await asyncio.sleep(0.01)  # it has room
+        (run,) = runs
+        came = [TokenCame(1, Stream.DECODE, common_pb2.Token(index=index)) for index in (1, 2, 3)]
+        run.put(came[0])
+        run._take_turn()
+        run.put(came[1])
+        run.put(came[2])
+        assert [t.index for t in await more] == [1]
+        assert [t.index for t in await anext(answer)] == [2, 3]
 
 
 @pytest.mark.parametrize("how", ["finished", "failed", "left"])
