@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import inf
 
 from gateway.candidates import Candidate, Rates, Role, WorkerKey
@@ -120,7 +121,7 @@ class Costs:
         """``pulls``: whether cached blocks may be read from other workers."""
         self._demand = demand
         self._num_steps = num_reckoned_steps(demand)
-        self._rates = _completed(candidates)
+        self._rates = _completed(tuple((c.key, c.role, c.rates) for c in candidates))
         self._pulls = Pulls(candidates if pulls else (), self._rates, demand.num_prompt_tokens)
         self._ways = _Ways(candidates)
         self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}
@@ -208,16 +209,22 @@ def _each(terms: Terms) -> tuple[float, ...]:
     return (terms.queue_s, terms.pull_s, terms.prefill_s, terms.ship_s, terms.stall_s, terms.decode_s)
 
 
-def _completed(candidates: Sequence[Candidate]) -> dict[WorkerKey, Rates]:
-    fill_prefill = _Filler(candidates, lambda r: (r.prefill_tokens_per_s,))
-    fill_step = _StepFiller(candidates)
-    fill_bytes = _Filler(candidates, lambda r: (r.transfer_bytes_per_s,))
-    fill_trip = _Filler(candidates, lambda r: (r.transfer_round_trip_s,))
-    fill_host = _Filler(candidates, lambda r: (r.host_load_bytes_per_s,))
-    fill_pull = _Filler(candidates, lambda r: (r.pull_bytes_per_s,))
-    fill_overhead = _Filler(candidates, lambda r: (r.pull_overhead_s,))
+# Of one worker, whose rates are the same object from one report to the next.
+_Known = tuple[WorkerKey, Role, Rates]
+
+
+@lru_cache(maxsize=4)
+def _completed(workers: tuple[_Known, ...]) -> dict[WorkerKey, Rates]:
+    """Kept, for it depends on no request, and took a tenth of one's time."""
+    fill_prefill = _Filler(workers, lambda r: (r.prefill_tokens_per_s,))
+    fill_step = _StepFiller(workers)
+    fill_bytes = _Filler(workers, lambda r: (r.transfer_bytes_per_s,))
+    fill_trip = _Filler(workers, lambda r: (r.transfer_round_trip_s,))
+    fill_host = _Filler(workers, lambda r: (r.host_load_bytes_per_s,))
+    fill_pull = _Filler(workers, lambda r: (r.pull_bytes_per_s,))
+    fill_overhead = _Filler(workers, lambda r: (r.pull_overhead_s,))
     fillers = (fill_prefill, fill_step, fill_bytes, fill_trip, fill_host, fill_pull, fill_overhead)
-    return {c.key: Rates(*(value for filler in fillers for value in filler.of(c))) for c in candidates}
+    return {w[0]: Rates(*(value for filler in fillers for value in filler.of(w))) for w in workers}
 
 
 class _Ways:
@@ -258,29 +265,30 @@ _Quantity = tuple[float, ...]
 class _Filler:
     """One quantity of the rates, for those who have not measured it too."""
 
-    def __init__(self, candidates: Sequence[Candidate], pick: Callable[[Rates], _Quantity]) -> None:
+    def __init__(self, workers: Sequence[_Known], pick: Callable[[Rates], _Quantity]) -> None:
         self._pick = pick
-        measured = [(c.role, pick(c.rates)) for c in candidates if _is_measured(pick(c.rates))]
+        measured = [(role, pick(rates)) for _, role, rates in workers if _is_measured(pick(rates))]
         everybody = _mean([values for _, values in measured]) or pick(PRIOR)
         self._typical = {role: _mean([v for r, v in measured if r is role]) or everybody for role in Role}
 
-    def of(self, candidate: Candidate) -> _Quantity:
-        own = self._pick(candidate.rates)
-        return own if _is_measured(own) else self._typical[candidate.role]
+    def of(self, worker: _Known) -> _Quantity:
+        _, role, rates = worker
+        own = self._pick(rates)
+        return own if _is_measured(own) else self._typical[role]
 
 
 class _StepFiller:
     """The line of decode steps.  Who has seen steps of one size alone knows their time and not what one sequence more
     would add: where that were taken for nothing, such a worker would get all that comes."""
 
-    def __init__(self, candidates: Sequence[Candidate]) -> None:
-        self._line = _Filler(candidates, lambda r: (r.step_base_s, r.step_per_sequence_s))
-        self._slope = _Filler(candidates, lambda r: (r.step_per_sequence_s,))
+    def __init__(self, workers: Sequence[_Known]) -> None:
+        self._line = _Filler(workers, lambda r: (r.step_base_s, r.step_per_sequence_s))
+        self._slope = _Filler(workers, lambda r: (r.step_per_sequence_s,))
 
-    def of(self, candidate: Candidate) -> _Quantity:
-        base_s, each_s = self._line.of(candidate)
+    def of(self, worker: _Known) -> _Quantity:
+        base_s, each_s = self._line.of(worker)
         if each_s == 0:
-            (each_s,) = self._slope.of(candidate)
+            (each_s,) = self._slope.of(worker)
             base_s = max(0.0, base_s - each_s)  # its steps were of one sequence at least
         return base_s, each_s
 

@@ -49,7 +49,7 @@ from gateway.routing import NoWorkerError, Policy, Route, choose_route
 from gateway.run import Run, TokenSink
 from gateway.turn import Turn
 from gateway.view import Change, ClusterView, WorkerGone
-from gateway.worker_state import ROLES, key_of, to_candidate
+from gateway.worker_state import ROLES, seen_now
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -244,10 +244,8 @@ class Dispatcher:
                 root = chain_root(self._model_revision, job.cache_salt)
                 prefixes[block_size] = self._view.longest_prefix(extend_chain(root, job.prompt, block_size))
             prefix = prefixes[block_size].get(info.worker_id, _NO_PREFIX)
-            pending, worker_id = self._pending.of(key_of(info)), info.worker_id
-            found.append(
-                to_candidate(worker, prefix, pending, self._view.abilities(worker_id), self._view.place(worker_id))
-            )
+            candidate = self._view.candidate(info.worker_id)
+            found.append(seen_now(candidate, prefix, self._pending.of(candidate.key)))
         return found
 
     def _got_further(self, run: Run) -> None:

@@ -12,7 +12,8 @@ from types import MappingProxyType
 import grpc
 import structlog
 
-from gateway.candidates import Abilities, Path
+from gateway.candidates import Abilities, Candidate, Path
+from gateway.worker_state import to_candidate
 from kvferry.api.directory.v1 import directory_pb2
 from services.directory.index import DEFAULT_MAX_ENTRIES, HASH_NBYTES, BlockIndex, Prefix
 from services.runtime.backoff import Backoff
@@ -75,6 +76,7 @@ class ClusterView:
         self._workers: dict[str, directory_pb2.WorkerState] = {}
         self._abilities: dict[str, Abilities] = {}
         self._places: dict[str, Place] = {}
+        self._candidates: dict[str, Candidate] = {}  # of those that were asked for since they last reported
         self._index = BlockIndex(max_entries=max_index_entries)
         self._revision = 0
         self._heard_s: float | None = None
@@ -93,6 +95,15 @@ class ClusterView:
     def place(self, worker_id: str) -> Place:
         """Of a worker that is there."""
         return self._places[worker_id]
+
+    def candidate(self, worker_id: str) -> Candidate:
+        """A worker that is there, as ``to_candidate`` makes it: the same object until it reports again."""
+        candidate = self._candidates.get(worker_id)
+        if candidate is None:
+            state = self._workers[worker_id]
+            candidate = to_candidate(state, self._abilities[worker_id], self._places[worker_id])
+            self._candidates[worker_id] = candidate
+        return candidate
 
     @property
     def revision(self) -> int:
@@ -140,6 +151,7 @@ class ClusterView:
                 case "load":
                     if (state := self._present(event.load.worker_id, event.load.incarnation)) is not None:
                         state.load.CopyFrom(event.load.load)
+                        self._candidates.pop(event.load.worker_id, None)
                 case "blocks":
                     if self._present(event.blocks.worker_id, event.blocks.incarnation) is not None:
                         for num_hashes in self._apply_blocks(event.blocks):
@@ -161,6 +173,9 @@ class ClusterView:
         assert set(self._index.num_blocks_by_worker()) <= set(self._workers)
         assert self._unconfirmed <= set(self._workers)
         assert set(self._abilities) == set(self._places) == set(self._workers)
+        for worker_id, candidate in self._candidates.items():
+            state = self._workers[worker_id]
+            assert candidate == to_candidate(state, self._abilities[worker_id], self._places[worker_id])
 
     def _present(self, worker_id: str, incarnation: int) -> directory_pb2.WorkerState | None:
         state = self._workers.get(worker_id)
@@ -179,6 +194,7 @@ class ClusterView:
         self._workers[worker_id] = state
         self._abilities[worker_id] = _abilities(joined.info)
         self._places[worker_id] = Place.of(joined.info.labels)
+        self._candidates.pop(worker_id, None)
         self._unconfirmed.discard(worker_id)
         # Its blocks follow.
         self._index.cleared(worker_id)
@@ -190,6 +206,7 @@ class ClusterView:
         del self._workers[worker_id]
         del self._abilities[worker_id]
         del self._places[worker_id]
+        self._candidates.pop(worker_id, None)
         self._unconfirmed.discard(worker_id)
         self._index.cleared(worker_id)
         return [WorkerGone(worker_id, incarnation, reason)]

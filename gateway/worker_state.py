@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gateway.candidates import Abilities, Candidate, Rates, Role, TransferRate, WorkerKey
 from gateway.costs import HORIZON_TOKENS
 from gateway.pending import Pending
@@ -18,11 +20,9 @@ def key_of(info: directory_pb2.WorkerInfo) -> WorkerKey:
     return WorkerKey(info.worker_id, info.incarnation)
 
 
-def to_candidate(
-    worker: directory_pb2.WorkerState, prefix: Prefix, pending: Pending, abilities: Abilities, place: Place
-) -> Candidate:
-    """``prefix``: of the prompt, in its cache; ``pending``: what this gateway has sent it; ``abilities`` and ``place``: as
-    it registered them."""
+def to_candidate(worker: directory_pb2.WorkerState, abilities: Abilities, place: Place) -> Candidate:
+    """As it reported last, to a request of which it has nothing cached.  ``abilities`` and ``place``: as it registered
+    them.  Raises KeyError for a role that is not one of ``ROLES``."""
     info, load = worker.info, worker.load
     block_size = info.layout.block_size_tokens
     return Candidate(
@@ -32,12 +32,11 @@ def to_candidate(
         content_fingerprint=info.layout.content_fingerprint,
         block_size=block_size,
         block_nbytes=info.layout.block_nbytes,
-        num_requests=max(pending.num_requests, load.num_running + load.num_waiting),
-        num_queued_prefill_tokens=max(pending.prefill_tokens, load.num_queued_prefill_tokens),
-        num_free_blocks=max(0, _num_spare(load, block_size) - pending.num_blocks),
+        num_requests=load.num_running + load.num_waiting,
+        num_queued_prefill_tokens=load.num_queued_prefill_tokens,
+        num_free_blocks=max(0, _num_spare(load, block_size)),
         num_expected_answer_tokens=load.num_expected_answer_tokens or HORIZON_TOKENS,
-        num_prefix_blocks=prefix.num_blocks,
-        num_prefix_host_blocks=prefix.num_blocks - prefix.num_device_blocks,
+        num_prefix_blocks=0,
         rates=Rates(
             prefill_tokens_per_s=load.prefill_tokens_per_s,
             step_base_s=load.decode_step_base_s,
@@ -59,6 +58,21 @@ def to_candidate(
             for rate in load.transfer_rates
             if rate.distance in _DISTANCES
         ),
+    )
+
+
+def seen_now(worker: Candidate, prefix: Prefix, pending: Pending) -> Candidate:
+    """``worker``, as it reported, with what else is known when a request comes.  ``prefix``: of its prompt, in the worker's
+    cache; ``pending``: what this gateway has sent there."""
+    if not prefix.num_blocks and not pending.num_requests:
+        return worker
+    return replace(
+        worker,
+        num_requests=max(pending.num_requests, worker.num_requests),
+        num_queued_prefill_tokens=max(pending.prefill_tokens, worker.num_queued_prefill_tokens),
+        num_free_blocks=max(0, worker.num_free_blocks - pending.num_blocks),
+        num_prefix_blocks=prefix.num_blocks,
+        num_prefix_host_blocks=prefix.num_blocks - prefix.num_device_blocks,
     )
 
 

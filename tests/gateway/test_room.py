@@ -7,7 +7,7 @@ import pytest
 from gateway.candidates import Abilities, Candidate
 from gateway.costs import Costs, Demand, num_needed_blocks
 from gateway.pending import Pending
-from gateway.worker_state import to_candidate
+from gateway.worker_state import seen_now, to_candidate
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
 from services.directory.index import Prefix
@@ -21,7 +21,7 @@ def decode(load: directory_pb2.WorkerLoad, pending: Pending | None = None) -> Ca
         worker_id="d", incarnation=1, role=common_pb2.WORKER_ROLE_DECODE, layout=common_pb2.Layout(block_size_tokens=16)
     )
     worker = directory_pb2.WorkerState(info=info, load=load)
-    return to_candidate(worker, Prefix(0, 0), pending or Pending(), Abilities(), NOWHERE)
+    return seen_now(to_candidate(worker, Abilities(), NOWHERE), Prefix(0, 0), pending or Pending())
 
 
 def test_what_is_there_may_grow_and_what_was_sent_will_come() -> None:

@@ -51,7 +51,11 @@ class Clock:
 def state(worker_id: str, incarnation: int = 1) -> directory_pb2.WorkerState:
     return directory_pb2.WorkerState(
         info=directory_pb2.WorkerInfo(
-            worker_id=worker_id, incarnation=incarnation, role=common_pb2.WORKER_ROLE_DECODE, control_address="h:1"
+            worker_id=worker_id,
+            incarnation=incarnation,
+            role=common_pb2.WORKER_ROLE_DECODE,
+            control_address="h:1",
+            layout=common_pb2.Layout(block_size_tokens=16),
         )
     )
 
@@ -209,6 +213,8 @@ def test_the_view_becomes_what_the_directory_knows(steps: list[tuple[str, str, l
                     alive.remove((change.worker_id, change.incarnation))
             assert alive == {(name, s.info.incarnation) for name, s in view.workers.items()}
             view.check_integrity()
+            for worker_id in view.workers:
+                assert view.candidate(worker_id) is view.candidate(worker_id)
 
     directory = new_life()
     leases: dict[str, tuple[int, int]] = {}
@@ -278,6 +284,17 @@ def test_a_tier_of_later_versions_is_passed_over() -> None:
     assert view.longest_prefix([block(3)]) == {"a": Prefix(1, 0)}
 
 
+def test_a_candidate_is_as_its_worker_reported_last() -> None:
+    view = ClusterView()
+    view.apply(response(5, joined("a"), joined("b"), snapshot=True))
+    before = {name: view.candidate(name) for name in "ab"}
+    assert before["a"].num_requests == 0
+    load = directory_pb2.WorkerLoad(num_running=3)
+    view.apply(response(6, directory_pb2.Event(load={"worker_id": "a", "incarnation": 1, "load": load})))
+    assert view.candidate("a").num_requests == 3
+    assert view.candidate("b") is before["b"]
+
+
 def test_what_a_worker_registered_is_known_for_as_long_as_it_is_there() -> None:
     view, new = ClusterView(), joined("new")
     info = new.joined.info
@@ -290,12 +307,15 @@ def test_what_a_worker_registered_is_known_for_as_long_as_it_is_there() -> None:
     paths = frozenset({Path("shared memory", "h"), Path("kind 77", "")})
     assert view.abilities("new") == Abilities(Protocol(2, 3), paths)
     assert (view.place("old"), view.place("new")) == (Place(), Place("h1", "", "a"))
+    assert view.candidate("new").place == Place("h1", "", "a")
     view.apply(response(6, joined("new", 2)))
+    assert view.candidate("new").place == Place()
     assert (view.abilities("new"), view.place("new")) == (Abilities(), Place())
     view.apply(response(7, left("new", 2)))
     view.check_integrity()
-    with pytest.raises(KeyError):
-        view.abilities("new")
+    for ask in (view.abilities, view.candidate):
+        with pytest.raises(KeyError):
+            ask("new")
 
 
 def test_a_full_view_says_how_much_it_left_out() -> None:

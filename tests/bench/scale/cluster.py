@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from gateway.candidates import Candidate
 from gateway.pending import Pending
 from gateway.view import ClusterView
-from gateway.worker_state import to_candidate
+from gateway.worker_state import seen_now
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
 from services.directory import events
@@ -103,10 +103,7 @@ class Cluster:
         """What a gateway makes of its view for each request."""
         prefixes = self.view.longest_prefix([self.prompt])
         return [
-            to_candidate(
-                worker, prefixes.get(name, _NO_PREFIX), Pending(), self.view.abilities(name), self.view.place(name)
-            )
-            for name, worker in self.view.workers.items()
+            seen_now(self.view.candidate(name), prefixes.get(name, _NO_PREFIX), Pending()) for name in self.view.workers
         ]
 
     def _told(self, happened: list[events.Event], *, is_snapshot: bool) -> list[bytes]:
