@@ -117,6 +117,7 @@ class Dispatcher:
         self._stall_timeout_s = stall_timeout_s
         self._entrance = Entrance(objectives, route=self._route, take=self._take, num_lanes=self._num_lanes)
         self._pending = PendingBook(self._entrance.look_soon)
+        view.on_report = self._pending.reported
         self._opened: set[Decoding] = set()
         self._num_routed = 0
         self.decisions = DecisionBook()

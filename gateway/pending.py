@@ -14,13 +14,14 @@ class Pending:
 
     num_requests: int = 0
     prefill_tokens: int = 0
-    num_blocks: int = 0  # that it needs and, before its first token, may not have been given yet
+    num_blocks: int = 0  # that it needs and of which the worker may not have reported yet
 
 
 class PendingBook:
     def __init__(self, on_less: Callable[[], None] = lambda: None) -> None:
         """``on_less`` is called when a worker has less to do; it must not raise."""
         self._by_worker: dict[WorkerKey, Pending] = {}
+        self._begun: dict[WorkerKey, list[Pending]] = {}  # that have their blocks, since the worker's last report
         self._on_less = on_less
 
     def of(self, key: WorkerKey) -> Pending:
@@ -35,20 +36,27 @@ class PendingBook:
         return Pending(1, prefill_tokens, num_blocks)
 
     def computed(self, key: WorkerKey, counted: Pending) -> None:
-        """The prompt is no longer ahead of others', and has its blocks; the request goes on.  Idempotent."""
-        if not counted.prefill_tokens and not counted.num_blocks:
-            return
-        total = self._by_worker[key]
-        total.prefill_tokens -= counted.prefill_tokens
-        total.num_blocks -= counted.num_blocks
-        counted.prefill_tokens = counted.num_blocks = 0
+        """The prompt is no longer ahead of others', and has its blocks, which count until the worker reports; the request
+        goes on.  Once, before its removal."""
+        self._by_worker[key].prefill_tokens -= counted.prefill_tokens
+        counted.prefill_tokens = 0
+        if counted.num_blocks:
+            self._begun.setdefault(key, []).append(counted)
         self._on_less()
+
+    def reported(self, key: WorkerKey) -> None:
+        """The worker has told what it has: what had begun there is a part of that."""
+        for begun in self._begun.pop(key, ()):
+            self._by_worker[key].num_blocks -= begun.num_blocks
+            begun.num_blocks = 0
 
     def remove(self, key: WorkerKey, ended: Pending) -> None:
         total = self._by_worker[key]
         total.num_requests -= ended.num_requests
         total.prefill_tokens -= ended.prefill_tokens
         total.num_blocks -= ended.num_blocks
+        if ended.num_blocks and (begun := self._begun.get(key)):
+            self._begun[key] = [each for each in begun if each is not ended]
         if total.num_requests == 0:
             del self._by_worker[key]
         self._on_less()

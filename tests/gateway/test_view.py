@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from gateway import view as view_module
-from gateway.candidates import Abilities, Path
+from gateway.candidates import Abilities, Path, WorkerKey
 from gateway.decisions import DecisionBook
 from gateway.doorkeeper import Doorkeeper
 from gateway.metrics import ViewCollector
@@ -290,7 +290,11 @@ def test_a_candidate_is_as_its_worker_reported_last() -> None:
     before = {name: view.candidate(name) for name in "ab"}
     assert before["a"].num_requests == 0
     load = directory_pb2.WorkerLoad(num_running=3)
-    view.apply(response(6, directory_pb2.Event(load={"worker_id": "a", "incarnation": 1, "load": load})))
+    reported: list[WorkerKey] = []
+    view.on_report = reported.append
+    events = [{"worker_id": "a", "incarnation": incarnation, "load": load} for incarnation in (1, 2)]
+    view.apply(response(6, *(directory_pb2.Event(load=event) for event in events)))  # type: ignore[arg-type]
+    assert reported == [WorkerKey("a", 1)], "the other is not there"
     assert view.candidate("a").num_requests == 3
     assert view.candidate("b") is before["b"]
 
