@@ -40,7 +40,7 @@ _ITL = Gaps(
     "kvferry_itl_seconds", "Time between a request's successive tokens",
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
 )  # fmt: skip
-TOLD_AT_ONCE = 64
+TELL_INTERVAL_S = 1.0
 
 
 class Outlet(Protocol):
@@ -60,13 +60,14 @@ async def deliver(response: inference_pb2.GenerateResponse, outlet: Outlet) -> N
 
 
 class Clock:
-    """When a request's tokens left.  What the metrics say of them lags behind by up to ``TOLD_AT_ONCE`` tokens."""
+    """When a request's tokens left.  The metrics are told of them together, every ``TELL_INTERVAL_S`` or so."""
 
     def __init__(self) -> None:
         self.arrived_s = time.monotonic()
         self.tokenize_s = 0.0
         self._left_s: list[float] = []
         self._num_told = 0
+        self._tell_s = 0.0
 
     @property
     def num_left(self) -> int:
@@ -74,12 +75,14 @@ class Clock:
 
     def tokens_left(self, num_tokens: int) -> None:
         """In one message."""
-        left_s = self._left_s
-        if not left_s:
-            _TTFT.observe(time.monotonic() - self.arrived_s)
-        left_s += [time.monotonic()] * num_tokens
-        if len(left_s) - self._num_told >= TOLD_AT_ONCE:
+        now_s = time.monotonic()
+        if not self._left_s:
+            _TTFT.observe(now_s - self.arrived_s)
+            self._tell_s = now_s + TELL_INTERVAL_S
+        self._left_s += [now_s] * num_tokens
+        if now_s >= self._tell_s:
             self.tell()
+            self._tell_s = now_s + TELL_INTERVAL_S
 
     def tell(self) -> None:
         """The metrics, of the tokens of which they have not been told."""
