@@ -28,16 +28,18 @@ async def collect_when_quiet(is_quiet: Callable[[], bool]) -> None:
     kept = gc.get_threshold()
     gc.set_threshold(kept[0], kept[1], _NEVER)
     try:
-        left_nbytes = _resident_nbytes()
+        left_nbytes = resident_nbytes()
         while True:
             await asyncio.sleep(LOOK_INTERVAL_S)
-            grown = _resident_nbytes() > max(GROWTH_SHARE * left_nbytes, left_nbytes + GROWTH_NBYTES)
+            grown = resident_nbytes() > max(GROWTH_SHARE * left_nbytes, left_nbytes + GROWTH_NBYTES)
             if grown or (is_quiet() and gc.get_count()[2]):
                 gc.collect()
-                left_nbytes = _resident_nbytes()
+                left_nbytes = resident_nbytes()
     finally:
         gc.set_threshold(*kept)
 
 
-def _resident_nbytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_nbytes(pid: int | None = None) -> int:
+    """Memory of a process, this one by default."""
+    num_pages = int(Path(f"/proc/{pid or 'self'}/statm").read_text().split()[1])
+    return num_pages * os.sysconf("SC_PAGE_SIZE")

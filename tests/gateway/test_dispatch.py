@@ -179,16 +179,22 @@ async def test_who_has_left_gets_nothing_more(monkeypatch: pytest.MonkeyPatch) -
         assert answer._tokens == []
 
 
-async def test_a_sink_without_room_gets_nothing_until_it_has_some_and_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also what came before the request's task had heard that there is no room."""
-    runs: list[Run] = []
+def watched_runs(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Run]]:
+    """Of all requests from now on."""
+    runs: list[weakref.ref[Run]] = []
 
-    class Kept(Run):
+    class Watched(Run):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            runs.append(self)
+            runs.append(weakref.ref(self))
 
-    monkeypatch.setattr("gateway.dispatch.Run", Kept)
+    monkeypatch.setattr("gateway.dispatch.Run", Watched)
+    return runs
+
+
+async def test_a_sink_without_room_gets_nothing_until_it_has_some_and_then_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what came before the request's task had heard that there is no room."""
+    runs = watched_runs(monkeypatch)
     async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher)) as answer:
         reading = begin(answer)
         handle = await opened(played)
@@ -196,7 +202,8 @@ async def test_a_sink_without_room_gets_nothing_until_it_has_some_and_then_all(m
         await reading
         more = begin(answer)
         await asyncio.sleep(0.01)  # it has room
-        (run,) = runs
+        (run,) = (each() for each in runs)
+        assert run is not None
         came = [TokenCame(1, Stream.DECODE, common_pb2.Token(index=index)) for index in (1, 2, 3)]
         run.put(came[0])
         run._take_turn()
@@ -209,14 +216,7 @@ async def test_a_sink_without_room_gets_nothing_until_it_has_some_and_then_all(m
 @pytest.mark.parametrize("how", ["finished", "failed", "left"])
 async def test_a_request_that_has_ended_dies_at_once(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     """Nothing is looked for garbage while many requests are open (services/runtime/garbage.py)."""
-    runs: list[weakref.ref[Run]] = []
-
-    class Watched(Run):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            runs.append(weakref.ref(self))
-
-    monkeypatch.setattr("gateway.dispatch.Run", Watched)
+    runs = watched_runs(monkeypatch)
     async with dispatching() as (played, dispatcher):
         gc.disable()
         try:

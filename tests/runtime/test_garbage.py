@@ -42,7 +42,7 @@ async def test_it_looks_when_nobody_waits_or_there_is_much(
     monkeypatch: pytest.MonkeyPatch, is_quiet: bool, grown_nbytes: int, looks: bool
 ) -> None:
     nbytes = GROWTH_NBYTES
-    monkeypatch.setattr(garbage, "_resident_nbytes", lambda: nbytes)
+    monkeypatch.setattr(garbage, "resident_nbytes", lambda: nbytes)
     looking = asyncio.create_task(collect_when_quiet(lambda: is_quiet))
     await asyncio.sleep(0)
     ring = old_ring()
@@ -68,7 +68,7 @@ async def test_python_does_not_look_by_itself() -> None:
 
 
 def test_memory_is_counted_in_bytes() -> None:
-    before = garbage._resident_nbytes()
+    before = garbage.resident_nbytes()
     much = bytearray(b"x" * 256 * 1024 * 1024)
-    assert 200 << 20 < garbage._resident_nbytes() - before < 800 << 20
+    assert 200 << 20 < garbage.resident_nbytes() - before < 800 << 20
     del much

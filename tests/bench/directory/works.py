@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from services.runtime.garbage import resident_nbytes
 from tests.bench.directory import trace
 from tests.bench.directory.load import CHAIN_BLOCKS, NUM_COMMON, NUM_WORKERS, OWN_BLOCKS, Load
 from tests.bench.directory.sides import PEER, Dynamo, Kvferry, Side
@@ -168,13 +169,6 @@ def replayed(path: Path, rounds: int, *, with_peer: bool) -> list[Row]:
 def agree(answers: Sequence[Any]) -> None:
     if any(answer != answers[0] for answer in answers):
         raise Disagreement(f"the sides do not find the same: {str(answers)[:500]}")
-
-
-def resident_nbytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError("this system does not say how much memory a process has")
 
 
 def _each(call: Callable[[Any], Any], arguments: Sequence[Any]) -> list[float]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
+
+from services.runtime.garbage import resident_nbytes
 
 INTERVAL_S = 0.5
 _MIB = 1 << 20
@@ -23,7 +23,7 @@ class Memory:
         """Until cancelled."""
         while True:
             for name, pid in self._pids.items():
-                self.mib[name].append(_resident_mib(pid))
+                self.mib[name].append(resident_nbytes(pid) / _MIB)
             await asyncio.sleep(INTERVAL_S)
 
     def early_and_late_mib(self, name: str) -> tuple[float, float]:
@@ -31,8 +31,3 @@ class Memory:
         found = self.mib[name]
         sixth = max(1, len(found) // 6)
         return statistics.median(found[sixth : 2 * sixth] or found), statistics.median(found[-sixth:])
-
-
-def _resident_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / _MIB
