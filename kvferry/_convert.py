@@ -348,7 +348,14 @@ def _worker(message: directory_pb2.WorkerState) -> types.Worker:
         newest_protocol=info.newest_protocol or 1,
         paths=tuple(types.TransportPath(_PATH_KINDS.get(path.kind, "unknown"), path.scope) for path in info.paths),
         labels=dict(info.labels),
+        step_sums=_step_sums(load.step_sums) if load.HasField("step_sums") else None,
+        transfer_bytes_per_s=load.transfer_bytes_per_s,
+        transfer_round_trip_s=load.transfer_round_trip_s,
     )
+
+
+def _step_sums(message: directory_pb2.StepSums) -> types.StepSums:
+    return types.StepSums(message.seconds, tuple(message.shares), tuple(message.ratios), tuple(message.products))
 
 
 def _phases(messages: Iterable[directory_pb2.PhaseLoad]) -> types.Phases:

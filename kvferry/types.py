@@ -286,6 +286,19 @@ class TransportPath:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSums:
+    """Of the steps that a worker computed since it started: what ``kvferry calibrate --live`` fits costs to.  A step that
+    took t seconds has shares x: 1, its prompt tokens, pairs of a prompt token and one that it attends to, sequences that
+    decode, tokens of their context.  ``ratios`` sums x/t, ``products`` the upper triangle of its outer product with itself,
+    row by row."""
+
+    seconds: float
+    shares: tuple[float, ...]
+    ratios: tuple[float, ...]
+    products: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Worker:
     """One worker as the gateway sees it.  Rates are tokens per second over its last seconds of work, 0 until
     measured; ``num_queued_prefill_tokens`` counts prompt tokens accepted and not yet computed.  Pinned blocks, which
@@ -293,8 +306,9 @@ class Worker:
     besides, of the ``num_host_slots`` that it has room for.
 
     It speaks with gateways and other workers by the protocols from the oldest to the newest; ``paths`` are ways to its
-    pool, empty where they are not known; ``labels`` say where it runs.  ``phases`` is None
-    of a worker that does not tell."""
+    pool, empty where they are not known; ``labels`` say where it runs.  ``phases`` and ``step_sums`` are None
+    of a worker that does not tell.  What it wrote into other pools went at ``transfer_bytes_per_s``, and a commit took
+    ``transfer_round_trip_s``, both 0 until measured."""
 
     worker_id: str
     incarnation: int
@@ -319,6 +333,9 @@ class Worker:
     paths: tuple[TransportPath, ...]
     labels: Mapping[str, str]
     phases: Phases | None = None
+    step_sums: StepSums | None = None
+    transfer_bytes_per_s: float = 0.0
+    transfer_round_trip_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

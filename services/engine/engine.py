@@ -22,6 +22,7 @@ from services.engine.phases import Piece
 from services.engine.ready import Ready
 from services.engine.scheduler import Plan, Scheduler
 from services.engine.sequence import ChunkComputed, Event, SequenceId, Started, TokenDrawn
+from services.engine.step_sums import StepSums
 from services.engine.step_times import StepTimes
 from services.engine.steps import Outcome, Runner, Step
 
@@ -89,6 +90,7 @@ class _Flight:
     plan: Plan
     step: Step | None = None
     failure: str = ""
+    gap_s: float = 0.0  # since the step before, where there was something to compute
 
 
 class Engine:
@@ -106,6 +108,7 @@ class Engine:
         self.work = Work()
         self.gaps = Gaps()
         self.step_times = StepTimes()
+        self.step_sums = StepSums()
         self._scheduler = scheduler
         self._runner = runner
         self._listener = listener
@@ -171,9 +174,12 @@ class Engine:
             else:
                 events, time_ = self._scheduler.complete(flight.plan, outcome.draws), StepTime.of(flight.plan, outcome)
                 events, self._ready = _once_ready(events, outcome.ready), outcome.ready
-                self.phases.step(*_pieces(flight.plan), outcome.began_s, outcome.ended_s)
+                pieces = _pieces(flight.plan)
+                self.phases.step(*pieces, outcome.began_s, outcome.ended_s)
             # The first of several that leave their work behind has waited for no other.
             known = outcome is not None and (outcome.ready is None or before is not None)
+            if known and time_.elapsed_s and not flight.plan.num_draft_tokens:
+                self.step_sums.observe(*pieces, flight.gap_s + time_.elapsed_s)
             self._account(flight.plan, _num_accepted(events), time_.elapsed_s if known else None)
             self._listener.on_events(events, time_)
             self._settle()
@@ -204,7 +210,8 @@ class Engine:
             self._failed(flight, e)
             return None
         if self._idle_since_s is not None:
-            self.gaps.observe(max(0.0, outcome.began_s - self._idle_since_s))
+            flight.gap_s = max(0.0, outcome.began_s - self._idle_since_s)
+            self.gaps.observe(flight.gap_s)
         self._idle_since_s = outcome.ended_s
         return outcome
 

@@ -15,6 +15,7 @@ from services.engine.lookup import Drafter
 from services.engine.phase_book import COMPUTED, Phase, PhaseBook
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.sequence import FinishReason, Sequence, SequenceId
+from services.engine.step_sums import StepSums
 from services.runtime.place import Distance
 from services.runtime.units import to_us
 from services.worker.pull_terms import PullReport, Source
@@ -200,3 +201,7 @@ def to_phase_loads(book: PhaseBook) -> list[directory_pb2.PhaseLoad]:
             load.intensity, load.mfu, load.mbu = use.intensity, use.mfu, use.mbu
         loads.append(load)
     return loads
+
+
+def to_step_sums(sums: StepSums) -> directory_pb2.StepSums:
+    return directory_pb2.StepSums(seconds=sums.seconds, shares=sums.shares, ratios=sums.ratios, products=sums.products)

@@ -30,6 +30,7 @@ from services.worker.convert import (
     to_path,
     to_phase_loads,
     to_sequence,
+    to_step_sums,
     to_transfer_rate,
 )
 from services.worker.events import EventRouter
@@ -203,6 +204,7 @@ class Worker:
             num_pins, num_pinned_blocks = self.pins.num_pins, self.pins.num_blocks
             num_pinnable_blocks = self.pins.num_pinnable if self.layout.tp == 1 else 0  # see Holdings
             step_base_s, step_per_sequence_s = self.engine.step_times.line()
+            step_sums = to_step_sums(self.engine.step_sums)
         work = self.engine.work
         return directory_pb2.WorkerLoad(
             blocks=to_block_counts(counts),
@@ -226,6 +228,7 @@ class Worker:
             num_pinnable_blocks=num_pinnable_blocks,
             num_growth_blocks=num_growth_blocks,
             num_expected_answer_tokens=num_expected,
+            step_sums=step_sums,
             phases=phases,
             transfer_rates=[to_transfer_rate(*measured) for measured in self.transfer_times.by_distance()],
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from kvferry import Client, NotFoundError
+from kvferry.api.directory.v1 import directory_pb2
+from services.planner.simulator.cost_model import CostModel
 from tests.integration.conftest import Running, started
 
 PROMPT = list(range(1000, 1300))
@@ -80,3 +84,32 @@ def test_what_was_served_is_told_for_plans(reckoning: Running) -> None:
     assert served.itl_p99_s is not None
     assert 0 < served.ttft_s + 7 * served.tpot_s == pytest.approx(served.total_s, rel=0.01)
     assert served.total_s < served.age_s < 60
+
+
+def test_costs_come_from_the_steps_that_clients_asked_for(reckoning: Running, tmp_path: Path) -> None:
+    with Client(reckoning.address) as client:
+        client.generate(range(3000, 3300), max_tokens=16, temperature=0, ignore_eos=True).result()
+    told = [reckoning.stats(name).state.load.step_sums for name in ("prefill-0", "decode-0", "decode-1")]
+    sums = [each for each in told if each.shares]
+    reckoning.wait_until(lambda: _sums(reckoning) == sums, 20, "the workers report their steps")
+    out = tmp_path / "costs.json"
+    command = [sys.executable, "-m", "kvferry.cli", "calibrate", "--live", reckoning.address, "--json", str(out)]
+    subprocess.run([*command, "--seconds", "0"], capture_output=True, text=True, timeout=60, check=True)
+    read = json.loads(out.read_text())
+    assert read["steps"] == sum(each.shares[0] for each in sums) >= 15
+    costs = CostModel(**read["costs"])
+    prices = (
+        costs.step_s, costs.prefill_token_s, costs.attention_pair_s, costs.decode_sequence_s, costs.decode_context_token_s,
+    )  # fmt: skip
+    predicted = sum(n * price for s in sums for n, price in zip(s.shares, prices, strict=True))
+    assert predicted == pytest.approx(sum(s.seconds for s in sums), rel=0.01)
+    assert read["transfer_measured"]
+    assert read["block_size"] == 16
+    idle = subprocess.run([*command, "--seconds", "0.1"], capture_output=True, text=True, timeout=60, check=False)
+    assert idle.returncode == 1
+    assert "no worker computed anything in 0.1 s" in idle.stderr
+
+
+def _sums(running: Running) -> list[directory_pb2.StepSums]:
+    by_name = {w.info.worker_id: w.load.step_sums for w in running.cluster_view().workers}
+    return [by_name[name] for name in ("prefill-0", "decode-0", "decode-1") if by_name[name].shares]

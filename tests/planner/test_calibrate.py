@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from kvferry.cli import make_app
-from services.planner.calibrate.fit import fit
+from services.engine.step_sums import Shares
+from services.planner.calibrate.fit import fit, fit_sums
 from services.planner.simulator.cost_model import CostModel, shares
 from tests.tiny_model import save_tiny_model
 
@@ -36,6 +39,44 @@ def test_no_price_is_negative_and_the_error_is_told(times: list[float]) -> None:
     found = fit(STEPS, times)
     assert all(price >= 0 for price in found.prices)
     assert 0 <= found.median_error <= found.max_error
+
+
+def sums_of(steps: Sequence[Shares], times: Sequence[float]) -> tuple[float, list[float], list[float], list[float]]:
+    matrix, seconds = np.array(steps), np.array(times)
+    ratios = matrix / seconds[:, None]
+    products = (ratios.T @ ratios)[np.triu_indices(matrix.shape[1])]
+    return float(seconds.sum()), matrix.sum(axis=0).tolist(), ratios.sum(axis=0).tolist(), products.tolist()
+
+
+@given(st.tuples(PRICES, PRICES, PRICES, PRICES, PRICES))
+def test_sums_give_back_the_times_that_made_them(prices: tuple[float, ...]) -> None:
+    times = [sum(n * s for n, s in zip(step, prices, strict=True)) for step in STEPS]
+    found = fit_sums(*sums_of(STEPS, times))
+    assert found.rms_error < 1e-3
+    again = [sum(n * s for n, s in zip(step, found.prices, strict=True)) for step in STEPS]
+    assert again == pytest.approx(times, rel=1e-3)
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=len(STEPS), max_size=len(STEPS)))
+def test_whatever_steps_take_the_whole_time_is_theirs(times: list[float]) -> None:
+    found = fit_sums(*sums_of(STEPS, times))
+    assert all(price >= 0 for price in found.prices)
+    predicted = sum(n * s for step in STEPS for n, s in zip(step, found.prices, strict=True))
+    assert predicted == pytest.approx(sum(times))
+
+
+def test_what_never_was_in_a_step_has_no_price() -> None:
+    decodes = [shares([(1, context - 1)] * batch) for batch in (1, 4, 12) for context in (128, 1024)]
+    times = [0.01 + 0.002 * step[3] + 1e-6 * step[4] for step in decodes]
+    step_s, token_s, pair_s, sequence_s, context_s = fit_sums(*sums_of(decodes, times)).prices
+    assert (token_s, pair_s) == (0, 0)
+    assert (step_s, sequence_s, context_s) == pytest.approx((0.01, 0.002, 1e-6))
+
+
+@pytest.mark.parametrize("sums", [(0.0, [0.0] * 5, [0.0] * 5, [0.0] * 15), (1.0, [1.0] * 5, [1.0] * 5, [1.0] * 9)])
+def test_no_sums_have_no_prices(sums: tuple[float, list[float], list[float], list[float]]) -> None:
+    with pytest.raises(ValueError):
+        fit_sums(*sums)
 
 
 def test_the_command_measures_the_engine_and_writes_costs(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
-"""A line through the measured times of steps.  Pure."""
+"""Prices through the measured times of steps.  Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from services.planner.simulator.cost_model import Shares
+from services.engine.step_sums import NUM_PRODUCTS, NUM_SHARES, Shares
 
 Floats = npt.NDArray[np.float64]
+
+# Of a term against what is left of it beside the others: below, they say the same.
+_RANK = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +30,55 @@ def fit(steps: Sequence[Shares], seconds: Sequence[float]) -> Fit:
     """The least squares of the relative errors, so that short steps count as much as long ones.  Wants as many steps as
     prices, at least, and all of positive time."""
     matrix, times = np.array(steps), np.array(seconds)
-    found = _non_negative(matrix / times[:, None], np.ones_like(times))
+    ratios, ones = matrix / times[:, None], np.ones_like(times)
+    found = _non_negative(lambda kept: np.linalg.lstsq(ratios[:, kept], ones, rcond=None)[0])
     errors = np.abs(matrix @ found / times - 1)
-    step_s, token_s, pair_s, sequence_s, context_s = found.tolist()
-    prices = (step_s, token_s, pair_s, sequence_s, context_s)
-    return Fit(prices, float(np.median(errors)), float(errors.max()))
+    return Fit(_shares(found), float(np.median(errors)), float(errors.max()))
 
 
-def _non_negative(matrix: Floats, wanted: Floats) -> Floats:
+@dataclass(frozen=True, slots=True)
+class SumsFit:
+    """``rms_error``: root of the mean squared relative error of the steps."""
+
+    prices: Shares
+    rms_error: float
+
+
+def fit_sums(seconds: float, shares: Sequence[float], ratios: Sequence[float], products: Sequence[float]) -> SumsFit:
+    """The same from the sums over steps that workers keep (``StepSums``), and then all prices by what makes the whole time
+    that which was measured: relative errors alone make little of the steps that took long.  Raises ValueError of what are
+    no such sums, or none of anything."""
+    gram, wanted, total = _gram(products), np.array(ratios), np.array(shares)
+    if not (wanted.shape == total.shape == (NUM_SHARES,) and seconds > 0 and (gram.diagonal()[total > 0] > 0).all()):
+        raise ValueError("there are no steps in these sums")
+    scale = np.sqrt(np.where(total > 0, gram.diagonal(), np.inf))  # what never was costs nothing
+    even, target = gram / np.outer(scale, scale), wanted / scale
+    found = _non_negative(lambda kept: np.linalg.lstsq(even[np.ix_(kept, kept)], target[kept], rcond=_RANK)[0]) / scale
+    found *= seconds / float(found @ total)
+    square = float(found @ gram @ found - 2 * found @ wanted + total[0]) / total[0]
+    return SumsFit(_shares(found), max(0.0, square) ** 0.5)
+
+
+def _gram(products: Sequence[float]) -> Floats:
+    if len(products) != NUM_PRODUCTS:
+        raise ValueError(f"{len(products)} products, not {NUM_PRODUCTS}")
+    gram = np.zeros((NUM_SHARES, NUM_SHARES))
+    gram[np.triu_indices(NUM_SHARES)] = products
+    return gram + gram.T - np.diag(gram.diagonal())
+
+
+def _non_negative(solve: Callable[[list[int]], Floats]) -> Floats:
     """What comes out below 0 is left out, and the rest fitted again."""
-    kept = list(range(matrix.shape[1]))
+    kept = list(range(NUM_SHARES))
     while True:
-        part = np.linalg.lstsq(matrix[:, kept], wanted, rcond=None)[0]
+        part = solve(kept)
         if (part >= 0).all():
-            found = np.zeros(matrix.shape[1])
+            found = np.zeros(NUM_SHARES)
             found[kept] = part
             return found
         del kept[int(part.argmin())]
+
+
+def _shares(found: Floats) -> Shares:
+    step_s, token_s, pair_s, sequence_s, context_s = found.tolist()
+    return (step_s, token_s, pair_s, sequence_s, context_s)

@@ -15,8 +15,9 @@ from services.engine.layout import KvLayout
 from services.engine.model_files import open_model
 from services.engine.runners import WarmRunner, choose_dtype, create_runner, kv_dtype, load_for_runner
 from services.engine.sampling_params import Sampling
+from services.engine.step_sums import Shares
 from services.planner.calibrate.fit import Fit, fit
-from services.planner.simulator.cost_model import CostModel, Shares, shares
+from services.planner.simulator.cost_model import CostModel, shares
 
 BLOCK_SIZE = 16
 MAX_BATCH, MAX_CONTEXT = 12, 1024

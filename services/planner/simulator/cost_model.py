@@ -6,9 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.engine.scheduler import Plan
-
-# What a step's seconds are made of, in the order of CostModel's first fields.
-Shares = tuple[float, float, float, float, float]
+from services.engine.step_sums import Shares
 
 
 @dataclass(frozen=True, slots=True)

@@ -312,6 +312,7 @@ class WorkerLoad(google.protobuf.message.Message):
     TRANSFER_RATES_FIELD_NUMBER: builtins.int
     NUM_GROWTH_BLOCKS_FIELD_NUMBER: builtins.int
     NUM_EXPECTED_ANSWER_TOKENS_FIELD_NUMBER: builtins.int
+    STEP_SUMS_FIELD_NUMBER: builtins.int
     num_running: builtins.int
     num_waiting: builtins.int
     num_queued_prefill_tokens: builtins.int
@@ -372,6 +373,10 @@ class WorkerLoad(google.protobuf.message.Message):
         out.
         """
 
+    @property
+    def step_sums(self) -> Global___StepSums:
+        """Of the steps computed since start, but for those with drafts. Left out by workers of before."""
+
     def __init__(
         self,
         *,
@@ -398,16 +403,57 @@ class WorkerLoad(google.protobuf.message.Message):
         transfer_rates: collections.abc.Iterable[Global___TransferRate] | None = ...,
         num_growth_blocks: builtins.int | None = ...,
         num_expected_answer_tokens: builtins.int = ...,
+        step_sums: Global___StepSums | None = ...,
     ) -> None: ...
-    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks", "blocks", b"blocks", "num_growth_blocks", b"num_growth_blocks"]
+    _HasFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks", "blocks", b"blocks", "num_growth_blocks", b"num_growth_blocks", "step_sums", b"step_sums"]
     def HasField(self, field_name: _HasFieldArgType) -> builtins.bool: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks", "blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_expected_answer_tokens", b"num_expected_answer_tokens", "num_growth_blocks", b"num_growth_blocks", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "phases", b"phases", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_rates", b"transfer_rates", "transfer_round_trip_s", b"transfer_round_trip_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks", "blocks", b"blocks", "decode_step_base_s", b"decode_step_base_s", "decode_step_per_sequence_s", b"decode_step_per_sequence_s", "decode_tokens_per_s", b"decode_tokens_per_s", "draining", b"draining", "host_load_bytes_per_s", b"host_load_bytes_per_s", "num_expected_answer_tokens", b"num_expected_answer_tokens", "num_growth_blocks", b"num_growth_blocks", "num_host_blocks", b"num_host_blocks", "num_host_slots", b"num_host_slots", "num_pinnable_blocks", b"num_pinnable_blocks", "num_pinned_blocks", b"num_pinned_blocks", "num_pins", b"num_pins", "num_queued_prefill_tokens", b"num_queued_prefill_tokens", "num_running", b"num_running", "num_waiting", b"num_waiting", "phases", b"phases", "prefill_tokens_per_s", b"prefill_tokens_per_s", "pull_bytes_per_s", b"pull_bytes_per_s", "pull_overhead_s", b"pull_overhead_s", "step_sums", b"step_sums", "transfer_bytes_per_s", b"transfer_bytes_per_s", "transfer_rates", b"transfer_rates", "transfer_round_trip_s", b"transfer_round_trip_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_growth_blocks: typing_extensions.TypeAlias = typing.Literal["num_growth_blocks"]
     _WhichOneofArgType__num_growth_blocks: typing_extensions.TypeAlias = typing.Literal["_num_growth_blocks", b"_num_growth_blocks"]
     def WhichOneof(self, oneof_group: _WhichOneofArgType__num_growth_blocks) -> _WhichOneofReturnType__num_growth_blocks | None: ...
 
 Global___WorkerLoad: typing_extensions.TypeAlias = WorkerLoad
+
+@typing.final
+class StepSums(google.protobuf.message.Message):
+    """From which the price of each thing in a step can be fitted; those of several workers add up, and the difference of two
+    looks is what happened between them. A step has shares x: 1 for itself, its prompt tokens, pairs of a prompt token and one
+    that it attends to, sequences that decode, and tokens of their context. It took t seconds, with the wait since the step
+    before where there was something to compute.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: builtins.int
+    SHARES_FIELD_NUMBER: builtins.int
+    RATIOS_FIELD_NUMBER: builtins.int
+    PRODUCTS_FIELD_NUMBER: builtins.int
+    seconds: builtins.float
+    @property
+    def shares(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Of x; the first is the number of steps."""
+
+    @property
+    def ratios(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Of x/t."""
+
+    @property
+    def products(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Of the outer product of x/t with itself: the upper triangle, row by row."""
+
+    def __init__(
+        self,
+        *,
+        seconds: builtins.float = ...,
+        shares: collections.abc.Iterable[builtins.float] | None = ...,
+        ratios: collections.abc.Iterable[builtins.float] | None = ...,
+        products: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["products", b"products", "ratios", b"ratios", "seconds", b"seconds", "shares", b"shares"]
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+
+Global___StepSums: typing_extensions.TypeAlias = StepSums
 
 @typing.final
 class PhaseLoad(google.protobuf.message.Message):

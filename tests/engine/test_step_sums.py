@@ -1,0 +1,35 @@
+"""What an engine adds up of its steps says what they cost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.engine.phases import Piece
+from services.engine.step_sums import NUM_SHARES, StepSums, shares_of
+
+PIECES = st.lists(st.builds(lambda new, start: Piece(new, start + new, 1), st.integers(2, 300), st.integers(0, 900)))
+DECODES = st.lists(st.builds(lambda context: Piece(1, context, 1), st.integers(1, 1000)))
+STEPS = st.lists(st.tuples(PIECES, DECODES, st.floats(1e-4, 10.0)), min_size=1, max_size=8)
+
+
+def test_a_step_is_counted_by_what_it_holds() -> None:
+    prefill = [Piece(64, 64, 0), Piece(32, 160, 1)]
+    decode = [Piece(1, 100, 1), Piece(1, 7, 1), Piece(1, 13, 1)]
+    assert shares_of(prefill, decode) == (1, 96, 64 * 32 + 32 * (128 + 16), 3, 120)
+
+
+@given(STEPS)
+def test_the_sums_are_those_of_the_steps(steps: list[tuple[list[Piece], list[Piece], float]]) -> None:
+    sums = StepSums()
+    for prefill, decode, elapsed_s in steps:
+        sums.observe(prefill, decode, elapsed_s)
+    shares = np.array([shares_of(prefill, decode) for prefill, decode, _ in steps])
+    times = np.array([elapsed_s for *_, elapsed_s in steps])
+    ratios = shares / times[:, None]
+    assert sums.seconds == pytest.approx(times.sum())
+    assert sums.shares == pytest.approx(shares.sum(axis=0))
+    assert sums.ratios == pytest.approx(ratios.sum(axis=0))
+    assert sums.products == pytest.approx((ratios.T @ ratios)[np.triu_indices(NUM_SHARES)])
