@@ -35,7 +35,7 @@ print("deaf", flush=True)
 while True:
     signal.pause()
 """
-DIES = "import sys; print('loading'); sys.exit('the weights are missing')"
+DIES = "import sys; print('loading', flush=True); sys.exit('the weights are missing')"
 # A health service that says NOT_SERVING first and SERVING a little later, like a worker that loads its model.
 SERVES = """
 import sys, threading

@@ -1,9 +1,10 @@
 """make bench-validate: what `kvferry plan`'s simulator says of two fleets on this machine, against what they do.
 
-The engine's steps are calibrated on both cores at once, and what serving adds to them is taken from lone requests.  Then
-one prefill and one decode worker, and two workers that do both, a core each, serve three loads: 0.3, 0.6 and 0.9 of the
+One prefill and one decode worker, and two workers that do both, a core each, serve three loads: 0.3, 0.6 and 0.9 of the
 highest rate at which the simulator says that they keep the objectives.  In the simulators the same requests arrive at the
-same times.
+same times.  Steps cost what the workers' own steps did during that load, as `kvferry calibrate --live` fits it ("in
+service"), so that the simulators are held to account and not the drift of a shared machine; and what `kvferry calibrate`
+measured beforehand, on both cores at once ("before").  What lone requests take beside steps is added.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +23,7 @@ from rich.table import Table
 from kvferry.bench import slo
 from kvferry.bench.slo import Slo
 from services.planner.hardware import Measured
+from services.planner.simulator.cost_model import CostModel
 from tests.bench.split.fleets import Fleet
 from tests.bench.system.systems import ROOT
 from tests.bench.terminal import say
@@ -52,14 +55,15 @@ def knee(fleet: Fleet, costs: Measured, served: Serving, objectives: Slo, seed: 
 
 def take(options: argparse.Namespace, objectives: Slo, console: Console) -> None:
     calibrations = calibrated_together(options.rounds)
-    costs = costs_of(calibrations)
+    before = costs_of(calibrations)
     found = []
     for fleet in FLEETS:
 
-        def loads(probes: Sequence[Probe], fleet: Fleet = fleet) -> list[tuple[float, list[Due]]]:
-            served = serving(costs.costs, probes, fleet)
-            highest = knee(fleet, costs, served, objectives, options.seed)
-            say(console, f"{fleet.name}: {highest:.2f} requests/s at the knee, by the plan's simulator; {told(served)}")
+        def loads(probes: Sequence[Probe], costs: CostModel, fleet: Fleet = fleet) -> list[tuple[float, list[Due]]]:
+            served = serving(costs, probes, fleet)
+            highest = knee(fleet, replace(before, costs=costs), served, objectives, options.seed)
+            say(console, f"{fleet.name}: {highest:.2f} requests/s at the knee, by the plan's simulator; {told(costs)}; "
+                         f"door {1e3 * served.door_s:.1f} ms, handover {1e3 * served.handover_s:.1f} ms")  # fmt: skip
             if LEVELS[0] * highest * options.seconds < FEWEST_REQUESTS:
                 raise SystemExit(
                     f"bench-validate: {options.seconds:g} s of the lightest load would be fewer than {FEWEST_REQUESTS} "
@@ -71,42 +75,51 @@ def take(options: argparse.Namespace, objectives: Slo, console: Console) -> None
     measured.write(options.measured, calibrations, found)
 
 
-def told(served: Serving) -> str:
-    costs = served.costs
+def told(costs: CostModel) -> str:
     return (
-        f"step {1e3 * costs.step_s:.2f} ms, prompt token {1e6 * costs.prefill_token_s:.0f} µs, sequence "
-        f"{1e6 * costs.decode_sequence_s:.0f} µs, door {1e3 * served.door_s:.1f} ms, "
-        f"round trip {1e3 * costs.round_trip_s:.1f} ms"
+        f"step {1e3 * costs.step_s:.2f} ms, prompt token {1e6 * costs.prefill_token_s:.0f} µs, pair "
+        f"{1e9 * costs.attention_pair_s:.0f} ns, sequence {1e6 * costs.decode_sequence_s:.0f} µs, context "
+        f"{1e9 * costs.decode_context_token_s:.0f} ns"
     )
 
 
-def compare(found: Sequence[FleetFound], costs: Measured, objectives: Slo, console: Console) -> list[dict[str, object]]:
+def compare(
+    found: Sequence[FleetFound], before: Measured, objectives: Slo, console: Console
+) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    drawn = Table("fleet", "requests/s", "", *Figures.__dataclass_fields__)
+    drawn = Table("fleet", "requests/s", "simulator", "costs", *Figures.__dataclass_fields__)
     for each in found:
-        served = serving(costs.costs, each.probes, each.fleet)
-        say(console, f"{each.fleet.name}: {told(served)}")
+        served = serving(each.costs, each.probes, each.fleet)
         for loaded in each.loads:
+            say(console, f"{each.fleet.name}, {loaded.rate:.2f}/s: {told(loaded.costs)}")
             real = of_records(loaded.records, objectives)
             failed = sum(record.error is not None for record in loaded.records)
             at = each.fleet.name, f"{loaded.rate:.2f}"
             drawn.add_row(
-                *at, f"measured, {len(loaded.records)} requests, {failed} failed", *map(_figure, asdict(real).values())
+                *at,
+                "measured",
+                f"{len(loaded.records)} requests, {failed} failed",
+                *map(_figure, asdict(real).values()),
             )
-            for name, simulate in (("plan", by_plan), ("cores", by_cores)):
-                made = simulate(each.fleet, costs, served, loaded.dues, objectives)
+            for (name, simulate), (whose, costs) in product(
+                (("plan", by_plan), ("cores", by_cores)), (("in service", loaded.costs), ("before", before.costs))
+            ):
+                made = simulate(each.fleet, replace(before, costs=costs), served, loaded.dues, objectives)
                 ratios = {
                     k: v / r if r else float("nan")
                     for (k, v), r in zip(asdict(made).items(), asdict(real).values(), strict=True)
                 }
-                drawn.add_row(*at, name, *map(_ratio, ratios.values()))
-                rows.append({"fleet": at[0], "rate": loaded.rate, "simulator": name, "measured": asdict(real),
-                             "simulated": asdict(made), "ratios": ratios})  # fmt: skip
+                drawn.add_row(*at, name, whose, *map(_ratio, ratios.values()))
+                rows.append({"fleet": at[0], "rate": loaded.rate, "simulator": name, "costs": whose,
+                             "measured": asdict(real), "simulated": asdict(made), "ratios": ratios})  # fmt: skip
     console.print(drawn)
-    for name in ("plan", "cores"):
-        all_of = [r for row in rows if row["simulator"] == name for r in row["ratios"].values()]  # type: ignore[attr-defined]
+    for name, whose in product(("plan", "cores"), ("in service", "before")):
+        all_of = [
+            ratio for row in rows if (row["simulator"], row["costs"]) == (name, whose)
+            for ratio in row["ratios"].values()  # type: ignore[attr-defined]
+        ]  # fmt: skip
         near = sum(abs(r - 1) <= GOAL for r in all_of)
-        say(console, f"{name}: {near} of {len(all_of)} figures within {GOAL:.0%}")
+        say(console, f"{name}, costs {whose}: {near} of {len(all_of)} figures within {GOAL:.0%}")
     return rows
 
 

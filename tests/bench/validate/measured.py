@@ -8,22 +8,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvferry.aio import AsyncClient
 from kvferry.bench.doors import GrpcDoor
 from kvferry.bench.record import Record
 from kvferry.bench.runner import Runner
 from kvferry.bench.workload import Ask
+from kvferry.cli.step_sums import between, sums_of, workers_of
+from services.planner.calibrate.fit import fit_sums
+from services.planner.calibrate.steps import ROUND_TRIP_S, TRANSFER_BYTES_PER_S
 from services.planner.hardware import Measured
 from services.planner.simulator.cost_model import CostModel
 from tests.bench.split.fleets import MAX_OPEN, TIMEOUT_S, Fleet
 from tests.bench.system.systems import ROOT
 from tests.bench.validate.load import Due, schedule
 
+T = TypeVar("T")
+
+REPORTED_S = 4.0  # until the gateway has heard of the last step
 # Lone requests: (streams at once, prompt, answer, how often).  None is of a load.
 PROBES = ((1, 256, 2, 6), (1, 64, 48, 3), (8, 64, 48, 1))
 CALIBRATION_S = 300.0
@@ -40,15 +46,21 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
+    """``costs``: fitted to the steps that its workers computed meanwhile."""
+
     rate: float
     dues: tuple[Due, ...]
     records: tuple[Record, ...]
+    costs: CostModel
 
 
 @dataclass(frozen=True, slots=True)
 class FleetFound:
+    """``costs``: of the probes' steps."""
+
     fleet: Fleet
     probes: tuple[Probe, ...]
+    costs: CostModel
     loads: tuple[Loaded, ...]
 
 
@@ -91,6 +103,21 @@ async def probe(address: str, probes: Sequence[tuple[int, int, int, int]] = PROB
     return found
 
 
+async def in_service(address: str, work: Awaitable[T]) -> tuple[T, CostModel]:
+    """What ``work`` comes to, and what the steps cost that were computed for it."""
+    async with AsyncClient(address, max_attempts=1) as client:
+        await asyncio.sleep(REPORTED_S)
+        before = sums_of(workers_of(await client.cluster(), ()))
+        done = await work
+        await asyncio.sleep(REPORTED_S)
+        workers = workers_of(await client.cluster(), ())
+    sums = between(before, sums_of(workers))
+    assert sums is not None, "somebody computed"
+    prices = fit_sums(sums.seconds, sums.shares, sums.ratios, sums.products).prices
+    rates = [worker.transfer_bytes_per_s for worker in workers if worker.transfer_bytes_per_s]
+    return done, CostModel(*prices, ROUND_TRIP_S, max(rates, default=TRANSFER_BYTES_PER_S))
+
+
 async def send(address: str, dues: Sequence[Due], seed: int) -> list[Record]:
     async with AsyncClient(address, max_attempts=1) as client:
         door = GrpcDoor(client)
@@ -101,16 +128,16 @@ async def send(address: str, dues: Sequence[Due], seed: int) -> list[Record]:
 
 
 def measure(
-    fleet: Fleet, loads: Callable[[Sequence[Probe]], Sequence[tuple[float, list[Due]]]], seed: int
+    fleet: Fleet, loads: Callable[[Sequence[Probe], CostModel], Sequence[tuple[float, list[Due]]]], seed: int
 ) -> FleetFound:
     """``loads`` is told what lone requests took, and gives rates and what is asked.  Raises ClusterError."""
+    found = []
     with fleet.running() as address:
-        probes = asyncio.run(probe(address))
-        found = [
-            Loaded(rate, tuple(dues), tuple(asyncio.run(send(address, dues, seed + number))))
-            for number, (rate, dues) in enumerate(loads(probes))
-        ]
-    return FleetFound(fleet, tuple(probes), tuple(found))
+        probes, costs = asyncio.run(in_service(address, probe(address)))
+        for number, (rate, dues) in enumerate(loads(probes, costs)):
+            records, load_costs = asyncio.run(in_service(address, send(address, dues, seed + number)))
+            found.append(Loaded(rate, tuple(dues), tuple(records), load_costs))
+    return FleetFound(fleet, tuple(probes), costs, tuple(found))
 
 
 def write(path: Path, calibrations: Sequence[dict[str, Any]], found: Sequence[FleetFound]) -> None:
@@ -126,10 +153,15 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[FleetFound]]:
 def _fleet(read: dict[str, Any]) -> FleetFound:
     probes = tuple(Probe(**{**each, "records": _records(each)}) for each in read["probes"])
     loads = tuple(
-        Loaded(each["rate"], tuple((at_s, Ask(**ask)) for at_s, ask in each["dues"]), _records(each))
+        Loaded(
+            each["rate"],
+            tuple((at_s, Ask(**ask)) for at_s, ask in each["dues"]),
+            _records(each),
+            CostModel(**each["costs"]),
+        )
         for each in read["loads"]
     )
-    return FleetFound(Fleet(**read["fleet"]), probes, loads)
+    return FleetFound(Fleet(**read["fleet"]), probes, CostModel(**read["costs"]), loads)
 
 
 def _records(read: dict[str, Any]) -> tuple[Record, ...]:

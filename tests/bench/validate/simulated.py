@@ -33,11 +33,14 @@ MAX_RUNNING = 64
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """``costs`` of the engine's steps and what serving adds to each and to each sequence in it; ``door_s`` from a client to
-    a worker's first step and from its end back."""
+    """What lone requests take beside the engine's steps: ``door_s`` from a client to a worker's first step and from its end
+    back, ``handover_s`` from the end of a prompt on one worker to the first step on another."""
 
-    costs: CostModel
     door_s: float
+    handover_s: float
+
+    def at(self, costs: CostModel) -> CostModel:
+        return replace(costs, round_trip_s=self.handover_s / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,41 +55,28 @@ class Figures:
 
 
 def serving(costs: CostModel, probes: Sequence[Probe], fleet: Fleet) -> Serving:
-    """What lone requests take beyond the engine's steps.  None of it below 0: where the steps were slower when they were
-    measured there is nothing to add."""
-    first, one, many = probes
+    """``costs``: of the probes' own steps."""
+    first = probes[0]
     engine = calibrated(costs)
-
-    def gap(probe: Probe) -> float:
-        # Without the first, which may hold a handover.
-        return statistics.median(gap for record in probe.records for gap in record.gaps_s[1:])
-
-    def steps_s(probe: Probe) -> float:
-        return engine.step_s(batch(probe.num_streams, probe.num_prompt + probe.num_output / 2))
-
-    extra_one, extra_many = gap(one) - steps_s(one), gap(many) - steps_s(many)
-    each_s = max(0.0, (extra_many - extra_one) / (many.num_streams - one.num_streams))
-    step_s = max(0.0, extra_one - each_s)
-    added = replace(costs, step_s=costs.step_s + step_s, decode_sequence_s=costs.decode_sequence_s + each_s)
     begins = range(0, first.num_prompt, fleet.chunk_tokens)
-    prompt_s = sum(calibrated(added).step_s(chunk(min(fleet.chunk_tokens, first.num_prompt - at), at)) for at in begins)
+    prompt_s = sum(engine.step_s(chunk(min(fleet.chunk_tokens, first.num_prompt - at), at)) for at in begins)
     ttft_s = statistics.median(r.ttft_s for r in first.records if r.ttft_s is not None)
-    door_s = max(0.0, ttft_s - prompt_s)
+    handover_s = 0.0
     if fleet.num_prefill:
         second_s = statistics.median(record.gaps_s[0] for record in first.records)
-        handover_s = max(0.0, second_s - calibrated(added).step_s(batch(1, first.num_prompt)))
-        added = replace(added, round_trip_s=handover_s / 2)
-    return Serving(added, door_s)
+        handover_s = max(0.0, second_s - engine.step_s(batch(1, first.num_prompt)))
+    return Serving(max(0.0, ttft_s - prompt_s), handover_s)
 
 
 def by_plan(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Due], slo: Slo) -> Figures:
-    cost = calibrated(served.costs)
+    costs = served.at(measured.costs)
+    cost = calibrated(costs)
     decode = Pool(fleet.num_decode, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING)
     made = coarse.Fleet(decode)
     if fleet.num_prefill:
-        rate = served.costs.transfer_bytes_per_s
+        rate = costs.transfer_bytes_per_s
         prefill = Pool(fleet.num_prefill, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING)
-        made = coarse.Fleet(decode, prefill, Link(measured.kv_token_nbytes, rate, rate, served.costs.round_trip_s))
+        made = coarse.Fleet(decode, prefill, Link(measured.kv_token_nbytes, rate, rate, costs.round_trip_s))
     traffic = Traffic(
         np.array([at_s for at_s, _ in dues]), np.array([ask.num_prompt_tokens for _, ask in dues], np.int32),
         np.array([ask.num_output_tokens for _, ask in dues], np.int32), np.zeros(len(dues), np.int32),
@@ -105,7 +95,7 @@ def by_cores(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[D
     specs = [
         WorkerSpec(f"w{number}", role, num_blocks, measured.block_nbytes, limits) for number, role in enumerate(roles)
     ]
-    cluster = Cluster(specs, served.costs, Policy.KV_AWARE)
+    cluster = Cluster(specs, served.at(measured.costs), Policy.KV_AWARE)
     answered = cluster.run(
         Arrival(f"r{number}", at_s, tuple(range(1000 * number, 1000 * number + ask.num_prompt_tokens)),
                 ask.num_output_tokens)
