@@ -45,6 +45,7 @@ class Decoding:
         self._promised: tuple[WorkerKey, Pending] | None = None  # to the prefill worker, until the ticket is here
         self._handle = 0
         self._has_begun = False
+        self._is_given_up = False
         self._silence: asyncio.TimerHandle | None = None
 
     def open(self, request: worker_pb2.DecodeOpen) -> None:
@@ -66,7 +67,8 @@ class Decoding:
         self._watch(self._stall_timeout_s)
 
     def expect_soon(self, within_s: float) -> None:
-        """From here on the worker has failed the request when it says nothing for so long."""
+        """The worker has been given up: from here on it is lost when it says nothing for so long."""
+        self._is_given_up = True
         self._stall_timeout_s = min(self._stall_timeout_s, within_s)
         self._heard_s = time.monotonic()
         if self._silence is not None:
@@ -113,7 +115,10 @@ class Decoding:
             self._watch(left_s)
         else:
             self._link.cancel(self._handle)
-            self._fail(stalled(self.key.worker_id, self._stall_timeout_s))
+            if self._is_given_up:
+                self.on_lost(UnavailableError("it was given up and says nothing"))
+            else:
+                self._fail(stalled(self.key.worker_id, self._stall_timeout_s))
 
     def _fail(self, error: Error) -> None:
         self._end()

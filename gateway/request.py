@@ -153,6 +153,7 @@ class RequestMachine:
         self._excluded: frozenset[WorkerKey] = frozenset()
         self._route: Routed | None = None
         self._emitted: list[int] = []
+        self._has_ticket = False
         self._committed: worker_pb2.Committed | None = None
         self._finished: worker_pb2.DecodeFinished | None = None
         self._last_error: Error | None = None
@@ -171,12 +172,13 @@ class RequestMachine:
         match event:
             case Routed():
                 self._route = event
-                self._committed = None
+                self._has_ticket, self._committed = False, None
                 self.state = State.ATTEMPTING
                 return [OpenDecode(self.attempt)]
             case NotRouted(error=error):
                 return self._fail(_with_hint(self._last_error, error) if self._last_error else error)
             case TicketCame(ticket=ticket):
+                self._has_ticket = True
                 return [OpenPrefill(self.attempt, ticket)]
             case PrefillDone(committed=committed):
                 self._committed = committed
@@ -266,6 +268,8 @@ class RequestMachine:
         # A decode worker says ABORTED of what its writer did.  A writer's OWNER_LOST may mean the way between the two
         # alone: whether the decode worker is lost, its own stream tells.
         by_writer = isinstance(error, AbortedError) or stream is Stream.PREFILL
+        # From its ticket to the commit it has nothing to say: then the silence is the writer's.
+        by_writer |= error.reason == "STALLED" and self._has_ticket and self._committed is None
         return prefill if by_writer and prefill is not None else self._route.decode
 
     def _fail(self, error: Error) -> list[Action]:

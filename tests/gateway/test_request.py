@@ -117,6 +117,16 @@ def test_what_a_writer_did_is_held_against_the_writer() -> None:
     assert m.on(failed(Stream.DECODE, OverloadedError("full")))[1] == ChooseRoute(frozenset({D}))
 
 
+def test_while_a_writer_works_the_silence_of_its_decode_worker_is_the_writers() -> None:
+    silence = UnavailableError("said nothing", reason="STALLED")
+    assert split().on(failed(Stream.DECODE, silence))[1] == ChooseRoute(frozenset({P}))
+    committed, without_ticket = split(), RequestMachine(3)
+    committed.on(PrefillDone(1, COMMITTED))
+    without_ticket.on(Routed(D, P))
+    for m in (committed, without_ticket):
+        assert m.on(failed(Stream.DECODE, silence))[1] == ChooseRoute(frozenset({D}))
+
+
 def test_each_writer_that_the_decode_worker_distrusts_is_passed_over_and_no_attempt_is_used_up() -> None:
     """So that the prompt is computed where it is decoded at last, however many writers there are."""
     m = split(max_attempts=2)
@@ -165,6 +175,20 @@ def test_after_a_decode_worker_is_lost_the_next_goes_on_behind_what_has_left() -
     assert m.on(decoded(1, attempt=2, id_=103)) == [Emit(token(3))]
     m.on(PrefillDone(2, COMMITTED))
     assert m.on(DecodeDone(2, FINISHED)) == [Finish(FINISHED)]
+
+
+def test_log_probabilities_come_with_their_tokens_also_when_an_answer_goes_on() -> None:
+    m = split()
+    m.on(decoded(0))
+    m.on(failed(Stream.DECODE, LOST))
+    m.on(Routed(D2, None))
+    drawn = common_pb2.Token(
+        index=0, id=101, logprob=-0.5, top_logprobs=[common_pb2.TokenLogprob(token_id=7, logprob=-0.25)]
+    )
+    sent = common_pb2.Token()
+    sent.CopyFrom(drawn)
+    sent.index = 1
+    assert m.on(TokenCame(2, Stream.DECODE, drawn)) == [Emit(sent)]
 
 
 def test_what_goes_wrong_while_it_decodes_is_held_against_the_decode_worker() -> None:
