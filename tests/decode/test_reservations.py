@@ -6,9 +6,10 @@ import asyncio
 import itertools
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import grpc
 import pytest
@@ -20,7 +21,7 @@ from services.decode.reservations import News, Reservations, Terms, Writer
 from services.decode.tickets import Ticket, WriterId, Written
 from services.engine.sequence import TokenDrawn
 from services.runtime.channels import Channels
-from services.runtime.process import this_process
+from services.runtime.process import ProcessIdentity, this_process
 from services.worker.puller import Puller
 from services.worker.servicer import WorkerServicer, drain
 from services.worker.share import Share
@@ -308,6 +309,78 @@ async def test_blocks_of_a_dead_writer_come_back_behind_a_fence(
     assert num_free(worker) == NUM_BLOCKS
     if successor_answers:
         await server.stop(None)
+
+
+class Answering(worker_pb2_grpc.WorkerServiceServicer):
+    """Says at the writer's address that it is these incarnations, the last one for ever; as 0 it does not answer."""
+
+    def __init__(self, incarnations: Sequence[int]) -> None:
+        self.asked = asyncio.Queue[None]()
+        self._incarnations = deque(incarnations)
+
+    async def StopTransfer(
+        self, request: worker_pb2.StopTransferRequest, context: Any
+    ) -> worker_pb2.StopTransferResponse:
+        self.asked.put_nowait(None)
+        incarnation = self._incarnations[0]
+        if len(self._incarnations) > 1:
+            self._incarnations.popleft()
+        if not incarnation:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "not yet")
+        return worker_pb2.StopTransferResponse(incarnation=incarnation)
+
+
+@asynccontextmanager
+async def answering(*incarnations: int) -> AsyncIterator[tuple[Answering, Writer]]:
+    server, it = grpc.aio.server(), Answering(incarnations)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(it, server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    yield it, replace(WRITER, control_address=address)
+    await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("incarnation", "process"), [(0, NO_PROCESS), (9, this_process())], ids=["out of reach", "replaced, but runs"]
+)
+async def test_blocks_of_a_writer_that_may_still_write_stay_in_quarantine(
+    reservations: Reservations, worker: Worker, monkeypatch: pytest.MonkeyPatch, incarnation: int,
+    process: ProcessIdentity,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("services.decode.reservations.STOP_BACKOFF_S", (0.01, 0.01))
+    async with answering(incarnation) as (it, writer):
+        async with opened(reservations, replace(writer, process=process)) as (_, ticket):
+            pass
+        for _ in range(3):
+            await asyncio.wait_for(it.asked.get(), 10)
+        assert num_free(worker) == NUM_BLOCKS - len(ticket.blocks)
+        reservations.abort_by_writer(ticket.transfer_id, ticket.epoch, ticket.writer, "it says so itself")
+        async with asyncio.timeout(10):
+            await drain(worker)
+        assert num_free(worker) == NUM_BLOCKS
+
+
+@pytest.mark.parametrize("refused_first", [False, True])
+async def test_a_writer_that_did_not_say_at_once_that_it_has_stopped_is_believed_behind_a_fence(
+    reservations: Reservations, worker: Worker, monkeypatch: pytest.MonkeyPatch, refused_first: bool
+) -> None:
+    """A connection of its may have broken, of which something may lie in a socket here."""
+    monkeypatch.setattr("services.decode.reservations.STOP_BACKOFF_S", (0.01, 0.01))
+    num_free_at_fences: list[int] = []
+
+    def fence(self: LoopbackTransport, timeout_s: float) -> bool:
+        num_free_at_fences.append(num_free(worker))
+        return len(num_free_at_fences) > 1
+
+    monkeypatch.setattr(LoopbackTransport, "fence", fence)
+    incarnation = WRITER.id.incarnation
+    async with answering(*([0] if refused_first else []), incarnation) as (_, writer):
+        async with opened(reservations, writer) as (_, ticket):
+            pass
+        async with asyncio.timeout(10):
+            await drain(worker)
+    assert num_free_at_fences == ([NUM_BLOCKS - len(ticket.blocks)] * 2 if refused_first else [])
+    assert num_free(worker) == NUM_BLOCKS
 
 
 async def writes_nothing(request: worker_pb2.StopTransferRequest) -> None:

@@ -364,6 +364,55 @@ async def test_an_answer_that_has_begun_outlives_more_attempts_than_one_that_has
             await refused
 
 
+async def test_an_answer_that_goes_on_more_than_once_is_asked_for_behind_all_that_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.run.FORGIVE_S", (0.02, 0.02))
+    asked_for = []
+    async with asked() as (played, answer):
+        for index in range(3):
+            reading = begin(answer)
+            open_ = (await played.sent.get()).open
+            asked_for.append((list(open_.prompt_token_ids), open_.sampling.max_tokens))
+            drawn = common_pb2.Token(index=0, id=10 + index)
+            played.say(worker_pb2.DecodeEvent(handle=open_.handle, token=drawn))
+            assert [(t.index, t.id) for t in await reading] == [(index, 10 + index)]
+            played.say(failure(open_.handle))
+    assert asked_for == [([1, 2, 3], 9), ([1, 2, 3, 10], 8), ([1, 2, 3, 10, 11], 7)]
+
+
+async def test_the_deadline_is_the_requests_and_not_an_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.run.FORGIVE_S", (0.05, 0.05))  # so that attempts take longer than the deadline
+    async with asked(timeout_s=0.3) as (played, answer):
+        await fail_once_begun(played, answer)
+
+        async def fail_all() -> None:
+            while True:
+                played.say(failure(await opened(played)))
+
+        failing = asyncio.create_task(fail_all())
+        with pytest.raises(DeadlineError):
+            await anext(answer)
+        failing.cancel()
+
+
+async def test_retries_that_bring_nothing_wait_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.run.RETRY_BACKOFF_S", (0.4, 0.4))
+    async with dispatching(max_attempts=3) as (played, dispatcher):
+        (known,) = dispatcher._view.workers.values()
+        for name in ("decode-1", "decode-2"):
+            join(dispatcher._view, known.info.control_address, worker_id=name)
+        refused = begin(ask(dispatcher))
+        opened_s = []
+        for _ in range(3):
+            handle = await opened(played)
+            opened_s.append(time.monotonic())
+            played.say(failure(handle))
+        with pytest.raises(UnavailableError):
+            await refused
+        assert opened_s[2] - opened_s[1] >= 0.2
+
+
 async def test_beyond_the_budget_who_has_begun_waits_and_who_has_not_is_told_to_come_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
