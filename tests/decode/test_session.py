@@ -215,8 +215,11 @@ async def test_it_ends_with_its_last_request(worker: Worker, reservations: Reser
         else:
             await it.send(None)
         for _ in range(NUM_TOKENS):
+            reading = asyncio.create_task(it.read())
+            await settle()
+            assert not reading.done()
             await it.step()
-            await it.read()
+            await reading
         with pytest.raises(StopAsyncIteration):
             await it.read()
 

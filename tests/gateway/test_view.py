@@ -341,13 +341,24 @@ def test_metrics_say_how_old_the_view_is() -> None:
     assert registry.get_sample_value("kvferry_gateway_view_age_seconds") == 31
 
 
-async def test_a_view_that_never_heard_of_a_directory_is_as_old_as_its_gateway() -> None:
+@pytest.mark.parametrize(("heard_ago_s", "age_ms"), [(None, 90_000), (31.0, 31_000)])
+async def test_clients_are_told_how_old_the_view_is(
+    monkeypatch: pytest.MonkeyPatch, heard_ago_s: float | None, age_ms: int
+) -> None:
+    """One that never heard of a directory is as old as its gateway."""
+    clock = Clock()
+    monkeypatch.setattr("gateway.servicer.time", SimpleNamespace(monotonic=clock))
     frontend: Any = SimpleNamespace(model=common_pb2.ModelInfo(), num_in_flight=0, num_requests_total=0)
     siblings = Siblings(Memory(DecisionBook(), RecentRequests(), ServedBook(0.0), frontend))
-    servicer = ClusterServicer(frontend, Doorkeeper(), ClusterView(), siblings)
+    view = ClusterView(clock=clock)
+    servicer = ClusterServicer(frontend, Doorkeeper(), view, siblings)
+    clock.now_s += 90
+    if heard_ago_s is not None:
+        view.apply(response(5, snapshot=True))
+        clock.now_s += heard_ago_s
     context: Any = SimpleNamespace(invocation_metadata=lambda: ())
     answer = await servicer.DescribeCluster(inference_pb2.DescribeClusterRequest(), context)
-    assert answer.view_age_ms < 60_000
+    assert answer.view_age_ms == age_ms
 
 
 class ScriptedDirectory(directory_pb2_grpc.DirectoryServiceServicer):

@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +19,14 @@ from kvferry.api.worker.v1 import worker_pb2
 from kvferry.errors import AbortedError, ConflictError, UnavailableError
 from services.engine.layout import KvLayout
 from services.engine.weights import DTYPES
-from services.prefill import conversion
+from services.prefill import conversion, passage
+from services.prefill.arriving import Arriving
 from services.worker.holdings import Holdings
 from services.worker.pins import ReaderId
 from tests.prefill.two_workers import SALT, TwoWorkers, layout, sampling, side, stop_request, token_kv, two_workers
+from transport import Path, PeerLost
 from transport.loopback import LoopbackTransport
+from transport.sockets import Connection
 
 
 def expected_kv(prompt: list[int], dtypes: tuple[str, str]) -> torch.Tensor:
@@ -268,6 +272,32 @@ async def test_a_ticket_expires_by_its_receipt_however_long_opening_takes(monkey
         two.writer.assert_quiet()
 
 
+@pytest.mark.parametrize("how", ["expired", "left"])
+async def test_a_request_that_expires_or_is_left_writes_no_more_and_its_owner_is_told(how: str) -> None:
+    """Whatever becomes of the gateway."""
+    prompt = list(range(40))
+    async with two_workers(layout("float32", 4), layout("float32", 4)) as two, two.ticket(prompt) as (ticket, call):
+        before = two.owner.pool.clone()
+        if how == "expired":
+            ticket.expires_in_ms = 200
+        two.writer.runner.may_run.clear()
+        steps = two.ferries.run(prompt, sampling(), ticket, SALT)
+        first = asyncio.ensure_future(anext(steps))
+        while not two.ferries._passages:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        if how == "left":
+            first.cancel()
+            await asyncio.wait((first,))
+        else:
+            with pytest.raises(AbortedError, match="the ticket expired"):
+                await asyncio.wait_for(first, 10)
+        two.writer.runner.may_run.set()
+        with pytest.raises(AbortedError, match="the writer gave up"):
+            await call.next()
+        assert torch.equal(two.owner.pool.view(torch.uint8), before.view(torch.uint8))
+        two.assert_quiet()
+
+
 @pytest.mark.parametrize("change", [{"owner_id": "decode-9"}, {"owner_incarnation": 9}, {"epoch": 9}])
 async def test_only_its_owner_stops_a_transfer(change: dict[str, Any]) -> None:
     prompt = list(range(8))
@@ -299,6 +329,28 @@ async def test_who_asks_to_stop_hears_in_time_that_a_write_hangs_and_may_ask_aga
         monkeypatch.setattr("services.prefill.ferries.STOP_WAIT_S", 10.0)
         await two.ferries.stop_transfer(stop_request(ticket))
         await steps.aclose()
+        two.writer.assert_quiet()
+
+
+async def test_what_a_broken_connection_may_still_bring_keeps_the_owner_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on_its_way = {Connection("here", "there")}
+    broken = PeerLost("the connection broke")
+    monkeypatch.setattr(LoopbackTransport, "_obstacle", lambda *_: broken)
+    monkeypatch.setattr(passage, "Path", SimpleNamespace(RMA=Path.LOOPBACK))
+    monkeypatch.setattr(passage, "Arriving", lambda: Arriving(lambda: set(on_its_way)))
+    prompt = list(range(8))
+    async with two_workers(layout("float32", 4), layout("float32", 4)) as two, two.ticket(prompt) as (ticket, _):
+        with pytest.raises(UnavailableError, match="the connection broke") as lost:
+            async for _ in two.ferries.run(prompt, sampling(), ticket, SALT):
+                pass
+        assert lost.value.reason == "OWNER_LOST"
+        for _ in range(3):
+            with pytest.raises(UnavailableError, match="may still arrive"):
+                await two.ferries.stop_transfer(stop_request(ticket))
+        on_its_way.clear()
+        await two.ferries.stop_transfer(stop_request(ticket))
         two.writer.assert_quiet()
 
 

@@ -21,7 +21,7 @@ from services.runtime.server import create_server
 from services.worker import puller as puller_module
 from services.worker.holdings import Holdings
 from services.worker.pull_terms import Outcome, PullReport, Source
-from services.worker.puller import Puller
+from services.worker.puller import MAX_PULL_S, Puller
 from services.worker.servicer import WorkerServicer
 from services.worker.worker import MAX_PULLS
 from tests.prefill.two_workers import NUM_BLOCKS, Side, layout, side, token_kv
@@ -227,6 +227,9 @@ async def test_a_read_that_fails_is_a_recompute(two: Two) -> None:
     assert (await pulling).outcome is Outcome.LOST
     assert two.cached() == []
     assert two.counts().free == NUM_BLOCKS
+    async with asyncio.timeout(MAX_PULL_S / 2):  # the holder hears of it, and does not wait for the lease
+        while two.holder.worker.pins.num_pins:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
 
 async def test_a_holder_that_evicts_in_the_middle_of_a_read_is_found_out() -> None:
