@@ -15,10 +15,11 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway import serving
 from kvferry import Client, Completion, HealthStatus, UnavailableError
 from kvferry.cli.cluster import Died, Event, LocalCluster, Timing
 from kvferry.cli.members import ClusterConfig, Role, clone_root, plan
-from services.worker.node import SERVER_GRACE_S
+from services.worker import node
 from tests import tracing
 from tests.chaos.accounts import Accounts
 from tests.chaos.oracle import History, Verdict, Window, judge
@@ -29,7 +30,7 @@ SEED = 35
 BACK_S = 90.0
 CUT_OFF_S = 5.0
 # More than a server that stops leaves its calls without being told to wait for them.
-UNWRITTEN_S = SERVER_GRACE_S + 1.0
+UNWRITTEN_S = max(serving.SERVER_GRACE_S, node.SERVER_GRACE_S) + 1.0
 # Less than a chunk, and more bytes than are copied by whoever posts them.
 ONE_CHUNK = "Nobody ends before the ferry has landed. " * 6
 CASES = [Case(f"Case {n}. " + "The harbour lay in fog. " * 8 * n, 12, 0.8 * (n % 2), n) for n in range(3)]
@@ -120,14 +121,14 @@ def test_drain_that_does_not_wait(fleet: Fleet) -> None:
     prompts = [f"{number}: {ONE_CHUNK}" for number in range(3)]
     with ExitStack() as stack:
         client = stack.enter_context(Client(fleet.local.grpc_address))
-        threads = stack.enter_context(ThreadPoolExecutor(len(prompts)))
+        threads = stack.enter_context(ThreadPoolExecutor(len(prompts) + 2))
         right = [answer.result(TIMEOUT_S).token_ids for answer in begun(client, prompts, threads)]
         fleet.died.clear()
         began_s = time.monotonic()
         load = Load(SEED, fleet.local.grpc_address, CASES, num_streams=2)
         load.start()
         try:
-            _drain_prefill(fleet, client, threads)
+            _drain_with_kv_unwritten(fleet, "prefill-0", client, threads)
             answers = begun(client, prompts, threads)
             busiest = fleet.busiest()  # one of ours at least: there are more than the load has
             fleet.restart(busiest)
@@ -137,7 +138,7 @@ def test_drain_that_does_not_wait(fleet: Fleet) -> None:
             assert not any(answer.timeline.num_retries for answer in answered)
             with Client(fleet.address("gateway-0"), max_attempts=1) as through:
                 answers = begun(through, prompts, threads)
-                fleet.restart("gateway-0")
+                _drain_with_kv_unwritten(fleet, "gateway-0", through, threads)
                 assert [answer.result(TIMEOUT_S).token_ids for answer in answers] == right
             fleet.restart("directory")
         finally:
@@ -153,22 +154,23 @@ def test_drain_that_does_not_wait(fleet: Fleet) -> None:
     assert fleet.accounts.await_quiet() == []
 
 
-def _drain_prefill(fleet: Fleet, client: Client, threads: ThreadPoolExecutor) -> None:
-    """What would write the prompt's KV stands still: it is asked to end before a byte of it has left."""
-    prompt, pid = f"unwritten: {ONE_CHUNK}", fleet.local.pid("prefill-0")
-    assert pid is not None
+def _drain_with_kv_unwritten(fleet: Fleet, name: str, client: Client, threads: ThreadPoolExecutor) -> None:
+    """What would write the prompt's KV stands still: the answer has begun, and goes on only when that does."""
+    prompt, pid, writer_pid = f"{name} drains: {ONE_CHUNK}", fleet.local.pid(name), fleet.local.pid("prefill-0")
+    assert writer_pid is not None
     try:
-        with tracing.held(tracing.thread_of(pid, "kvferry-ferry")):
+        with tracing.held(tracing.thread_of(writer_pid, "kvferry-ferry")):
             (answer,) = begun(client, [prompt], threads)
-            ending = threads.submit(fleet.restart, "prefill-0")
+            ending = threads.submit(fleet.restart, name)
             time.sleep(UNWRITTEN_S)
-            assert fleet.local.pid("prefill-0") == pid
+            assert fleet.local.pid(name) == pid
     except tracing.CannotTraceError as why:
         pytest.skip(str(why))
     answered = answer.result(TIMEOUT_S)
     assert (answered.timeline.prefill_worker, answered.timeline.num_retries) == ("prefill-0", 0)
     ending.result(BACK_S)
-    again = client.generate(prompt, **OPTIONS).result()  # type: ignore[arg-type]
+    with Client(fleet.local.grpc_address) as through_any:
+        again = through_any.generate(prompt, **OPTIONS).result()  # type: ignore[arg-type]
     assert again.token_ids == answered.token_ids
 
 
