@@ -42,7 +42,7 @@ class Decoding:
         self._stall_timeout_s = stall_timeout_s
         self._heard_s = time.monotonic()
         self._counted: Pending | None = None
-        self._promised: tuple[WorkerKey, Pending] | None = None  # to the prefill worker, until the ticket is here
+        self._promised: tuple[WorkerKey, Pending] | None = None  # to the prefill worker, until a stream to it counts
         self._handle = 0
         self._has_begun = False
         self._is_given_up = False
@@ -83,7 +83,6 @@ class Decoding:
                     self._begin()
                 self._run.put(TokenCame(self._attempt, Stream.DECODE, event.token))
             case "ticket":
-                self._keep_promise()
                 self._run.put(TicketCame(self._attempt, event.ticket))
             case "finished":
                 self._end()
@@ -130,12 +129,12 @@ class Decoding:
         self._opened.discard(self)
         if self._silence is not None:
             self._silence.cancel()
-        self._keep_promise()
+        self.keep_promise()
         if self._counted is not None:
             self._pending.remove(self.key, self._counted)
             self._counted = None
 
-    def _keep_promise(self) -> None:
+    def keep_promise(self) -> None:
         """From here on the prefill stream counts itself.  Idempotent."""
         if self._promised is not None:
             self._pending.remove(*self._promised)

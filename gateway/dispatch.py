@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter as Counts
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -156,8 +156,11 @@ class Dispatcher:
     def members_changed(self, changes: Iterable[Change] = ()) -> None:
         """To be called when workers have come or gone.  One that left of its own accord has ended its streams itself."""
         for change in changes:
-            if isinstance(change, WorkerGone) and change.reason != directory_pb2.LEAVE_REASON_DEREGISTERED:
-                gone = WorkerKey(change.worker_id, change.incarnation)
+            if not isinstance(change, WorkerGone):
+                continue
+            gone = WorkerKey(change.worker_id, change.incarnation)
+            self._pending.gone(gone)
+            if change.reason != directory_pb2.LEAVE_REASON_DEREGISTERED:
                 for decoding in [d for d in self._opened if d.key == gone]:
                     decoding.expect_soon(GONE_STALL_S)
         for run, wait in list(self._waiting.items()):
@@ -246,7 +249,8 @@ class Dispatcher:
                 prefixes[block_size] = self._view.longest_prefix(extend_chain(root, job.prompt, block_size))
             prefix = prefixes[block_size].get(info.worker_id, _NO_PREFIX)
             candidate = self._view.candidate(info.worker_id)
-            found.append(seen_now(candidate, prefix, self._pending.of(candidate.key)))
+            there = self._pending.there(candidate.key, candidate.num_requests, candidate.num_queued_prefill_tokens)
+            found.append(seen_now(candidate, prefix, there))
         return found
 
     def _got_further(self, run: Run) -> None:
@@ -393,8 +397,9 @@ class Dispatcher:
         key = run.prefill.key  # the run's route may be the next attempt's when this one has been cancelled
         worker_id = key.worker_id
         counted = self._pending.add(key, run.route.num_uncached_tokens)
+        run.decodes[attempt].keep_promise()  # not before: the next of the line would find the worker idle
         try:
-            await self._prefill(run, attempt, ticket)
+            await self._prefill(run, attempt, ticket, lambda: self._pending.computed(key, counted))
             error: Error = UnavailableError(f"worker {worker_id} ended its stream early")
         except grpc.aio.AioRpcError as e:
             error = as_lost(from_rpc_error(e), worker_id)
@@ -408,7 +413,9 @@ class Dispatcher:
             self._pending.remove(key, counted)
         run.put(StreamFailed(attempt, Stream.PREFILL, error))  # ignored where the stream had come to its end
 
-    async def _prefill(self, run: Run, attempt: int, ticket: worker_pb2.Ticket) -> None:
+    async def _prefill(
+        self, run: Run, attempt: int, ticket: worker_pb2.Ticket, on_computed: Callable[[], None]
+    ) -> None:
         job = run.job
         request = worker_pb2.PrefillRequest(
             request_id=job.request_id,
@@ -422,6 +429,7 @@ class Dispatcher:
         async with aclosing(_each(stub.Prefill(request), self._stall_timeout_s)) as responses:
             async for response in responses:
                 if response.WhichOneof("event") == "first_token":
+                    on_computed()  # the next prompt need not wait until what is left of this one has been written
                     run.put(TokenCame(attempt, Stream.PREFILL, response.first_token))
                 else:
                     run.put(PrefillDone(attempt, response.committed))

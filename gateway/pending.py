@@ -21,11 +21,23 @@ class PendingBook:
     def __init__(self, on_less: Callable[[], None] = lambda: None) -> None:
         """``on_less`` is called when a worker has less to do; it must not raise."""
         self._by_worker: dict[WorkerKey, Pending] = {}
+        self._at_report: dict[WorkerKey, tuple[int, int]] = {}  # requests and tokens, where there were any
         self._begun: dict[WorkerKey, list[Pending]] = {}  # that have their blocks, since the worker's last report
         self._on_less = on_less
 
     def of(self, key: WorkerKey) -> Pending:
         return self._by_worker.get(key, Pending())
+
+    def there(self, key: WorkerKey, num_requests: int, prefill_tokens: int) -> Pending:
+        """What a worker has to do now that last reported so many requests and tokens: what this gateway knows of, and as
+        much of others' as there was then, which is what the worker had beyond this gateway's.  So a prompt that was
+        computed since is not waited for until the worker reports again."""
+        own = self._by_worker.get(key)
+        requests_then, tokens_then = self._at_report.get(key, (0, 0))
+        others = max(0, num_requests - requests_then), max(0, prefill_tokens - tokens_then)
+        if own is None:
+            return Pending(*others)
+        return Pending(own.num_requests + others[0], own.prefill_tokens + others[1], own.num_blocks)
 
     def add(self, key: WorkerKey, prefill_tokens: int, num_blocks: int = 0) -> Pending:
         """One request; what to ``remove`` at its end."""
@@ -49,6 +61,14 @@ class PendingBook:
         for begun in self._begun.pop(key, ()):
             self._by_worker[key].num_blocks -= begun.num_blocks
             begun.num_blocks = 0
+        if own := self._by_worker.get(key):
+            self._at_report[key] = own.num_requests, own.prefill_tokens
+        else:
+            self._at_report.pop(key, None)
+
+    def gone(self, key: WorkerKey) -> None:
+        """The worker will report no more; what was sent there is still to be removed."""
+        self._at_report.pop(key, None)
 
     def remove(self, key: WorkerKey, ended: Pending) -> None:
         total = self._by_worker[key]

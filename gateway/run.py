@@ -25,8 +25,12 @@ FORGIVE_S = (2.0, 6.0)
 RETRY_BACKOFF_S = (0.1, 2.0)
 
 
-class Cancellable(Protocol):
+class Decode(Protocol):
+    """One attempt's, on its decode worker (gateway/decoding.py)."""
+
     def cancel(self) -> None: ...
+
+    def keep_promise(self) -> None: ...
 
 
 class TokenSink(Protocol):
@@ -67,7 +71,7 @@ class Run:
         self._turn = turn
         self._pass_on = pass_on
         self.tasks: dict[int, asyncio.Task[None]] = {}  # prefill streams, by attempt
-        self.decodes: dict[int, Cancellable] = {}  # by attempt
+        self.decodes: dict[int, Decode] = {}  # by attempt
         self.timers: list[asyncio.TimerHandle] = []
         self.events: deque[Event | DeadlineError] = deque()
         self._waiter: asyncio.Future[None] | None = None

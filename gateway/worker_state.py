@@ -61,16 +61,17 @@ def to_candidate(worker: directory_pb2.WorkerState, abilities: Abilities, place:
     )
 
 
-def seen_now(worker: Candidate, prefix: Prefix, pending: Pending) -> Candidate:
+def seen_now(worker: Candidate, prefix: Prefix, there: Pending) -> Candidate:
     """``worker``, as it reported, with what else is known when a request comes.  ``prefix``: of its prompt, in the worker's
-    cache; ``pending``: what this gateway has sent there."""
-    if not prefix.num_blocks and not pending.num_requests:
+    cache; ``there``: by the gateway's book."""
+    is_known = (there.num_requests, there.prefill_tokens) == (worker.num_requests, worker.num_queued_prefill_tokens)
+    if is_known and not prefix.num_blocks and not there.num_blocks:
         return worker
     return replace(
         worker,
-        num_requests=max(pending.num_requests, worker.num_requests),
-        num_queued_prefill_tokens=max(pending.prefill_tokens, worker.num_queued_prefill_tokens),
-        num_free_blocks=max(0, worker.num_free_blocks - pending.num_blocks),
+        num_requests=there.num_requests,
+        num_queued_prefill_tokens=there.prefill_tokens,
+        num_free_blocks=max(0, worker.num_free_blocks - there.num_blocks),
         num_prefix_blocks=prefix.num_blocks,
         num_prefix_host_blocks=prefix.num_blocks - prefix.num_device_blocks,
     )

@@ -40,6 +40,7 @@ from services.engine.sequence import (
 )
 
 MOST_OPEN = 2  # plans
+MIXED_SHARE = 4  # of a prefill chunk, one beside sequences that decode, where nothing else is said
 
 
 class QueueFullError(Exception):
@@ -52,7 +53,8 @@ class NeverFitsError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """``max_step_tokens`` bounds one step's new tokens, and so a prefill chunk; ``max_running`` its sequences;
+    """``max_step_tokens`` bounds one step's new tokens, and so a prefill chunk; ``max_mixed_tokens`` a prefill chunk in a
+    step in which others decode, for it makes them wait (0: nothing but the former); ``max_running`` its sequences;
     ``max_pinned`` the blocks that others than sequences may hold (services/worker/pins.py).  Drafts are added to a step as
     long as it has no more than ``max_draft_rows`` tokens.  ``look_ahead``: a sequence whose last block is full gets its
     next one a step early, where blocks are to spare, so that a runner can make the next step's metadata while it waits."""
@@ -60,6 +62,7 @@ class Limits:
     block_size: int
     context_length: int
     max_step_tokens: int = 256
+    max_mixed_tokens: int = 0
     max_running: int = 64
     max_waiting: int = 256
     max_pinned: int = 0
@@ -254,12 +257,17 @@ class Scheduler:
         while self._arrived:  # its place was kept
             started.append(self._start(self._arrived.popleft()))
         started += self._start_waiting()
-        budget = self.limits.max_step_tokens
+        budget = prompt_budget = self.limits.max_step_tokens
         chosen: list[tuple[Sequence, int]] = []
         for sequence in sorted(self._running, key=lambda s: s.num_to_compute > 1):  # stable: age within each kind
             if self._is_over(sequence):
                 continue
             count = min(sequence.num_to_compute, budget)
+            if count > 1:
+                count = min(count, prompt_budget)
+                prompt_budget -= count
+            elif sequence.num_to_come > sequence.num_prompt and self.limits.max_mixed_tokens:
+                prompt_budget = self.limits.max_mixed_tokens
             if count == 0:
                 break
             budget -= count

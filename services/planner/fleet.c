@@ -19,14 +19,17 @@ typedef struct {
 } Cost;
 
 typedef struct {
-    int64_t num_workers, step_tokens, kv_tokens, max_running, prompts_alone;
+    int64_t num_workers, step_tokens, mixed_tokens, kv_tokens, max_running, prompts_alone;
     Cost cost;
 } Pool;
 
 typedef struct {
     Pool prefill, decode;  // no prefill workers: those of decode compute prompts too
     double kv_token_nbytes, out_bytes_per_s, in_bytes_per_s, round_trip_s;
-    double itl_bound_s, queue_weight, request_weight;
+    double itl_bound_s, request_weight;
+    double token_s[2];  // what a queued prompt token takes, on a prefill and on a decode worker
+    double max_queue_s;
+    int64_t decode_computes;
 } Fleet;
 
 typedef struct {
@@ -62,8 +65,8 @@ typedef struct {
     Worker *workers;
     int64_t num_writers, num_all;
     int32_t *next, *done, *reader, *slow_before;
-    double *keys[2];
-    int64_t leaves[2];
+    double *keys[3];  // prefill workers by their queue; decode workers by what one more costs there, and by their KV
+    int64_t leaves[3];
     Event *events;
     int64_t num_events, event_room;
     uint64_t number;
@@ -186,17 +189,34 @@ static int64_t uncached(const Run *run, int32_t request) {
     return run->num_input[request] - run->num_cached[request];
 }
 
+static double queue_s(const Run *run, const Worker *w) { return w->queued_tokens * run->fleet->token_s[!w->is_writer]; }
+
 static void rank(Run *run, Worker *w) {
     int64_t index = w - run->workers;
     if (w->is_writer) set_key(run, 0, index, w->queued_tokens);
-    else if (run->num_writers) set_key(run, 1, index - run->num_writers, (double)w->kv_used);
-    else set_key(run, 1, index, w->queued_tokens * run->fleet->queue_weight + w->num_requests * run->fleet->request_weight);
+    else {
+        double more_s = run->num_writers ? 0 : queue_s(run, w);
+        set_key(run, 1, index - run->num_writers, more_s + w->num_requests * run->fleet->request_weight);
+        set_key(run, 2, index - run->num_writers, (double)w->kv_used);
+    }
 }
 
-static void ask(Run *run, Worker *w, int32_t request) {
+// Room on a decode worker is set aside when a request is sent there, on a prefill worker when its prompt is begun.
+static void expect(Run *run, Worker *w, int32_t request) {
+    if (!w->is_writer) w->kv_used += kept_tokens(run, w, request);
+    w->num_requests++;
+    rank(run, w);
+}
+
+// A prompt counts as ahead of others' as a whole, until its end is known.
+static void queue(Run *run, Worker *w, int32_t request) {
     append(run, &w->waiting, &w->waiting_last, request);
     w->queued_tokens += uncached(run, request);
-    w->num_requests++;
+    rank(run, w);
+}
+
+static void unqueue(Run *run, Worker *w, int32_t request) {
+    w->queued_tokens -= uncached(run, request);
     rank(run, w);
 }
 
@@ -211,13 +231,17 @@ static void start_step(Run *run, Worker *w) {
         run->next[request] = w->fresh, w->fresh = request;
     }
     while (w->waiting != NOBODY && w->num_decoding + w->num_chunked < pool->max_running &&
-           w->kv_used + kept_tokens(run, w, w->waiting) <= pool->kv_tokens) {
+           (!w->is_writer || w->kv_used + kept_tokens(run, w, w->waiting) <= pool->kv_tokens)) {
         request = take(run, &w->waiting);
         append(run, &w->chunked, &w->chunked_last, request);
-        w->kv_used += kept_tokens(run, w, request);
+        if (w->is_writer) w->kv_used += kept_tokens(run, w, request);
         w->num_chunked++;
     }
-    int64_t budget = pool->step_tokens - (pool->prompts_alone ? 0 : w->num_decoding);
+    int64_t budget = pool->step_tokens;
+    if (!pool->prompts_alone && w->num_decoding) {
+        budget -= w->num_decoding;
+        if (budget > pool->mixed_tokens) budget = pool->mixed_tokens;
+    }
     double terms[NUM_TERMS] = {1, 0, 0, 0, (double)w->num_decoding, w->context};
     for (request = w->chunked; request != NOBODY && budget > 0; request = run->next[request]) {
         int64_t start = run->done[request], left = run->num_input[request] - start;
@@ -244,8 +268,6 @@ static double ship(Run *run, Worker *w, int32_t request, double tokens) {
     return fmax(w->link_free_s, reader->link_free_s) + 2 * run->fleet->round_trip_s;
 }
 
-static void admit(Run *run, int32_t request);
-
 static void leave(Run *run, Worker *w, int32_t request) {
     w->kv_used -= kept_tokens(run, w, request);
     w->num_requests--;
@@ -257,23 +279,41 @@ static void answered(Run *run, Worker *w, int32_t request) {
     leave(run, w, request);
 }
 
-static void serve_line(Run *run) {
-    while (run->line != NOBODY) {
-        const Worker *reader = &run->workers[run->num_writers + least(run, 1)];
-        if (reader->kv_used + kept_tokens(run, reader, run->line) > reader->pool->kv_tokens) return;
-        admit(run, take(run, &run->line));
-    }
+// Where a decode worker computes the prompt itself, all who are there wait for it (gateway/costs.py).
+static int is_better_alone(const Run *run, const Worker *writer, const Worker *reader, int32_t request) {
+    const Fleet *fleet = run->fleet;
+    if (!fleet->decode_computes) return 0;
+    double tokens = (double)uncached(run, request), stalled = fmax(1, (double)reader->num_requests);
+    double nbytes = run->num_input[request] * fleet->kv_token_nbytes;
+    double ship_s = nbytes / fmin(fleet->out_bytes_per_s, fleet->in_bytes_per_s) + 2 * fleet->round_trip_s;
+    return queue_s(run, reader) + tokens * fleet->token_s[1] * (1 + stalled) <
+           queue_s(run, writer) + tokens * fleet->token_s[0] + ship_s;
 }
 
-static void admit(Run *run, int32_t request) {
-    Worker *reader = &run->workers[run->num_writers + least(run, 1)];
-    Worker *writer = &run->workers[least(run, 0)];
-    run->reader[request] = (int32_t)(reader - run->workers);
-    reader->kv_used += kept_tokens(run, reader, request);
-    reader->num_requests++;
-    rank(run, reader);
-    ask(run, writer, request);
-    start_step(run, writer);
+static int fits(const Run *run, const Worker *reader, int32_t request) {
+    return reader->kv_used + kept_tokens(run, reader, request) <= reader->pool->kv_tokens;
+}
+
+// The gateway's (gateway/admission.py): the first goes where it would be best off, once there is room.
+static void serve_line(Run *run) {
+    while (run->line != NOBODY) {
+        int32_t request = run->line;
+        Worker *reader = &run->workers[run->num_writers + least(run, 1)];
+        if (!fits(run, reader, request)) reader = &run->workers[run->num_writers + least(run, 2)];
+        Worker *computer = reader;
+        if (run->num_writers) {
+            Worker *writer = &run->workers[least(run, 0)];
+            if (!is_better_alone(run, writer, reader, request)) computer = writer;
+        }
+        if (queue_s(run, computer) > run->fleet->max_queue_s) return;
+        if (!fits(run, reader, request)) return;
+        take(run, &run->line);
+        run->reader[request] = (int32_t)(reader - run->workers);
+        expect(run, reader, request);
+        if (computer != reader) expect(run, computer, request);
+        queue(run, computer, request);
+        start_step(run, computer);
+    }
 }
 
 static void end_step(Run *run, Worker *w) {
@@ -310,8 +350,6 @@ static void end_step(Run *run, Worker *w) {
         }
     } else w->stalled_s += w->num_decoding ? w->took_s : 0;
     double left = w->planned_tokens;
-    w->queued_tokens -= left;
-    rank(run, w);
     int32_t request = w->chunked;
     while (left > 0) {
         int32_t following = run->next[request];
@@ -327,37 +365,32 @@ static void end_step(Run *run, Worker *w) {
             w->chunked = following;
             w->num_chunked--;
             result->first_s[request] = run->now_s;
-            if (run->num_output[request] == 1) {
-                if (w->is_writer) leave(run, w, request), answered(run, &run->workers[run->reader[request]], request);
-                else answered(run, w, request);
-            } else if (w->is_writer) {
+            unqueue(run, w, request);
+            int goes_on = run->num_output[request] > 1;
+            if (w->is_writer && goes_on) {
                 happen_at(run, there_s, (int32_t)index, request);
             } else {
-                append(run, &w->incoming, &w->incoming_last, request);
+                if (w->is_writer) leave(run, w, request);
+                if (!goes_on) answered(run, &run->workers[run->reader[request]], request);
+                else append(run, &w->incoming, &w->incoming_last, request);
             }
         }
         request = following;
     }
     start_step(run, w);
-    if (run->num_writers) serve_line(run);
+    serve_line(run);
 }
 
 static void arrive(Run *run, int32_t request) {
     const Fleet *fleet = run->fleet;
-    int fits = run->num_input[request] + (int64_t)run->num_output[request] <= fleet->decode.kv_tokens &&
+    int ever_fits = run->num_input[request] + (int64_t)run->num_output[request] <= fleet->decode.kv_tokens &&
                (!run->num_writers || run->num_input[request] <= fleet->prefill.kv_tokens);
-    if (!fits) {
+    if (!ever_fits) {
         run->result->first_s[request] = run->result->end_s[request] = run->result->second_s[request] = INFINITY;
         return;
     }
-    if (run->num_writers) {
-        append(run, &run->line, &run->line_last, request);
-        serve_line(run);
-    } else {
-        Worker *w = &run->workers[least(run, 1)];
-        ask(run, w, request);
-        start_step(run, w);
-    }
+    append(run, &run->line, &run->line_last, request);
+    serve_line(run);
 }
 
 static int64_t leaves_for(int64_t count) {
@@ -390,15 +423,15 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
     run.reader = calloc(num_requests + 1, sizeof *run.reader);
     run.slow_before = calloc(num_requests + 1, sizeof *run.slow_before);
     run.events = malloc(run.event_room * sizeof *run.events);
-    int64_t counts[2] = {fleet->prefill.num_workers, fleet->decode.num_workers};
-    for (int which = 0; which < 2; which++) {
+    int64_t counts[3] = {fleet->prefill.num_workers, fleet->decode.num_workers, fleet->decode.num_workers};
+    for (int which = 0; which < 3; which++) {
         run.leaves[which] = leaves_for(counts[which]);
         run.keys[which] = malloc(2 * run.leaves[which] * sizeof(double));
         run.failed |= !run.keys[which];
     }
     run.failed |= !run.workers || !run.next || !run.done || !run.reader || !run.slow_before || !run.events;
     if (!run.failed) {
-        for (int which = 0; which < 2; which++)
+        for (int which = 0; which < 3; which++)
             for (int64_t i = 0; i < 2 * run.leaves[which]; i++) run.keys[which][i] = INFINITY;
         for (int64_t i = 0; i < run.num_all; i++) {
             Worker *w = &run.workers[i];
@@ -427,12 +460,13 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
             append(&run, &reader->incoming, &reader->incoming_last, event.request);
             start_step(&run, reader);
             start_step(&run, w);
+            serve_line(&run);
         }
     }
     result->end_of_all_s = run.now_s;
     int status = run.failed ? 1 : settled(&run) ? 0 : 2;
     for (int64_t i = 0; run.workers && i < run.num_all; i++) free(run.workers[i].heap);
     free(run.workers), free(run.next), free(run.done), free(run.reader), free(run.slow_before), free(run.events);
-    free(run.keys[0]), free(run.keys[1]);
+    free(run.keys[0]), free(run.keys[1]), free(run.keys[2]);
     return status;
 }

@@ -1,11 +1,13 @@
 """A fleet in virtual time, coarse and fast: fleet.c, by ctypes.
 
-Requests go to the worker with the least to do.  A prefill worker takes prompts in their order, up to ``step_tokens`` a
-step, and writes each chunk while it computes the next, over a link of its own and one of the decode worker's, both of which
-carry one thing after the other.  A decode worker computes one token of each of its sequences a step; without prefill
-workers also prompts, with what is left of ``step_tokens`` or in steps of their own.  Room for prompt and answer is set
-aside before a prompt is computed, and who finds none waits in the gateway's line; so nobody is preempted.  Cached tokens
-are not computed but are kept, and written, like the others.
+Requests wait in the gateway's line and go where they are best off, once there is room, as gateway/admission.py and
+gateway/costs.py have it: to the prefill worker with the least to do, or to the decode worker alone where all who are there
+would wait less for its prompt than the prompt for its turn.  A prefill worker takes prompts in their order, up to
+``step_tokens`` a step, and writes each chunk while it computes the next, over a link of its own and one of the decode
+worker's, both of which carry one thing after the other.  A decode worker computes one token of each of its sequences a
+step; also prompts that were sent to it, with what is left of ``step_tokens`` or in steps of their own.  Room for prompt and
+answer is set aside before a prompt is computed, so nobody is preempted.  Cached tokens are not computed but are kept, and
+written, like the others.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import ctypes
 import functools
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway.admission import Objectives
 from kvferry.errors import InternalError, UnavailableError
 from services.planner.build import FLEET
 from services.planner.step_cost import StepCost
@@ -28,7 +32,8 @@ _NUM_TERMS, _NUM_BUCKETS, _FROM_S, _GROWTH = 6, 1024, 1e-5, 1.02
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Equal workers.  ``kv_tokens`` fit in the pool of each, ``max_running`` sequences in a step.  ``prompts_alone``: while
+    """Equal workers.  A step has ``step_tokens`` at most, and ``mixed_tokens`` of prompts while others decode (0: no such
+    bound).  ``kv_tokens`` fit in the pool of each, ``max_running`` sequences in a step.  ``prompts_alone``: while
     there are prompts to compute nobody decodes, as in engines before chunked prefill."""
 
     num_workers: int
@@ -37,6 +42,7 @@ class Pool:
     kv_tokens: int
     max_running: int = 256
     prompts_alone: bool = False
+    mixed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +57,26 @@ class Link:
 
 
 @dataclass(frozen=True, slots=True)
+class Gateway:
+    """``max_queue_s``: so much prompt work may wait on a worker before the rest does in the line.  ``decode_computes``:
+    whether decode workers beside prefill workers may compute a prompt themselves."""
+
+    max_queue_s: float = Objectives().max_queue_s
+    decode_computes: bool = True
+
+
+# Whoever comes is sent at once, and beside prefill workers decode workers only decode.
+AT_ONCE = Gateway(inf, decode_computes=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Fleet:
     """``prefill`` and ``link`` None: colocated."""
 
     decode: Pool
     prefill: Pool | None = None
     link: Link | None = None
+    gateway: Gateway = Gateway()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +132,8 @@ class _Cost(Structure):
 
 class _Pool(Structure):
     _fields_ = [
-        ("num_workers", c_int64), ("step_tokens", c_int64), ("kv_tokens", c_int64), ("max_running", c_int64),
-        ("prompts_alone", c_int64),
+        ("num_workers", c_int64), ("step_tokens", c_int64), ("mixed_tokens", c_int64), ("kv_tokens", c_int64),
+        ("max_running", c_int64), ("prompts_alone", c_int64),
         ("cost", _Cost),
     ]  # fmt: skip
 
@@ -122,7 +142,7 @@ class _Fleet(Structure):
     _fields_ = [
         ("prefill", _Pool), ("decode", _Pool), ("kv_token_nbytes", c_double), ("out_bytes_per_s", c_double),
         ("in_bytes_per_s", c_double), ("round_trip_s", c_double), ("itl_bound_s", c_double),
-        ("queue_weight", c_double), ("request_weight", c_double),
+        ("request_weight", c_double), ("token_s", c_double * 2), ("max_queue_s", c_double), ("decode_computes", c_int64),
     ]  # fmt: skip
 
 
@@ -163,10 +183,11 @@ def simulate(fleet: Fleet, traffic: Traffic, itl_bound_s: float = float("inf")) 
     ]  # fmt: skip
     result = _Result(*(array.ctypes.data for array in arrays), 0.0, 0.0)
     link = fleet.link or Link(0.0, 1.0, 1.0, 0.0)
-    queue_weight, request_weight = _weights(fleet.decode, traffic)
+    token_s = (_token_s(prefill) if prefill else 0.0, _token_s(fleet.decode))
     request = _Fleet(
         _pool(prefill) if prefill else _Pool(), _pool(fleet.decode), link.kv_token_nbytes, link.out_bytes_per_s,
-        link.in_bytes_per_s, link.round_trip_s, itl_bound_s, queue_weight, request_weight,
+        link.in_bytes_per_s, link.round_trip_s, itl_bound_s, _request_weight(fleet, traffic, token_s[1]),
+        (c_double * 2)(*token_s), fleet.gateway.max_queue_s, fleet.gateway.decode_computes,
     )  # fmt: skip
     given: list[NDArray[np.float64] | NDArray[np.int32]] = [
         np.ascontiguousarray(traffic.arrive_s, np.float64),
@@ -191,7 +212,8 @@ def _pool(pool: Pool) -> _Pool:
     cost = pool.cost
     terms = c_double * _NUM_TERMS
     return _Pool(
-        pool.num_workers, pool.step_tokens, pool.kv_tokens, pool.max_running, pool.prompts_alone,
+        pool.num_workers, pool.step_tokens, pool.mixed_tokens or pool.step_tokens, pool.kv_tokens, pool.max_running,
+        pool.prompts_alone,
         _Cost(terms(*cost.additive), terms(*cost.compute), terms(*cost.memory), cost.expert_s, cost.expert_rate),
     )  # fmt: skip
 
@@ -200,13 +222,16 @@ def _pool(pool: Pool) -> _Pool:
 _HORIZON_TOKENS = 64
 
 
-def _weights(pool: Pool, traffic: Traffic) -> tuple[float, float]:
-    """What routing among colocated workers compares: seconds that a queued prompt token, and that a request there, cost
-    who comes next: the queue's time; and the stall of the request, and slower steps (ADR 15)."""
-    length = float(traffic.num_input.mean() - traffic.num_cached.mean())
-    cost = pool.cost
-    # What all of a full chunk's tokens take, step and weights included.
+def _token_s(pool: Pool) -> float:
+    """A queued prompt token, by what all of a full chunk's take, step and weights included."""
     tokens = float(pool.step_tokens)
-    token_s = cost.step_s((1.0, tokens, tokens * tokens / 2, tokens, 0.0, 0.0)) / tokens
-    one, two = (cost.step_s((1.0, 0.0, 0.0, 0.0, n, n * length)) for n in (32.0, 33.0))
-    return token_s, token_s * length + _HORIZON_TOKENS * (two - one)
+    return pool.cost.step_s((1.0, tokens, tokens * tokens / 2, tokens, 0.0, 0.0)) / tokens
+
+
+def _request_weight(fleet: Fleet, traffic: Traffic, token_s: float) -> float:
+    """Seconds that a request on a decode worker costs who comes next: slower steps and, where that worker computes the
+    next one's prompt, its own stall meanwhile, which counts in the next one's place (ADR 15)."""
+    length = float(traffic.num_input.mean() - traffic.num_cached.mean())
+    one, two = (fleet.decode.cost.step_s((1.0, 0.0, 0.0, 0.0, n, n * length)) for n in (32.0, 33.0))
+    stall_s = 0.0 if fleet.prefill else token_s * length
+    return max(stall_s + _HORIZON_TOKENS * (two - one), 1e-12)  # fewer are better even where steps take nothing

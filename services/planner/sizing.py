@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvferry.bench.slo import Slo
 from services.planner.designs import Design, Size, fleet, pool
-from services.planner.fleet import Fleet, Link, Pool, Run, simulate
+from services.planner.fleet import AT_ONCE, Fleet, Gateway, Link, Pool, Run, simulate
 from services.planner.hardware import Worker
 from services.planner.step_cost import StepCost
 from services.planner.traffic import Traffic
@@ -83,7 +83,7 @@ class Sizing:
         def enough(count: int) -> bool:
             key = ("prefill", str(worker), step_tokens, count)
             if key not in self._known:
-                made = Fleet(decode, pool(worker, count, step_tokens), _NO_LINK)
+                made = Fleet(decode, pool(worker, count, step_tokens), _NO_LINK, Gateway(decode_computes=False))
                 self._known[key] = self._attained_alone(made, traffic, Slo(ttft=self.slo.ttft))
             return self._known[key].all >= share
 
@@ -96,7 +96,7 @@ class Sizing:
         def enough(count: int) -> bool:
             key = ("decode", str(worker), count)
             if key not in self._known:
-                made = Fleet(pool(worker, count, 2**20), instant, _NO_LINK)
+                made = Fleet(pool(worker, count, 2**20), instant, _NO_LINK, AT_ONCE)
                 self._known[key] = self._attained_alone(made, self.traffic, self.slo)
             return self._known[key].all >= share
 

@@ -97,6 +97,12 @@ class WorkerConfig(TlsOptions):
     chunk_tokens: int = option(
         256, help="most tokens computed in one step, and so the size of a prefill chunk", minimum=1
     )
+    mixed_chunk_tokens: int = option(
+        0,
+        help="most prompt tokens computed in a step in which others get their next token, and wait for it that long; 0: a "
+        "quarter of --chunk-tokens",
+        minimum=0,
+    )
     max_running: int = option(64, help="most sequences in one step", minimum=1)
     max_waiting: int = option(256, help="most requests queued; more are refused", minimum=1)
     ticket_lifetime_s: float = option(300.0, help="how long a writer may take from ticket to commit", minimum=0.1)

@@ -34,7 +34,7 @@ from services.engine.runners import (
     create_host_copier,
     kv_dtype,
 )
-from services.engine.scheduler import Limits, Scheduler
+from services.engine.scheduler import MIXED_SHARE, Limits, Scheduler
 from services.runtime import garbage
 from services.runtime.channels import Channels
 from services.runtime.membership import Membership
@@ -211,6 +211,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             block_size=config.block_size,
             context_length=model.context_length,
             max_step_tokens=config.chunk_tokens,
+            max_mixed_tokens=config.mixed_chunk_tokens or max(1, config.chunk_tokens // MIXED_SHARE),
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_pinned=num_blocks // PINNED_SHARE,

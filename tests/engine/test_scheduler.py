@@ -105,13 +105,15 @@ def run_to_end(s: Scheduler, model: FakeModel, max_steps: int = 5000, ahead: boo
     ),
     st.integers(13, 40),
     st.integers(1, 9),
+    st.integers(0, 4),
     st.booleans(),
     st.booleans(),
 )
 def test_batching_caching_preemption_and_planning_ahead_change_no_token(
-    requests: list[tuple[list[int], int]], num_blocks: int, max_step_tokens: int, ahead: bool, look_ahead: bool
-) -> None:
-    s = scheduler(num_blocks, max_step_tokens=max_step_tokens, look_ahead=look_ahead)
+    requests: list[tuple[list[int], int]], num_blocks: int, max_step_tokens: int, max_mixed_tokens: int, ahead: bool,
+    look_ahead: bool,
+) -> None:  # fmt: skip
+    s = scheduler(num_blocks, max_step_tokens=max_step_tokens, max_mixed_tokens=max_mixed_tokens, look_ahead=look_ahead)
     model = FakeModel(num_blocks)
     for i, (prompt, max_tokens) in enumerate(requests):
         s.add(sequence(str(i), prompt, max_tokens))
@@ -454,6 +456,27 @@ def test_a_stream_that_came_later_is_not_held_up_by_an_older_prompt() -> None:
         assert plan is not None
         assert {q.id for q in plan.sequences} == {"stream", "long"}
         s.complete(plan, model.run(plan))
+
+
+def test_prompts_take_smaller_chunks_while_others_decode() -> None:
+    """Of two prompts the sum; the last token of a prompt is no token that somebody waits for."""
+    s, model = scheduler(100, max_step_tokens=8, max_mixed_tokens=3), FakeModel(100)
+    s.add(sequence("long", list(range(17)), 1))
+    s.add(sequence("short", list(range(40, 45)), 3))
+    s.add(sequence("last", list(range(60, 80)), 1))
+    steps = []
+    while (plan := s.plan()) is not None:
+        steps.append({str(q.id): n for q, n in zip(plan.sequences, plan.counts, strict=True)})
+        s.complete(plan, model.run(plan))
+    assert steps == [
+        {"long": 8},
+        {"long": 8},
+        {"long": 1, "short": 5, "last": 2},
+        {"short": 1, "last": 3},
+        {"short": 1, "last": 3},
+        {"last": 8},
+        {"last": 4},
+    ]
 
 
 def test_bounds_are_refusals() -> None:

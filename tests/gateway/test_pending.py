@@ -41,6 +41,30 @@ def test_blocks_count_until_the_worker_has_reported_what_began() -> None:
     assert book.of(KEY) == Pending()
 
 
+def test_what_others_have_there_is_what_was_there_beyond_ones_own_at_the_last_report() -> None:
+    book = PendingBook()
+    assert book.there(KEY, 3, 500) == Pending(3, 500)
+    mine = book.add(KEY, 100, 7)
+    assert book.there(KEY, 3, 500) == Pending(4, 600, 7), "the worker has not reported it yet"
+    book.reported(KEY)
+    assert book.there(KEY, 4, 560) == Pending(4, 560, 7)
+    book.computed(KEY, mine)
+    assert book.there(KEY, 4, 560) == Pending(4, 460, 7), "nobody waits for what was computed since"
+    book.remove(KEY, mine)
+    assert book.there(KEY, 4, 560) == Pending(3, 460)
+    book.reported(KEY)
+    assert book.there(KEY, 3, 500) == Pending(3, 500)
+
+
+def test_that_a_worker_has_begun_less_than_was_sent_does_not_make_others_of_it() -> None:
+    book = PendingBook()
+    book.add(KEY, 100)
+    book.reported(KEY)
+    assert book.there(KEY, 0, 0) == Pending(1, 100)
+    book.gone(KEY)
+    assert book.there(KEY, 1, 30) == Pending(2, 130)
+
+
 def test_whoever_waits_hears_of_less() -> None:
     heard: list[int] = []
     book = PendingBook(lambda: heard.append(book.of(KEY).num_blocks))

@@ -31,9 +31,10 @@ DECODE = common_pb2.WORKER_ROLE_DECODE
 
 @dataclass
 class Prefill(worker_pb2_grpc.PrefillServiceServicer):
-    """Says nothing, or fails at once."""
+    """Says nothing, or fails at once, or gives a first token and no more."""
 
     failure: Error | None = None
+    computes: bool = False
     asked: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     ended: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
 
@@ -42,6 +43,8 @@ class Prefill(worker_pb2_grpc.PrefillServiceServicer):
         try:
             if self.failure is not None:
                 raise self.failure
+            if self.computes:
+                yield worker_pb2.PrefillResponse(first_token=common_pb2.Token(id=1))
             await asyncio.sleep(LONG_S)
             yield worker_pb2.PrefillResponse()
         finally:
@@ -141,3 +144,23 @@ async def test_who_gives_up_stops_the_writer_too() -> None:
         reading.cancel()
         await asyncio.wait((reading,))
         assert await asyncio.wait_for(prefill.ended.get(), 5) == "r"
+
+
+async def test_the_next_prompt_is_computed_while_the_last_of_the_one_before_is_written() -> None:
+    """Another may not wait behind it: at 10 tokens/s each takes 16 s."""
+    for computes in (False, True):
+        async with dispatching(Prefill(computes=computes)) as (played, dispatcher):
+            measured = directory_pb2.WorkerLoad(prefill_tokens_per_s=10.0, blocks=common_pb2.BlockCounts(free=100))
+            load = directory_pb2.WorkerLoadChanged(worker_id="prefill-0", incarnation=3, load=measured)
+            dispatcher._view.apply(directory_pb2.WatchResponse(revision=2, events=[directory_pb2.Event(load=load)]))
+            async with aclosing(ask(dispatcher, "a")) as a, aclosing(ask(dispatcher, "b")) as b:
+                reading = [begin(a), begin(b)]
+                assert (await give_ticket(played)).request_id == "a"
+                if computes:
+                    assert (await opened(played)).request_id == "b"
+                else:
+                    await asyncio.sleep(0.2)
+                    assert played.sent.empty()
+                for task in reading:
+                    task.cancel()
+                await asyncio.wait(reading)

@@ -154,7 +154,7 @@ def test_what_nobody_keeps_is_said() -> None:
 def test_a_large_fleet_is_planned_as_several() -> None:
     devices = catalogue(answers=ANSWERS)
     small, large = (
-        make_plan(request(devices, some(6000, rate, 300, 10), Slo(ttft=1.0)), lambda done, what: None)
+        make_plan(request(devices, some(20000, rate, 300, 10), Slo(ttft=1.0)), lambda done, what: None)
         for rate in (100.0, 1000.0)
     )
     assert (small.load.num_cells, large.load.num_cells) == (1, 3)

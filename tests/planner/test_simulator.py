@@ -71,6 +71,27 @@ def test_a_prompt_that_comes_again_goes_where_it_is_cached() -> None:
     assert [s.num_cached for s in cluster(Policy.KV_AWARE, (0, 4)).run(load)] == [0, *[992] * 7]
 
 
+@pytest.mark.parametrize(("shape", "num_waiting", "tokens"), [((2, 2), 4, 900), ((0, 4), 2, 200)])
+def test_what_workers_have_no_room_for_waits_in_the_line(shape: tuple[int, int], num_waiting: int, tokens: int) -> None:
+    """A prompt takes a millisecond a token, as all have measured on the first of these, so that none waits behind another
+    on a worker; the first of the line goes where the shortest has come to its end."""
+    words = iter(range(100_000))
+    load = [
+        Arrival(f"{at_s:g}.{n}", at_s + n / 1000, tuple(next(words) for _ in range(size)), 2)
+        for at_s, sizes in ((0.0, [900] * 8), (20.0, [300, 900, 900, 900, 200, 200]))
+        for n, size in enumerate(sizes)
+    ]
+    simulated = cluster(Policy.KV_AWARE, shape)
+    waiting: list[int] = []
+    simulated.queue.at(20.1, lambda: waiting.append(len(simulated._line)))
+    served = {s.id: s for s in simulated.run(load)}
+    simulated.check_integrity()
+    assert waiting == [num_waiting]
+    first = served[f"20.{6 - num_waiting}"]
+    assert first.num_prompt == tokens
+    assert first.first_s - served["20.0"].first_s == pytest.approx(tokens * COSTS.prefill_token_s, rel=0.5)
+
+
 def test_a_cache_that_is_not_seen_yet_draws_nobody() -> None:
     """The other prompt keeps its worker busy, and the view of the cache comes before the third request or after it."""
     load = [Arrival("a", 0.0, tuple(range(1000)), 2), Arrival("b", 3.0, tuple(range(5000, 5400)), 2),

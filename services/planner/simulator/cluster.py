@@ -1,16 +1,20 @@
 """A cluster in virtual time: simulated workers, and a gateway that routes with the real rules.  Pure.
 
-``Cluster.run`` is the whole story: a request arrives, is routed by a view that is as old as ``ViewDelays`` say, is computed
-where that says, moves to its decode worker where it was computed elsewhere, and ends; then its caller may ask again.
+``Cluster.run`` is the whole story: a request arrives, waits in the gateway's line until a worker has room, is routed by a
+view that is as old as ``ViewDelays`` say, is computed where that says, moves to its decode worker where it was computed
+elsewhere, and ends; then its caller may ask again.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from gateway.candidates import Candidate, Role
-from gateway.costs import Demand
+from gateway.admission import Objectives
+from gateway.candidates import Candidate, Role, WorkerKey
+from gateway.costs import Demand, num_needed_blocks
+from gateway.pending import Pending, PendingBook
 from gateway.routing import Policy, Route, choose_route
 from services.engine.blocks import CacheChange, OutOfBlocksError
 from services.engine.hashing import extend_chain
@@ -36,6 +40,9 @@ class ViewDelays:
     report_every_s: float = 1.0
 
 
+# A gateway's that promises nothing.
+IN_LINE = Objectives()
+
 # What a gateway sees of its workers, and a request, in; where it goes, out.  Raises NoWorkerError.
 Choose = Callable[[Sequence[Candidate], Demand, str], Route]
 
@@ -58,12 +65,10 @@ class ByPolicy:
 
 @dataclass(slots=True)
 class _Seen:
-    """Of one worker, by the gateway; ``num_requests`` and ``prefill_tokens`` are what it sent there and did not see end."""
+    """Of one worker, by the gateway."""
 
     load: Load
     hashes: set[bytes] = field(default_factory=set)
-    num_requests: int = 0
-    prefill_tokens: int = 0
     reported_s: float = -1e9
     report_due: bool = False
 
@@ -76,7 +81,7 @@ class _Request:
     decode: SimulatedWorker | None = None
     prefill: SimulatedWorker | None = None
     lent: list[int] = field(default_factory=list)
-    prefill_tokens: int = 0
+    pending: list[tuple[WorkerKey, Pending]] = field(default_factory=list)  # its decode worker's first
     answer: list[int] = field(default_factory=list)
     started: bool = False
 
@@ -85,8 +90,10 @@ class Cluster:
     """One run: not to be used twice.  All workers have one block size."""
 
     def __init__(
-        self, specs: Sequence[WorkerSpec], costs: CostModel, choose: Choose | Policy, delays: ViewDelays | None = None
-    ) -> None:
+        self, specs: Sequence[WorkerSpec], costs: CostModel, choose: Choose | Policy, delays: ViewDelays | None = None,
+        objectives: Objectives | None = IN_LINE,
+    ) -> None:  # fmt: skip
+        """``objectives``: for whom there is no room by them waits in the line; None: nobody waits there."""
         self.queue = EventQueue()
         self.workers = [SimulatedWorker(s, costs, self.queue, self._on_events, self._on_changes) for s in specs]
         self._by_key = {w.key: w for w in self.workers}
@@ -96,6 +103,10 @@ class Cluster:
         self._block_size = specs[0].limits.block_size
         self._requests: dict[str, _Request] = {}
         self._served: list[Served] = []
+        self._pending = PendingBook(self._look_soon)
+        self._objectives = objectives
+        self._line: deque[_Request] = deque()
+        self._looks_soon = False
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Served]:
         """Until all that arrived have been answered, in the order in which they ended.  Raises NoWorkerError and
@@ -133,8 +144,8 @@ class Cluster:
         for worker in self.workers:
             worker.scheduler.check_integrity()
             assert worker.scheduler.num_sequences == 0, f"{worker.spec.worker_id} still has requests"
-        for seen in self._seen.values():
-            assert seen.num_requests == seen.prefill_tokens == 0, "the gateway still counts requests"
+            assert self._pending.of(worker.key) == Pending(), "the gateway still counts requests"
+        assert not self._line, "requests still wait in the line"
 
     def _expect(self, arrival: Arrival) -> None:
         request = _Request(
@@ -145,10 +156,36 @@ class Cluster:
         self.queue.at(arrival.at_s, lambda: self._begin(request))
 
     def _begin(self, request: _Request) -> None:
+        self._requests[request.arrival.id] = request
+        if self._line or not self._let_in(request):
+            self._line.append(request)
+
+    def _look_soon(self) -> None:
+        """Whether the first of the line may go, when all that happens now has happened."""
+        if self._line and not self._looks_soon:
+            self._looks_soon = True
+            self.queue.after(0.0, self._look)
+
+    def _look(self) -> None:
+        self._looks_soon = False
+        while self._line and self._let_in(self._line[0]):
+            self._line.popleft()
+
+    def _let_in(self, request: _Request) -> bool:
+        """False: it shall wait."""
+        route = self._route(request)
+        if self._objectives is not None and not self._objectives.has_room(route):
+            return False
+        self._send(request, route)
+        return True
+
+    def _route(self, request: _Request) -> Route:
         arrival = request.arrival
-        self._requests[arrival.id] = request
         candidates = [self._candidate(w, request.hashes) for w in self.workers]
-        route = self._choose(candidates, Demand(len(arrival.prompt), arrival.num_output), arrival.id)
+        return self._choose(candidates, Demand(len(arrival.prompt), arrival.num_output), arrival.id)
+
+    def _send(self, request: _Request, route: Route) -> None:
+        arrival = request.arrival
         decode = self._by_key[route.decode.key]
         prefill = self._by_key[route.prefill.key] if route.prefill else None
         answering = decode.sequence(arrival.id, arrival.prompt, arrival.num_output)
@@ -166,13 +203,13 @@ class Cluster:
                     raise
         except (OutOfBlocksError, QueueFullError):
             request.served.num_retries += 1
-            self.queue.after(RETRY_S, lambda: self._begin(request))
+            self.queue.after(RETRY_S, lambda: self._send(request, self._route(request)))
             return
         request.decode, request.prefill = decode, prefill
-        request.prefill_tokens = route.num_uncached_tokens
-        for worker in filter(None, (decode, prefill)):
-            self._seen[worker.key].num_requests += 1
-        self._seen[(prefill or decode).key].prefill_tokens += request.prefill_tokens
+        num_tokens, num_blocks = route.num_uncached_tokens, num_needed_blocks(route.decode, route.demand)
+        request.pending = [(decode.key, self._pending.add(decode.key, 0 if prefill else num_tokens, num_blocks))]
+        if prefill is not None:
+            request.pending.append((prefill.key, self._pending.add(prefill.key, num_tokens)))
         for worker in filter(None, (decode, prefill)):
             self._touch(worker)
             worker.wake()
@@ -182,7 +219,8 @@ class Cluster:
         num_prefix = next((i for i, h in enumerate(hashes) if h not in seen.hashes), len(hashes))
         is_true = self._delays.report_every_s == 0
         load = worker.load() if is_true else seen.load
-        return worker.candidate(load, seen.num_requests, seen.prefill_tokens, num_prefix)
+        there = self._pending.there(worker.key, load.num_requests, load.num_queued_prefill_tokens)
+        return worker.candidate(load, there, num_prefix)
 
     def _on_events(self, worker: SimulatedWorker, events: list[Event]) -> None:
         self._touch(worker)
@@ -211,7 +249,7 @@ class Cluster:
         assert prefill is not None
         prefill.wrote()
         prefill.scheduler.abort(event.id)
-        self._seen[prefill.key].num_requests -= 1
+        self._pending.remove(*request.pending.pop())
         events = decode.scheduler.deliver(event.id, request.lent, event.drawn)
         self._touch(prefill)
         self._on_events(decode, events)
@@ -222,13 +260,13 @@ class Cluster:
         assert request.decode is not None
         if not request.answer:
             request.served.first_s = self.queue.now_s
-            self._seen[(request.prefill or request.decode).key].prefill_tokens -= request.prefill_tokens
+            self._pending.computed(*request.pending[0])
         request.served.token_at_s.append(self.queue.now_s)
         request.answer.append(event.drawn.token_id)
         if event.finish is None:
             return
         request.served.ended_s = self.queue.now_s
-        self._seen[request.decode.key].num_requests -= 1
+        self._pending.remove(*request.pending.pop())
         del self._requests[request.arrival.id]
         self._served.append(request.served)
         if (again := request.arrival.then(self.queue.now_s, request.answer)) is not None:
@@ -258,5 +296,7 @@ class Cluster:
 
         def see() -> None:
             seen.load = load
+            self._pending.reported(worker.key)
+            self._look_soon()
 
         self.queue.after(self._delays.events_s, see)

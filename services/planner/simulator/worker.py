@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from zlib import crc32
 
 from gateway.candidates import Candidate, Rates, Role, WorkerKey
+from gateway.pending import Pending
 from services.engine.blocks import BlockPool, CacheChange
 from services.engine.hashing import chain_root
 from services.engine.sampling_params import Drawn, Sampling
@@ -41,6 +42,7 @@ class Load:
     num_requests: int
     num_queued_prefill_tokens: int
     num_free_blocks: int
+    num_expected_answer_tokens: int
     rates: Rates
 
 
@@ -99,7 +101,8 @@ class SimulatedWorker:
         return Load(
             num_requests=self.scheduler.num_running + self.scheduler.num_waiting,
             num_queued_prefill_tokens=self.scheduler.num_queued_prefill_tokens,
-            num_free_blocks=counts.free + counts.cached,
+            num_free_blocks=max(0, counts.free + counts.cached - self.scheduler.num_growth_blocks),
+            num_expected_answer_tokens=self.scheduler.num_expected_answer_tokens,
             rates=Rates(
                 prefill_tokens_per_s=self._prefill_rate,
                 step_base_s=base_s,
@@ -109,16 +112,17 @@ class SimulatedWorker:
             ),
         )
 
-    def candidate(self, load: Load, num_requests: int, num_queued: int, num_prefix_blocks: int) -> Candidate:
-        """As the gateway sees it: what it reported, and what the gateway has sent it since.  No host is named, so nothing
-        is pulled."""
+    def candidate(self, load: Load, there: Pending, num_prefix_blocks: int) -> Candidate:
+        """As the gateway sees it: what it reported, and what is there by the gateway's book (gateway/worker_state.py).  No
+        host is named, so nothing is pulled."""
         return Candidate(
             key=self.key, role=self.role, draining=self.draining, address=self.spec.worker_id,
             content_fingerprint="simulated",
             block_size=self.spec.limits.block_size, block_nbytes=self.spec.block_nbytes,
-            num_requests=max(num_requests, load.num_requests),
-            num_queued_prefill_tokens=max(num_queued, load.num_queued_prefill_tokens),
-            num_free_blocks=load.num_free_blocks, num_prefix_blocks=num_prefix_blocks, rates=load.rates,
+            num_requests=there.num_requests, num_queued_prefill_tokens=there.prefill_tokens,
+            num_free_blocks=max(0, load.num_free_blocks - there.num_blocks),
+            num_expected_answer_tokens=load.num_expected_answer_tokens,
+            num_prefix_blocks=num_prefix_blocks, rates=load.rates,
         )  # fmt: skip
 
     def _end(self, plan: Plan, elapsed_s: float) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from services.planner.fleet import Fleet, Link, Pool, simulate
+from services.planner.fleet import AT_ONCE, Fleet, Link, Pool, simulate
 from services.planner.simulator.cost_model import CostModel
 from services.planner.sizing import fewest
 from services.planner.step_cost import calibrated
@@ -62,10 +62,11 @@ def ours(traffic: Traffic, size: Size) -> Answer:
     steps = calibrated(
         CostModel(DECODE_S, 0 if split else PREFILL_S / float(traffic.num_input.mean()), 0, 0, 0, 0, 1e18)
     )
-    fleet = Fleet(Pool(size.num_decode, steps, STEP_TOKENS, kv_tokens, MAX_RUNNING))
+    decode = Pool(size.num_decode, steps, STEP_TOKENS, kv_tokens, MAX_RUNNING)
+    fleet = Fleet(decode, gateway=AT_ONCE)
     if split:
         prefill = Pool(size.num_prefill, chunk, STEP_TOKENS, kv_tokens, MAX_RUNNING)
-        fleet = Fleet(fleet.decode, prefill, Link(0.0, 1.0, 1.0, 0.0))
+        fleet = Fleet(decode, prefill, Link(0.0, 1.0, 1.0, 0.0), AT_ONCE)
     began_s = time.process_time()
     run = simulate(fleet, traffic)
     return _answer(run.ttft_s, run.tpot_s, time.process_time() - began_s)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from services.planner.fleet import Fleet, Link, Pool, Run, simulate
+from services.planner.fleet import AT_ONCE, Fleet, Link, Pool, Run, simulate
 from services.planner.hardware import Catalogue, Device, make_worker
 from services.planner.models import ModelShape, shape_of
 from services.planner.step_cost import StepCost, batch, chunk
@@ -100,16 +100,16 @@ class Setup:
         # 8192 tokens of prompts and 1024 sequences a step: the artefact's limits.
         link = Link(float(self.prefill.model.kv_token_nbytes("bf16")), _NVLINK_BYTES_PER_S * self.prefill.tp,
                     _NVLINK_BYTES_PER_S * self.decode.tp, 0.2e-3)  # fmt: skip
-        return Fleet(self.decode.pool(catalogue, 8192, 1024), self.prefill.pool(catalogue, 8192, 128), link)
+        return Fleet(self.decode.pool(catalogue, 8192, 1024), self.prefill.pool(catalogue, 8192, 128), link, AT_ONCE)
 
     def colocated(self, catalogue: Catalogue | None) -> Fleet:
         """vLLM of 2023: prompts whole and before decoding, 16384 tokens and 1024 sequences a step."""
-        return Fleet(self.rival.pool(catalogue, 16384, 1024, prompts_alone=True))
+        return Fleet(self.rival.pool(catalogue, 16384, 1024, prompts_alone=True), gateway=AT_ONCE)
 
     def colocated_as_quick(self) -> Fleet:
         """The same on DistServe's own engine."""
         times = next(each.times for each in (self.prefill, self.decode) if each.tp == self.rival.tp)
-        return Fleet(replace(self.rival, times=times).pool(None, 16384, 1024, prompts_alone=True))
+        return Fleet(replace(self.rival, times=times).pool(None, 16384, 1024, prompts_alone=True), gateway=AT_ONCE)
 
 
 SETUP_13B = Setup(

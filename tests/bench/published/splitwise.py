@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from services.planner.fleet import Fleet, Link, Pool, Run, simulate
+from services.planner.fleet import AT_ONCE, Fleet, Link, Pool, Run, simulate
 from services.planner.hardware import Catalogue, Worker, make_worker
 from services.planner.models import shape_of
 from services.planner.step_cost import StepCost, batch, chunk
@@ -89,10 +89,10 @@ class Cluster:
     def fleet(self, costs: Costs) -> Fleet:
         decode = costs.pool(*self.decode)
         if self.prefill is None:
-            return Fleet(decode)
+            return Fleet(decode, gateway=AT_ONCE)
         sender, receiver = costs.worker(self.prefill[0]), costs.worker(self.decode[0])
         link = Link(sender.kv_token_nbytes, sender.link_bytes_per_s, receiver.link_bytes_per_s, sender.round_trip_s)
-        return Fleet(decode, costs.pool(*self.prefill), link)
+        return Fleet(decode, costs.pool(*self.prefill), link, AT_ONCE)
 
 
 def keeps(run: Run, reference: StepCost) -> bool:

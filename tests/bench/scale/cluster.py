@@ -6,7 +6,7 @@ import itertools
 from dataclasses import dataclass, field
 
 from gateway.candidates import Candidate
-from gateway.pending import Pending
+from gateway.pending import PendingBook
 from gateway.view import ClusterView
 from gateway.worker_state import seen_now
 from kvferry.api.common.v1 import common_pb2
@@ -54,6 +54,7 @@ class Cluster:
     num_workers: int
     state: ClusterState = field(default_factory=lambda: ClusterState(1, max_events=100_000))
     view: ClusterView = field(default_factory=ClusterView)
+    pending: PendingBook = field(default_factory=PendingBook)
     leases: list[int] = field(default_factory=list)
     directory: Directory = field(init=False)
 
@@ -103,7 +104,12 @@ class Cluster:
         """What a gateway makes of its view for each request."""
         prefixes = self.view.longest_prefix([self.prompt])
         return [
-            seen_now(self.view.candidate(name), prefixes.get(name, _NO_PREFIX), Pending()) for name in self.view.workers
+            seen_now(
+                seen,
+                prefixes.get(seen.key.worker_id, _NO_PREFIX),
+                self.pending.there(seen.key, seen.num_requests, seen.num_queued_prefill_tokens),
+            )
+            for seen in map(self.view.candidate, self.view.workers)
         ]
 
     def _told(self, happened: list[events.Event], *, is_snapshot: bool) -> list[bytes]:

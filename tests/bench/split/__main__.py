@@ -22,6 +22,7 @@ from kvferry.bench import slo
 from kvferry.bench.plots import Line, plot
 from kvferry.bench.record import Record, percentile
 from kvferry.bench.slo import Slo
+from services.engine.scheduler import MIXED_SHARE
 from tests.bench.split.fleets import Fleet, measure
 from tests.bench.split.load import Mix, is_stream
 from tests.bench.system.systems import ROOT
@@ -81,7 +82,7 @@ def main() -> None:
     console, objectives = Console(), slo.parse(options.slo)
     base = Mix(options.streams, options.longs)
     colocated = tuned(console, base.scaled(options.tune_at), objectives, options)
-    fleets = {"split": Fleet("split", 1, 1, SPLIT_CHUNK), "colocated": colocated}
+    fleets = {"split": Fleet("split", 1, 1, SPLIT_CHUNK, SPLIT_CHUNK // MIXED_SHARE), "colocated": colocated}
     found: dict[str, list[Loads]] = {name: [] for name in fleets}  # by rate
     for name, fleet in fleets.items():
         with fleet.running() as address:
@@ -107,7 +108,7 @@ def tuned(console: Console, mix: Mix, objectives: Slo, options: argparse.Namespa
     """Two workers for both phases, with the chunk size under which most requests are good; of equals the lower gaps."""
     tried: list[tuple[Found, Fleet]] = []
     for chunk in options.chunks:
-        fleet = Fleet(f"colocated-{chunk}", 0, 2, chunk)
+        fleet = Fleet(f"colocated-{chunk}", 0, 2, chunk, chunk)
         with fleet.running() as address:
             records = measure(address, mix, options.warm, options.seconds, options.seed)
         tried.append((found_in(records, objectives, options.seconds), fleet))

@@ -23,12 +23,13 @@ MAX_OPEN = 512
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """``chunk_tokens``: the most prompt tokens in a step."""
+    """``chunk_tokens``: the most prompt tokens in a step; ``mixed_tokens``: in one in which others decode."""
 
     name: str
     num_prefill: int
     num_decode: int
     chunk_tokens: int
+    mixed_tokens: int
 
     @contextmanager
     def running(self) -> Iterator[str]:
@@ -43,7 +44,8 @@ class Fleet:
         def given(member: Member) -> Member:
             if member.role not in (Role.PREFILL, Role.DECODE):
                 return member
-            extra = ("--cpus", str(next(cores)), "--chunk-tokens", str(self.chunk_tokens))
+            chunks = ("--chunk-tokens", str(self.chunk_tokens), "--mixed-chunk-tokens", str(self.mixed_tokens))
+            extra = ("--cpus", str(next(cores)), *chunks)
             return replace(member, command=(*member.command, *extra))
 
         members = [given(member) for member in planned.members]

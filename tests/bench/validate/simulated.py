@@ -71,7 +71,9 @@ def serving(costs: CostModel, probes: Sequence[Probe], fleet: Fleet) -> Serving:
 def by_plan(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Due], slo: Slo) -> Figures:
     costs = served.at(measured.costs)
     cost = calibrated(costs)
-    decode = Pool(fleet.num_decode, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING)
+    decode = Pool(
+        fleet.num_decode, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING, mixed_tokens=fleet.mixed_tokens
+    )
     made = coarse.Fleet(decode)
     if fleet.num_prefill:
         rate = costs.transfer_bytes_per_s
@@ -89,7 +91,7 @@ def by_plan(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Du
 
 def by_cores(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Due], slo: Slo) -> Figures:
     """The real routing and scheduling."""
-    limits = Limits(measured.block_size, 2 * MOST_TOKENS, fleet.chunk_tokens, MAX_RUNNING)
+    limits = Limits(measured.block_size, 2 * MOST_TOKENS, fleet.chunk_tokens, fleet.mixed_tokens, MAX_RUNNING)
     roles = [Role.PREFILL] * fleet.num_prefill + [Role.DECODE] * fleet.num_decode
     num_blocks = measured.kv_tokens // measured.block_size
     specs = [
