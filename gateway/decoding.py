@@ -83,6 +83,8 @@ class Decoding:
                     self._begin()
                 self._run.put(TokenCame(self._attempt, Stream.DECODE, event.token))
             case "ticket":
+                if self._run.is_held:
+                    self.keep_promise()  # who knows when the prefill worker will be asked
                 self._run.put(TicketCame(self._attempt, event.ticket))
             case "finished":
                 self._end()

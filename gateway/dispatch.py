@@ -116,7 +116,7 @@ class Dispatcher:
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
         self._entrance = Entrance(objectives, route=self._route, take=self._take, num_lanes=self._num_lanes)
-        self._pending = PendingBook(self._entrance.look_soon)
+        self._pending = PendingBook(time.monotonic, self._entrance.look_soon)
         view.on_report = self._pending.reported
         self._opened: set[Decoding] = set()
         self._num_routed = 0
@@ -159,7 +159,8 @@ class Dispatcher:
             if not isinstance(change, WorkerGone):
                 continue
             gone = WorkerKey(change.worker_id, change.incarnation)
-            self._pending.gone(gone)
+            if not self._view.has(gone):  # it may be back already
+                self._pending.gone(gone)
             if change.reason != directory_pb2.LEAVE_REASON_DEREGISTERED:
                 for decoding in [d for d in self._opened if d.key == gone]:
                     decoding.expect_soon(GONE_STALL_S)

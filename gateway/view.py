@@ -98,6 +98,9 @@ class ClusterView:
         """Of a worker that is there."""
         return self._places[worker_id]
 
+    def has(self, key: WorkerKey) -> bool:
+        return self._present(key.worker_id, key.incarnation) is not None
+
     def candidate(self, worker_id: str) -> Candidate:
         """A worker that is there, as ``to_candidate`` makes it: the same object until it reports again."""
         candidate = self._candidates.get(worker_id)
@@ -201,6 +204,7 @@ class ClusterView:
         self._unconfirmed.discard(worker_id)
         # Its blocks follow.
         self._index.cleared(worker_id)
+        self.on_report(WorkerKey(worker_id, incarnation))
         return changes
 
     def _leave(self, worker_id: str, incarnation: int, reason: directory_pb2.LeaveReason.ValueType) -> list[Change]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from services.engine.scheduler import MIXED_SHARE
 from services.planner.fleet import Fleet, Link, Pool
 from services.planner.hardware import Catalogue, Worker, make_worker
 from services.planner.models import ModelShape
@@ -47,10 +46,7 @@ class Size:
 
 
 def pool(worker: Worker, num_workers: int, step_tokens: int) -> Pool:
-    return Pool(
-        num_workers, worker.cost, step_tokens, worker.kv_tokens, min(worker.max_running, step_tokens // 2),
-        mixed_tokens=max(1, step_tokens // MIXED_SHARE),
-    )  # fmt: skip
+    return Pool(num_workers, worker.cost, step_tokens, worker.kv_tokens, min(worker.max_running, step_tokens // 2))
 
 
 def fleet(design: Design, size: Size) -> Fleet:

@@ -65,7 +65,7 @@ class Gateway:
     decode_computes: bool = True
 
 
-# Whoever comes is sent at once, and beside prefill workers decode workers only decode.
+# Others' gateways: who comes is sent at once where there is KV, and beside prefill workers decode workers only decode.
 AT_ONCE = Gateway(inf, decode_computes=False)
 
 

@@ -137,11 +137,14 @@ def _grown(sizing: Sizing, design: Design, size: Size, share: float, below_usd: 
     before = 0.0
     for _ in range(_MOST_GROWTHS):
         found = _found(design, size)
-        if found.usd_per_hour >= below_usd or max(size.num_prefill, size.num_decode) > MOST_WORKERS:
+        if max(size.num_prefill, size.num_decode) > MOST_WORKERS:
             return None
         reached = sizing.attained(design, size)
         if reached.all >= share:
-            return _trimmed(sizing, found, share)
+            trimmed = _trimmed(sizing, found, share)
+            return trimmed if trimmed.usd_per_hour < below_usd else None
+        if found.usd_per_hour >= below_usd:
+            return None
         if reached.all <= before + _HELPS:
             return None
         before = reached.all

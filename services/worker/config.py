@@ -100,7 +100,7 @@ class WorkerConfig(TlsOptions):
     mixed_chunk_tokens: int = option(
         0,
         help="most prompt tokens computed in a step in which others get their next token, and wait for it that long; 0: a "
-        "quarter of --chunk-tokens",
+        "quarter of --chunk-tokens on CPUs, all of them on GPUs",
         minimum=0,
     )
     max_running: int = option(64, help="most sequences in one step", minimum=1)

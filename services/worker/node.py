@@ -211,7 +211,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             block_size=config.block_size,
             context_length=model.context_length,
             max_step_tokens=config.chunk_tokens,
-            max_mixed_tokens=config.mixed_chunk_tokens or max(1, config.chunk_tokens // MIXED_SHARE),
+            max_mixed_tokens=config.mixed_chunk_tokens or max(1, config.chunk_tokens // (1 if on_gpu else MIXED_SHARE)),
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_pinned=num_blocks // PINNED_SHARE,

@@ -297,6 +297,10 @@ def test_a_candidate_is_as_its_worker_reported_last() -> None:
     assert reported == [WorkerKey("a", 1)], "the other is not there"
     assert view.candidate("a").num_requests == 3
     assert view.candidate("b") is before["b"]
+    view.apply(response(7, joined("b")))
+    assert reported == [WorkerKey("a", 1), WorkerKey("b", 1)], "whoever joins, even again, comes with its load"
+    assert view.has(WorkerKey("b", 1))
+    assert not view.has(WorkerKey("b", 2))
 
 
 def test_what_a_worker_registered_is_known_for_as_long_as_it_is_there() -> None:

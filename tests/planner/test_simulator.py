@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from gateway.admission import Objectives
 from gateway.candidates import Role
 from gateway.routing import Policy
 from services.engine.scheduler import Limits
 from services.planner.simulator.arrivals import Arrival, Served
-from services.planner.simulator.cluster import Cluster, ViewDelays
+from services.planner.simulator.cluster import IN_LINE, Cluster, ViewDelays
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.worker import WorkerSpec
 from tests.bench.routing.loads import Chats, SystemPrompts
@@ -19,10 +20,13 @@ CHATS = Chats(num_chats=8, num_turns=3, first_tokens=150, output_tokens=8)
 SHAPES = [(2, 2), (0, 4)]
 
 
-def cluster(policy: Policy | Oracle, shape: tuple[int, int], num_blocks: int = 400) -> Cluster:
+def cluster(
+    policy: Policy | Oracle, shape: tuple[int, int], num_blocks: int = 400, objectives: Objectives | None = IN_LINE
+) -> Cluster:
     roles = [Role.PREFILL] * shape[0] + [Role.DECODE] * shape[1]
     limits = Limits(block_size=16, context_length=4096)
-    return Cluster([WorkerSpec(f"w{n}", r, num_blocks, 300_000, limits) for n, r in enumerate(roles)], COSTS, policy)
+    specs = [WorkerSpec(f"w{n}", r, num_blocks, 300_000, limits) for n, r in enumerate(roles)]
+    return Cluster(specs, COSTS, policy, objectives=objectives)
 
 
 def hit_rate(served: list[Served]) -> float:
@@ -108,9 +112,9 @@ def test_a_cache_that_is_not_seen_yet_draws_nobody() -> None:
 def test_who_knows_the_future_waits_less() -> None:
     load = SystemPrompts(num_requests=14, num_prompts=4, output_tokens=8)
     oracle = Oracle(lambda served: served.ttft_s, horizon_s=4.0)
-    knowing = cluster(oracle, (1, 2))
+    knowing = cluster(oracle, (1, 2), objectives=None)
     served = oracle.run(knowing, load.arrivals(4.0, seed=3))
     knowing.check_integrity()
-    usual = cluster(Policy.KV_AWARE, (1, 2)).run(load.arrivals(4.0, seed=3))
+    usual = cluster(Policy.KV_AWARE, (1, 2), objectives=None).run(load.arrivals(4.0, seed=3))
     assert sorted(s.id for s in served) == sorted(s.id for s in usual)
     assert sum(s.ttft_s for s in served) < sum(s.ttft_s for s in usual)

@@ -56,9 +56,8 @@ class ByPolicy:
     turn: int = 0
 
     def __call__(self, candidates: Sequence[Candidate], demand: Demand, request_id: str) -> Route:
-        self.turn += 1
         return choose_route(
-            candidates, demand, policy=self.policy, min_ship_tokens=self.min_ship_tokens, turn=self.turn - 1,
+            candidates, demand, policy=self.policy, min_ship_tokens=self.min_ship_tokens, turn=self.turn,
             request_id=request_id,
         )  # fmt: skip
 
@@ -103,7 +102,7 @@ class Cluster:
         self._block_size = specs[0].limits.block_size
         self._requests: dict[str, _Request] = {}
         self._served: list[Served] = []
-        self._pending = PendingBook(self._look_soon)
+        self._pending = PendingBook(lambda: self.queue.now_s, self._look_soon)
         self._objectives = objectives
         self._line: deque[_Request] = deque()
         self._looks_soon = False
@@ -205,6 +204,8 @@ class Cluster:
             request.served.num_retries += 1
             self.queue.after(RETRY_S, lambda: self._send(request, self._route(request)))
             return
+        if isinstance(self._choose, ByPolicy):
+            self._choose.turn += 1
         request.decode, request.prefill = decode, prefill
         num_tokens, num_blocks = route.num_uncached_tokens, num_needed_blocks(route.decode, route.demand)
         request.pending = [(decode.key, self._pending.add(decode.key, 0 if prefill else num_tokens, num_blocks))]
@@ -217,8 +218,9 @@ class Cluster:
     def _candidate(self, worker: SimulatedWorker, hashes: Sequence[bytes]) -> Candidate:
         seen = self._seen[worker.key]
         num_prefix = next((i for i, h in enumerate(hashes) if h not in seen.hashes), len(hashes))
-        is_true = self._delays.report_every_s == 0
-        load = worker.load() if is_true else seen.load
+        if self._delays.report_every_s == 0:
+            return worker.candidate(worker.load(), self._pending.of(worker.key), num_prefix)
+        load = seen.load
         there = self._pending.there(worker.key, load.num_requests, load.num_queued_prefill_tokens)
         return worker.candidate(load, there, num_prefix)
 
@@ -238,6 +240,7 @@ class Cluster:
     def _ship(self, request: _Request, event: TokenDrawn) -> None:
         """The prompt is computed elsewhere, and all but its last chunk was written meanwhile."""
         assert request.prefill is not None
+        self._pending.computed(*request.pending[-1])
         spec = request.prefill.spec
         chunk = -(-spec.limits.max_step_tokens // self._block_size)
         transfer_s = self._costs.transfer_s(min(len(request.lent), chunk) * spec.block_nbytes)

@@ -66,13 +66,13 @@ def simulate(name: str, load: str, rate: float, seed: int, workers: Sequence[Wor
     arrivals = LOADS[load](rate, seed)
     if name == ORACLE:
         oracle = Oracle(lambda served: served.ttft_s, HORIZON_S)
-        cluster = Cluster(workers, costs, oracle, fresh)
+        cluster = Cluster(workers, costs, oracle, fresh, objectives=None)
         served = oracle.run(cluster, arrivals)
     elif name == INFORMED:
-        cluster = Cluster(workers, costs, Policy.KV_AWARE, fresh)
+        cluster = Cluster(workers, costs, Policy.KV_AWARE, fresh, objectives=None)
         served = cluster.run(arrivals)
     else:
-        cluster = Cluster(workers, costs, Policy(name))
+        cluster = Cluster(workers, costs, Policy(name), objectives=None)
         served = cluster.run(arrivals)
     cluster.check_integrity()
     return figures(served)

@@ -2,7 +2,8 @@
 
 Each option of each request is tried: the process forks, the child takes the option and goes on for ``horizon_s`` of virtual
 time with whatever arrives meanwhile, and tells how long callers waited.  The option with the shortest waits is taken.  (A
-rollout, after Bertsekas and Tsitsiklis: the requests to come are routed by kv-aware with a fresh view.)
+rollout, after Bertsekas and Tsitsiklis: the requests to come are routed by kv-aware with a fresh view.)  It is for clusters
+without the gateway's line: an option that is taken is taken at once.
 """
 
 from __future__ import annotations

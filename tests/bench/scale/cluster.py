@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from dataclasses import dataclass, field
 
 from gateway.candidates import Candidate
@@ -54,7 +55,7 @@ class Cluster:
     num_workers: int
     state: ClusterState = field(default_factory=lambda: ClusterState(1, max_events=100_000))
     view: ClusterView = field(default_factory=ClusterView)
-    pending: PendingBook = field(default_factory=PendingBook)
+    pending: PendingBook = field(default_factory=lambda: PendingBook(time.monotonic))
     leases: list[int] = field(default_factory=list)
     directory: Directory = field(init=False)
 
