@@ -1,7 +1,7 @@
 """make bench-split: the same two cores as one prefill and one decode worker, and as two workers that do both.
 
-Streams of short prompts run while long prompts arrive, at rising rates.  The colocated workers cut prompts into chunks;
-which size serves them best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies
+Streams of short prompts run while long prompts arrive, at rising rates.  The colocated workers cut prompts into chunks, and
+so does the decode worker where prompts are sent to it; which size serves a fleet best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies
 count from when a request was due.  A request is good that keeps the objectives; the quiet value is the same fleet's, under
 the same streams without long prompts.
 """
@@ -22,7 +22,6 @@ from kvferry.bench import slo
 from kvferry.bench.plots import Line, plot
 from kvferry.bench.record import Record, percentile
 from kvferry.bench.slo import Slo
-from services.engine.scheduler import MIXED_SHARE
 from tests.bench.split.fleets import Fleet, measure
 from tests.bench.split.load import Mix, is_stream
 from tests.bench.system.systems import ROOT
@@ -81,8 +80,13 @@ def main() -> None:
     options = parse()
     console, objectives = Console(), slo.parse(options.slo)
     base = Mix(options.streams, options.longs)
-    colocated = tuned(console, base.scaled(options.tune_at), objectives, options)
-    fleets = {"split": Fleet("split", 1, 1, SPLIT_CHUNK, SPLIT_CHUNK // MIXED_SHARE), "colocated": colocated}
+    tried = {
+        "split": [Fleet(f"split-{size}", 1, 1, SPLIT_CHUNK, size) for size in options.mixed],
+        "colocated": [Fleet(f"colocated-{size}", 0, 2, size, size) for size in options.chunks],
+    }
+    fleets = {
+        name: tuned(console, base.scaled(options.tune_at), each, objectives, options) for name, each in tried.items()
+    }
     found: dict[str, list[Loads]] = {name: [] for name in fleets}  # by rate
     for name, fleet in fleets.items():
         with fleet.running() as address:
@@ -100,19 +104,21 @@ def main() -> None:
     console.print(table(rows))
     write_json(rows, OUT)
     PAGE.write_text(page(found, options.factors))
-    say(console, f"colocated chunks of {colocated.chunk_tokens}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    chosen = ", ".join(f"{name} chunks of {fleet.mixed_tokens}" for name, fleet in fleets.items())
+    say(console, f"{chosen} while others decode; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     say(console, f"wrote {OUT.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
 
 
-def tuned(console: Console, mix: Mix, objectives: Slo, options: argparse.Namespace) -> Fleet:
-    """Two workers for both phases, with the chunk size under which most requests are good; of equals the lower gaps."""
+def tuned(
+    console: Console, mix: Mix, fleets: Sequence[Fleet], objectives: Slo, options: argparse.Namespace
+) -> Fleet:  # fmt: skip
+    """The one with which most requests are good; of equals the lower gaps."""
     tried: list[tuple[Found, Fleet]] = []
-    for chunk in options.chunks:
-        fleet = Fleet(f"colocated-{chunk}", 0, 2, chunk, chunk)
+    for fleet in fleets:
         with fleet.running() as address:
             records = measure(address, mix, options.warm, options.seconds, options.seed)
         tried.append((found_in(records, objectives, options.seconds), fleet))
-        say(console, f"colocated, chunks of {chunk}: {told(tried[-1][0])}")
+        say(console, f"{fleet.name}: {told(tried[-1][0])}")
     return max(tried, key=lambda pair: (pair[0].goodput, -pair[0].itl_p99_s))[1]
 
 
@@ -178,6 +184,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="rates, times these")
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128, 256], help="sizes to try when colocated")
+    parser.add_argument("--mixed", type=int, nargs="+", default=[16, 64], help="sizes to try on the decode worker")
     parser.add_argument("--tune-at", type=float, default=1.0, help="the rate at which they are tried")
     parser.add_argument("--slo", default="ttft=5s,itl=100ms", help="what a good request keeps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load that count")
