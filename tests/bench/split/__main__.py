@@ -1,9 +1,9 @@
 """make bench-split: the same two cores as one prefill and one decode worker, and as two workers that do both.
 
 Streams of short prompts run while long prompts arrive, at rising rates.  The colocated workers cut prompts into chunks, and
-so does the decode worker where prompts are sent to it; which size serves a fleet best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies
-count from when a request was due.  A request is good that keeps the objectives; the quiet value is the same fleet's, under
-the same streams without long prompts.
+so does the decode worker where prompts are sent to it; which size serves a fleet best is tried first.  Workers have a core
+each; clients and gateway take what these leave.  Latencies count from when a request was due.  A request is good that keeps
+the objectives; the quiet value is the same fleet's, under the same streams without long prompts.
 """
 
 from __future__ import annotations
