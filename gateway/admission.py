@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf
 
-from gateway.routing import Route
+from gateway.routing import Policy, Route
 from kvferry.errors import OverloadedError
 
 _MIN_RETRY_S = 0.1
@@ -33,6 +33,21 @@ class Objectives:
         if decode.num_requests == 0:
             return True
         return not route.chosen.full and not (decode.rates.step_base_s > 0 and route.step_s > self.itl_s)
+
+    def with_room(self, route: Route, num_behind: int) -> Route | None:
+        """The route; or the best of its kind, split or not, that has room, where that costs no more than as many as wait
+        behind it in the line would lose if it waited for the best worker of all.  None: it shall wait.  Policies that
+        reckon no costs name one worker alone."""
+        if self.has_room(route):
+            return route
+        if route.policy is not Policy.KV_AWARE:
+            return None
+        terms = route.chosen.terms
+        most_s = terms.total_s + num_behind * terms.queue_s
+        same = (option for option in route.options if (option.prefill is None) == (route.prefill is None))
+        able = (other for option in same if self.has_room(other := route.by(option)))
+        other = next(able, None)
+        return other if other is not None and other.chosen.terms.total_s <= most_s else None
 
     def check(self, route: Route, wait_s: float) -> None:
         """Raises OverloadedError (TTFT_SLO) for a request that, after ``wait_s`` in the line, would get its first token too

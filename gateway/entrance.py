@@ -62,10 +62,11 @@ class Entrance:
         self._look_later()
         return None
 
-    def _route_in_time(self, run: Run, wait_s: float) -> Route | NotRouted:
-        """For a request that has waited for so long, or would have to."""
+    def _route_in_time(self, run: Run, wait_s: float, num_behind: int = 0) -> Route | NotRouted:
+        """For a request that has waited for so long, or would have to, with so many behind it."""
         routed = self._route(run)
         if not isinstance(routed, NotRouted):
+            routed = self._objectives.with_room(routed, num_behind) or routed
             try:
                 self._objectives.check(routed, wait_s)
             except OverloadedError as error:
@@ -94,7 +95,7 @@ class Entrance:
         try:
             if ticket := self._line.first():
                 run, now_s = ticket.item, time.monotonic()
-                event: Event | Route = self._route_in_time(run, now_s - ticket.came_s)
+                event: Event | Route = self._route_in_time(run, now_s - ticket.came_s, len(self._line) - 1)
                 if isinstance(event, Route):
                     if not self._objectives.has_room(event):
                         return

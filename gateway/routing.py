@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from random import Random
 
@@ -44,6 +44,10 @@ class Route:
     options: tuple[Option, ...]
     passed_over: tuple[PassedOver, ...]
     pull_reason: str = ""
+
+    def by(self, option: Option) -> Route:
+        """Another of its options."""
+        return replace(self, chosen=option, pull_reason="")
 
     @property
     def decode(self) -> Candidate:

@@ -11,6 +11,7 @@
 #define NUM_BUCKETS 1024
 #define BUCKETS_FROM_S 1e-5
 #define BUCKET_GROWTH 1.02
+#define NUM_KEYS 4
 #define NOBODY (-1)
 
 typedef struct {
@@ -65,12 +66,13 @@ typedef struct {
     Worker *workers;
     int64_t num_writers, num_all;
     int32_t *next, *done, *reader, *slow_before;
-    double *keys[3];  // prefill workers by their queue; decode workers by what one more costs there, and by their KV
-    int64_t leaves[3];
+    double *keys[NUM_KEYS];  // prefill workers by queue; decode workers by what one more costs, by KV, by cost if there is room
+    int64_t leaves[NUM_KEYS];
     Event *events;
     int64_t num_events, event_room;
     uint64_t number;
     int32_t line, line_last;
+    int64_t num_in_line;
     double now_s;
     int failed;
 } Run;
@@ -196,8 +198,11 @@ static void rank(Run *run, Worker *w) {
     if (w->is_writer) set_key(run, 0, index, w->queued_tokens);
     else {
         double more_s = run->num_writers ? 0 : queue_s(run, w);
-        set_key(run, 1, index - run->num_writers, more_s + w->num_requests * run->fleet->request_weight);
-        set_key(run, 2, index - run->num_writers, (double)w->kv_used);
+        double cost_s = more_s + w->num_requests * run->fleet->request_weight;
+        int64_t at = index - run->num_writers;
+        set_key(run, 1, at, cost_s);
+        set_key(run, 2, at, (double)w->kv_used);
+        set_key(run, 3, at, more_s > run->fleet->max_queue_s ? INFINITY : cost_s);
     }
 }
 
@@ -294,11 +299,21 @@ static int fits(const Run *run, const Worker *reader, int32_t request) {
     return reader->kv_used + kept_tokens(run, reader, request) <= reader->pool->kv_tokens;
 }
 
+// In place of the best, where that costs no more than those behind would lose by waiting (gateway/admission.py).
+static Worker *with_room(const Run *run, Worker *best) {
+    double queued_s = queue_s(run, best);
+    if (queued_s <= run->fleet->max_queue_s) return best;
+    int64_t other = least(run, 3), first = run->num_writers;
+    double more_s = run->keys[3][run->leaves[3] + other] - run->keys[1][run->leaves[1] + (best - run->workers) - first];
+    return more_s <= (run->num_in_line - 1) * queued_s ? &run->workers[first + other] : best;
+}
+
 // The gateway's (gateway/admission.py): the first goes where it would be best off, once there is room.
 static void serve_line(Run *run) {
     while (run->line != NOBODY) {
         int32_t request = run->line;
         Worker *reader = &run->workers[run->num_writers + least(run, 1)];
+        if (!run->num_writers) reader = with_room(run, reader);
         if (!fits(run, reader, request)) reader = &run->workers[run->num_writers + least(run, 2)];
         Worker *computer = reader;
         if (run->num_writers) {
@@ -308,6 +323,7 @@ static void serve_line(Run *run) {
         if (queue_s(run, computer) > run->fleet->max_queue_s) return;
         if (!fits(run, reader, request)) return;
         take(run, &run->line);
+        run->num_in_line--;
         run->reader[request] = (int32_t)(reader - run->workers);
         expect(run, reader, request);
         if (computer != reader) expect(run, computer, request);
@@ -390,6 +406,7 @@ static void arrive(Run *run, int32_t request) {
         return;
     }
     append(run, &run->line, &run->line_last, request);
+    run->num_in_line++;
     serve_line(run);
 }
 
@@ -423,15 +440,14 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
     run.reader = calloc(num_requests + 1, sizeof *run.reader);
     run.slow_before = calloc(num_requests + 1, sizeof *run.slow_before);
     run.events = malloc(run.event_room * sizeof *run.events);
-    int64_t counts[3] = {fleet->prefill.num_workers, fleet->decode.num_workers, fleet->decode.num_workers};
-    for (int which = 0; which < 3; which++) {
-        run.leaves[which] = leaves_for(counts[which]);
+    for (int which = 0; which < NUM_KEYS; which++) {
+        run.leaves[which] = leaves_for(which ? fleet->decode.num_workers : fleet->prefill.num_workers);
         run.keys[which] = malloc(2 * run.leaves[which] * sizeof(double));
         run.failed |= !run.keys[which];
     }
     run.failed |= !run.workers || !run.next || !run.done || !run.reader || !run.slow_before || !run.events;
     if (!run.failed) {
-        for (int which = 0; which < 3; which++)
+        for (int which = 0; which < NUM_KEYS; which++)
             for (int64_t i = 0; i < 2 * run.leaves[which]; i++) run.keys[which][i] = INFINITY;
         for (int64_t i = 0; i < run.num_all; i++) {
             Worker *w = &run.workers[i];
@@ -467,6 +483,6 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
     int status = run.failed ? 1 : settled(&run) ? 0 : 2;
     for (int64_t i = 0; run.workers && i < run.num_all; i++) free(run.workers[i].heap);
     free(run.workers), free(run.next), free(run.done), free(run.reader), free(run.slow_before), free(run.events);
-    free(run.keys[0]), free(run.keys[1]), free(run.keys[2]);
+    for (int which = 0; which < NUM_KEYS; which++) free(run.keys[which]);
     return status;
 }

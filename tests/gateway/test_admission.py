@@ -9,8 +9,9 @@ import pytest
 
 from gateway.admission import Objectives
 from gateway.candidates import Rates
+from gateway.routing import Policy
 from kvferry.errors import OverloadedError
-from tests.gateway.test_routing import D0, P0, route
+from tests.gateway.test_routing import D0, D1, P0, P1, route
 
 BUSY = replace(D0, num_requests=4)
 
@@ -20,6 +21,36 @@ def test_a_prompt_waits_where_enough_work_waits_already() -> None:
     for queued, room in ((0, True), (250, True), (251, False)):
         prefill = replace(P0, num_queued_prefill_tokens=queued)
         assert objectives.has_room(route([prefill, replace(BUSY, num_queued_prefill_tokens=9000)])) is room
+
+
+def test_the_first_of_the_line_takes_another_worker_where_waiting_would_cost_those_behind_it_more() -> None:
+    """At 1000 tokens/s the best has a second of prompts waiting; the other has room, and ten requests that would lose
+    half a second each, nine more than there, and take longer for a step."""
+    best, other = replace(D0, num_queued_prefill_tokens=1000, num_requests=1), replace(D1, num_requests=10)
+    found, objectives = route([best, other]), Objectives()
+    assert found.decode is best
+    more_s = found.options[1].terms.total_s - found.chosen.terms.total_s
+    assert 4 < more_s < 5
+    for num_behind, taken in ((0, None), (4, None), (5, other)):
+        instead = objectives.with_room(found, num_behind)
+        assert (instead.decode if instead else None) is taken
+    full = route([best, replace(other, num_free_blocks=3)])
+    assert objectives.with_room(full, 99) is None
+    assert objectives.with_room(replace(found, policy=Policy.ROUND_ROBIN), 99) is None
+    idle = route([replace(best, num_queued_prefill_tokens=0), other])
+    assert objectives.with_room(idle, 99) is idle
+
+
+def test_a_split_request_waits_for_a_prefill_worker_and_is_not_put_upon_streams() -> None:
+    busy = replace(P0, num_queued_prefill_tokens=1000)
+    found = route([busy, BUSY])
+    assert found.prefill is busy
+    assert Objectives().with_room(found, 99) is None
+    other = route([busy, replace(P1, num_queued_prefill_tokens=1100, rates=Rates()), BUSY])
+    instead = Objectives().with_room(other, 99)
+    assert instead is not None
+    assert instead.prefill is not None
+    assert instead.prefill.key == P1.key
 
 
 def test_nobody_waits_for_a_speed_that_was_not_measured() -> None:

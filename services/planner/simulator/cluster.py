@@ -172,11 +172,12 @@ class Cluster:
 
     def _let_in(self, request: _Request) -> bool:
         """False: it shall wait."""
-        route = self._route(request)
-        if self._objectives is not None and not self._objectives.has_room(route):
-            return False
-        self._send(request, route)
-        return True
+        route: Route | None = self._route(request)
+        if self._objectives is not None and route is not None:
+            route = self._objectives.with_room(route, max(0, len(self._line) - 1))
+        if route is not None:
+            self._send(request, route)
+        return route is not None
 
     def _route(self, request: _Request) -> Route:
         arrival = request.arrival
