@@ -45,8 +45,7 @@ class Objectives:
         terms = route.chosen.terms
         most_s = terms.total_s + num_behind * terms.queue_s
         same = (option for option in route.options if (option.prefill is None) == (route.prefill is None))
-        able = (other for option in same if self.has_room(other := route.by(option)))
-        other = next(able, None)
+        other = next((by for by in map(route.by, same) if self.has_room(by)), None)
         return other if other is not None and other.chosen.terms.total_s <= most_s else None
 
     def check(self, route: Route, wait_s: float) -> None:
