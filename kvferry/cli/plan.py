@@ -262,8 +262,12 @@ def _row(outcome: Mapping[str, Any]) -> tuple[str, ...]:
         outcome["kind"], workers, f"{option['usd_per_hour']:.2f}", _interval(option["usd_per_mtok"]),
         f"{first['p50']['mean']:.3g}", f"{first['p99']['mean']:.3g}", f"{second['p50']['mean']:.3g}",
         f"{itl['p50']['mean'] * 1e3:.3g}", f"{itl['p99']['mean'] * 1e3:.3g}", busy,
-        f"{option['goodput_per_device']['mean']:.3g}", f"{option['goodput_per_usd']['mean']:.4g}",
+        f"{option['goodput_per_device']['mean']:.3g}", _count(option["goodput_per_usd"]["mean"]),
     )  # fmt: skip
+
+
+def _count(value: float) -> str:
+    return f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _interval(value: Mapping[str, float]) -> str:
