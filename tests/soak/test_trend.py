@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
 
 import pytest
 
-from tests.soak.samples import Samples
+from tests.soak.samples import SHARED, Samples
 from tests.soak.trend import Held, trend
 
 
@@ -33,6 +35,8 @@ def test_too_few_samples_tell_nothing() -> None:
 
 _GROWS = """
 import sys
+import tempfile
+from contextlib import ExitStack
 kept = []
 print("ready", flush=True)
 for line in sys.stdin:
@@ -58,3 +62,34 @@ def test_a_process_is_sampled() -> None:
     assert samples.series["it", Held.THREADS] == [1] * 4
     with pytest.raises(OSError):
         samples.take({"gone": 2**22 + 1})
+
+
+_MAPS = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 0)
+sum(mapped[::4096])
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_what_two_processes_map_is_counted_once() -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file, ExitStack() as stack:
+        file.write(bytes(16 << 20))
+        file.flush()
+        command = (sys.executable, "-I", "-c", _MAPS, file.name)
+        processes = []
+        for _ in range(2):
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            processes.append(stack.enter_context(process))
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+        samples = Samples()
+        samples.take({str(number): process.pid for number, process in enumerate(processes)})
+        for process in processes:
+            assert process.stdin is not None
+            process.stdin.close()
+    assert samples.series[SHARED, Held.MEMORY] == [pytest.approx(16, abs=0.5)]
+    assert samples.series["0", Held.MEMORY][0] < 16
