@@ -1,10 +1,10 @@
 """make soak: a cluster under steady load for half an hour, whose processes must hold no more at its end.
 
 Two prefill workers, two decode workers, two gateways and a directory, as processes of their own with the real model, pools
-too small for all that is asked.  Half of the prompts were never asked before, some clients leave.  Memory (each one's
-own, and what they share), descriptors and threads of every process are sampled 120 times; the second quarter's medians are held against the
-last quarter's, each known answer against the one that came while nothing else was asked.  Exit status 1: something grew,
-an answer was wrong, lost or refused, or something was left over.
+too small for all that is asked.  Half of the prompts were never asked before, some clients leave.  Memory (each one's own,
+and what they share), descriptors and threads of every process are sampled 120 times; the second quarter's medians are held
+against the last quarter's, each known answer against the one that came while nothing else was asked.  Exit status 1:
+something grew, an answer was wrong, lost or refused, or something was left over.
 """
 
 from __future__ import annotations
