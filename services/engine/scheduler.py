@@ -40,7 +40,6 @@ from services.engine.sequence import (
 )
 
 MOST_OPEN = 2  # plans
-MIXED_SHARE = 4  # of a prefill chunk, one beside sequences that decode, where nothing else is said
 
 
 class QueueFullError(Exception):

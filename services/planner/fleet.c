@@ -299,13 +299,13 @@ static int fits(const Run *run, const Worker *reader, int32_t request) {
     return reader->kv_used + kept_tokens(run, reader, request) <= reader->pool->kv_tokens;
 }
 
-// In place of the best, where that costs no more than those behind would lose by waiting (gateway/admission.py).
+// Of a colocated fleet, in place of the best where that costs no more than those behind would lose by waiting (gateway/admission.py).
 static Worker *with_room(const Run *run, Worker *best) {
     double queued_s = queue_s(run, best);
     if (queued_s <= run->fleet->max_queue_s) return best;
-    int64_t other = least(run, 3), first = run->num_writers;
-    double more_s = run->keys[3][run->leaves[3] + other] - run->keys[1][run->leaves[1] + (best - run->workers) - first];
-    return more_s <= (run->num_in_line - 1) * queued_s ? &run->workers[first + other] : best;
+    int64_t other = least(run, 3);
+    double more_s = run->keys[3][run->leaves[3] + other] - run->keys[1][run->leaves[1] + (best - run->workers)];
+    return more_s <= (run->num_in_line - 1) * queued_s ? &run->workers[other] : best;
 }
 
 // The gateway's (gateway/admission.py): the first goes where it would be best off, once there is room.
@@ -400,7 +400,7 @@ static void end_step(Run *run, Worker *w) {
 static void arrive(Run *run, int32_t request) {
     const Fleet *fleet = run->fleet;
     int ever_fits = run->num_input[request] + (int64_t)run->num_output[request] <= fleet->decode.kv_tokens &&
-               (!run->num_writers || run->num_input[request] <= fleet->prefill.kv_tokens);
+                    (!run->num_writers || run->num_input[request] <= fleet->prefill.kv_tokens);
     if (!ever_fits) {
         run->result->first_s[request] = run->result->end_s[request] = run->result->second_s[request] = INFINITY;
         return;

@@ -34,7 +34,7 @@ from services.engine.runners import (
     create_host_copier,
     kv_dtype,
 )
-from services.engine.scheduler import MIXED_SHARE, Limits, Scheduler
+from services.engine.scheduler import Limits, Scheduler
 from services.runtime import garbage
 from services.runtime.channels import Channels
 from services.runtime.membership import Membership
@@ -74,6 +74,8 @@ FENCED_STATUS = 75
 STUCK_STATUS = 70
 # Pins may hold one block in so many: the others are enough to serve.
 PINNED_SHARE = 4
+# Of a chunk, one of a step in which others decode, on CPUs where nothing is said: one part in.
+MIXED_SHARE = 4
 MAX_PINS = 1024
 
 

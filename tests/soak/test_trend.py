@@ -35,8 +35,6 @@ def test_too_few_samples_tell_nothing() -> None:
 
 _GROWS = """
 import sys
-import tempfile
-from contextlib import ExitStack
 kept = []
 print("ready", flush=True)
 for line in sys.stdin:
