@@ -35,8 +35,8 @@ class Objectives:
         return not route.chosen.full and not (decode.rates.step_base_s > 0 and route.step_s > self.itl_s)
 
     def with_room(self, route: Route, num_behind: int) -> Route | None:
-        """The route; or the best of its kind, split or not, that has room, where that costs no more than as many as wait
-        behind it in the line would lose if it waited for the best worker of all.  None: it shall wait.  Policies that
+        """The route; or the best of its options that has room, where that costs no more than as many as wait behind it in
+        the line would lose if it waited for the best worker of all.  None: it shall wait.  Policies that
         reckon no costs name one worker alone."""
         if self.has_room(route):
             return route
@@ -44,8 +44,7 @@ class Objectives:
             return None
         terms = route.chosen.terms
         most_s = terms.total_s + num_behind * terms.queue_s
-        same = (option for option in route.options if (option.prefill is None) == (route.prefill is None))
-        other = next((by for by in map(route.by, same) if self.has_room(by)), None)
+        other = next((by for by in map(route.by, route.options) if self.has_room(by)), None)
         return other if other is not None and other.chosen.terms.total_s <= most_s else None
 
     def check(self, route: Route, wait_s: float) -> None:

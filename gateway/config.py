@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.costs import STALL_WEIGHT
 from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
 from services.runtime.config import option
@@ -47,6 +48,12 @@ class GatewayConfig(TlsOptions):
         32,
         help="prompts of which a decode worker lacks fewer tokens are computed there; kv-aware reckons instead",
         minimum=0,
+    )
+    stall_weight: float = option(
+        STALL_WEIGHT,
+        help="what a second that running streams lose counts, in seconds of waiting for a first token: the more, the fewer "
+        "prompts are computed on decode workers while the prefill workers are busy",
+        minimum=1.0,
     )
     routing: Policy = option(
         Policy.KV_AWARE, help="how workers are chosen: by cost, or by a simpler rule to compare that with"

@@ -20,6 +20,8 @@ PRIOR = Rates(
 HORIZON_TOKENS = 64
 # A split request has a ticket fetched and a commit answered before its first step.
 HANDOVER_ROUND_TRIPS = 2
+# A second that a running stream loses weighs as much as so many that somebody waits for a first token.
+STALL_WEIGHT = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Terms:
     """Seconds.  ``queue_s`` until the prompt's turn, ``pull_s`` for cached blocks that are read from another worker first,
     ``prefill_s`` for what is then not cached, and for copying what the host has, ``ship_s`` for the handover and
     the bytes that the decode worker lacks, ``stall_s`` that the requests of a decode worker lose while it computes the
-    prompt itself, ``decode_s`` for the answer's first steps in the batch as it is."""
+    prompt itself, as they are weighed, ``decode_s`` for the answer's first steps in the batch as it is."""
 
     queue_s: float
     pull_s: float
@@ -114,10 +116,13 @@ class Costs:
     Writing overlaps with computing, so ``ship_s`` is an upper bound: it counts what occupies the link.  What a decode
     worker copies from its host meanwhile is taken to be hidden behind it.  A decode worker is taken to have at least one
     request to stall: an idle one will not be idle for long, and so a prompt is shipped where that is quicker than
-    computing it.
+    computing it.  What the others lose weighs more than what the request does, where there are prefill workers to spare
+    them; where there are none they lose it wherever the request goes.
     """
 
-    def __init__(self, candidates: Sequence[Candidate], demand: Demand, *, pulls: bool = True) -> None:
+    def __init__(
+        self, candidates: Sequence[Candidate], demand: Demand, *, pulls: bool = True, stall_weight: float = STALL_WEIGHT
+    ) -> None:
         """``pulls``: whether cached blocks may be read from other workers."""
         self._demand = demand
         self._num_steps = num_reckoned_steps(demand)
@@ -125,6 +130,7 @@ class Costs:
         self._pulls = Pulls(candidates if pulls else (), self._rates, demand.num_prompt_tokens)
         self._ways = _Ways(candidates)
         self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}
+        self._stall_weight = stall_weight if self._writing else 1.0
 
     def alone(self, decode: Candidate) -> Option:
         rates, pull = self._rates[decode.key], self._pulls.best(decode)
@@ -134,7 +140,7 @@ class Costs:
             pull_s=pull.pull_s if pull else 0.0,
             prefill_s=prefill_s,
             ship_s=0.0,
-            stall_s=prefill_s * max(1, decode.num_requests),
+            stall_s=prefill_s * max(1.0, self._stall_weight * decode.num_requests),
             decode_s=self._decode_s(decode),
         )
         return Option(decode, None, terms, self.is_full(decode), pull)

@@ -18,7 +18,7 @@ from prometheus_client import Counter
 from gateway.admission import Objectives
 from gateway.apart import Apart
 from gateway.candidates import Candidate, WorkerKey
-from gateway.costs import Demand
+from gateway.costs import STALL_WEIGHT, Demand
 from gateway.decisions import Decision, DecisionBook, Refusal
 from gateway.decoding import WORKER_RETRY_S, Decoding, as_lost, stalled
 from gateway.entrance import Entrance
@@ -98,7 +98,8 @@ class _Wait:
 class Dispatcher:
     def __init__(
         self, view: ClusterView, channels: Channels, links: DecodeLinks, *, model_revision: str, routing: Policy,
-        min_ship_tokens: int, max_attempts: int, stall_timeout_s: float, eos_token_ids: Iterable[int] = (),
+        min_ship_tokens: int, max_attempts: int, stall_timeout_s: float, stall_weight: float = STALL_WEIGHT,
+        eos_token_ids: Iterable[int] = (),
         budget: RetryBudget | None = None,
         objectives: Objectives = _NO_OBJECTIVES,
     ) -> None:  # fmt: skip
@@ -113,6 +114,7 @@ class Dispatcher:
         self._model_revision = model_revision
         self._routing = routing
         self._min_ship_tokens = min_ship_tokens
+        self._stall_weight = stall_weight
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
         self._entrance = Entrance(objectives, route=self._route, take=self._take, num_lanes=self._num_lanes)
@@ -343,6 +345,7 @@ class Dispatcher:
                 excluded,
                 policy=self._routing,
                 min_ship_tokens=self._min_ship_tokens,
+                stall_weight=self._stall_weight,
                 turn=self._num_routed,
                 request_id=job.request_id,
                 apart=self._apart.pairs(started_s),

@@ -9,7 +9,7 @@ from random import Random
 
 from gateway.apart import Pair
 from gateway.candidates import Candidate, Role, WorkerKey
-from gateway.costs import Costs, Demand, Option, num_reckoned_steps
+from gateway.costs import STALL_WEIGHT, Costs, Demand, Option, num_reckoned_steps
 from gateway.pairing import Partners, why_not_pair
 from services.runtime.protocol import SPOKEN, Protocol
 
@@ -93,16 +93,16 @@ class NoWorkerError(Exception):
 
 def choose_route(
     candidates: Sequence[Candidate], demand: Demand, excluded: frozenset[WorkerKey] = frozenset(), *,
-    policy: Policy = Policy.KV_AWARE, min_ship_tokens: int = 0, turn: int = 0, request_id: str = "",
-    spoken: Protocol = SPOKEN, apart: Set[Pair] = frozenset(),
+    policy: Policy = Policy.KV_AWARE, min_ship_tokens: int = 0, stall_weight: float = STALL_WEIGHT, turn: int = 0,
+    request_id: str = "", spoken: Protocol = SPOKEN, apart: Set[Pair] = frozenset(),
 ) -> Route:  # fmt: skip
     """Equal arguments give equal routes, in whatever order the candidates come; equal costs go to the decode worker with
     fewer requests, then to the lowest worker ids.  A decode worker whose pool is full comes after all others.
 
     For kv-aware, whether to ship is the costs' business; a prompt of which the decode worker lacks fewer than
-    ``min_ship_tokens`` is computed there under the other policies only, which know no costs.  ``turn`` counts the choices
-    for round-robin, ``request_id`` is random's seed, ``spoken`` are the gateway's protocols.  Pairs of ``apart`` are not
-    made.  Raises NoWorkerError."""
+    ``min_ship_tokens`` is computed there under the other policies only, which know no costs.  ``stall_weight``: what a
+    second counts that running streams lose to a prompt.  ``turn`` counts the choices for round-robin, ``request_id`` is
+    random's seed, ``spoken`` are the gateway's protocols.  Pairs of ``apart`` are not made.  Raises NoWorkerError."""
     refused = {c.key: why for c in candidates if (why := _why_not(c, excluded, spoken))}
     usable = sorted((c for c in candidates if c.key not in refused), key=lambda c: c.key.worker_id)
     decoders = [c for c in usable if c.role is Role.DECODE]
@@ -113,7 +113,7 @@ def choose_route(
             "protocol)" if known else "no decode worker has joined the cluster",
             _told(refused),
         )  # fmt: skip
-    costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE)
+    costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE, stall_weight=stall_weight)
     writers = [c for c in usable if c.role is Role.PREFILL]
     partners, soonest = Partners(writers, apart), Partners(costs.soonest_first(writers), apart)
     bests = [costs.best(d, soonest.of(d)) for d in decoders]

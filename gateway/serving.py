@@ -83,7 +83,8 @@ async def run_gateway(
         dispatcher = Dispatcher(
             view, channels, links, model_revision=files.config.revision, routing=config.routing,
             min_ship_tokens=config.min_ship_tokens, max_attempts=config.max_attempts,
-            stall_timeout_s=config.stall_timeout_s, eos_token_ids=files.config.eos_token_ids,
+            stall_timeout_s=config.stall_timeout_s, stall_weight=config.stall_weight,
+            eos_token_ids=files.config.eos_token_ids,
             budget=RetryBudget(config.retry_ratio, num_sharers=seat.count if seat else 1),
             objectives=Objectives(config.max_queue_s, config.slo_ttft_s or inf, config.slo_itl_s or inf),
         )  # fmt: skip

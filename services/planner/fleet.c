@@ -29,7 +29,7 @@ typedef struct {
     double kv_token_nbytes, out_bytes_per_s, in_bytes_per_s, round_trip_s;
     double itl_bound_s, request_weight;
     double token_s[2];  // what a queued prompt token takes, on a prefill and on a decode worker
-    double max_queue_s;
+    double max_queue_s, stall_weight;
     int64_t decode_computes;
 } Fleet;
 
@@ -284,28 +284,39 @@ static void answered(Run *run, Worker *w, int32_t request) {
     leave(run, w, request);
 }
 
-// Where a decode worker computes the prompt itself, all who are there wait for it (gateway/costs.py).
-static int is_better_alone(const Run *run, const Worker *writer, const Worker *reader, int32_t request) {
+// Where a decode worker computes the prompt itself, all who are there wait for it, which weighs more (gateway/costs.py).
+// What that costs more than shipping it.
+static double more_alone_s(const Run *run, const Worker *writer, const Worker *reader, int32_t request) {
     const Fleet *fleet = run->fleet;
-    if (!fleet->decode_computes) return 0;
-    double tokens = (double)uncached(run, request), stalled = fmax(1, (double)reader->num_requests);
+    if (!fleet->decode_computes) return INFINITY;
+    double tokens = (double)uncached(run, request), stalled = fmax(1, fleet->stall_weight * reader->num_requests);
     double nbytes = run->num_input[request] * fleet->kv_token_nbytes;
     double ship_s = nbytes / fmin(fleet->out_bytes_per_s, fleet->in_bytes_per_s) + 2 * fleet->round_trip_s;
-    return queue_s(run, reader) + tokens * fleet->token_s[1] * (1 + stalled) <
-           queue_s(run, writer) + tokens * fleet->token_s[0] + ship_s;
+    return queue_s(run, reader) + tokens * fleet->token_s[1] * (1 + stalled) -
+           (queue_s(run, writer) + tokens * fleet->token_s[0] + ship_s);
 }
 
 static int fits(const Run *run, const Worker *reader, int32_t request) {
     return reader->kv_used + kept_tokens(run, reader, request) <= reader->pool->kv_tokens;
 }
 
-// Of a colocated fleet, in place of the best where that costs no more than those behind would lose by waiting (gateway/admission.py).
+// In place of the best, where it costs no more than those behind would lose by waiting for that (gateway/admission.py).
+static int is_worth(const Run *run, double more_s, double queued_s) { return more_s <= (run->num_in_line - 1) * queued_s; }
+
 static Worker *with_room(const Run *run, Worker *best) {
     double queued_s = queue_s(run, best);
     if (queued_s <= run->fleet->max_queue_s) return best;
     int64_t other = least(run, 3);
     double more_s = run->keys[3][run->leaves[3] + other] - run->keys[1][run->leaves[1] + (best - run->workers)];
-    return more_s <= (run->num_in_line - 1) * queued_s ? &run->workers[other] : best;
+    return is_worth(run, more_s, queued_s) ? &run->workers[other] : best;
+}
+
+static Worker *who_computes(const Run *run, Worker *writer, Worker *reader, int32_t request) {
+    double more_s = more_alone_s(run, writer, reader, request), most_s = run->fleet->max_queue_s;
+    Worker *best = more_s < 0 ? reader : writer, *other = more_s < 0 ? writer : reader;
+    double queued_s = queue_s(run, best);
+    if (queued_s <= most_s || queue_s(run, other) > most_s) return best;
+    return is_worth(run, fabs(more_s), queued_s) ? other : best;
 }
 
 // The gateway's (gateway/admission.py): the first goes where it would be best off, once there is room.
@@ -316,10 +327,7 @@ static void serve_line(Run *run) {
         if (!run->num_writers) reader = with_room(run, reader);
         if (!fits(run, reader, request)) reader = &run->workers[run->num_writers + least(run, 2)];
         Worker *computer = reader;
-        if (run->num_writers) {
-            Worker *writer = &run->workers[least(run, 0)];
-            if (!is_better_alone(run, writer, reader, request)) computer = writer;
-        }
+        if (run->num_writers) computer = who_computes(run, &run->workers[least(run, 0)], reader, request);
         if (queue_s(run, computer) > run->fleet->max_queue_s) return;
         if (!fits(run, reader, request)) return;
         take(run, &run->line);

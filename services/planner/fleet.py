@@ -1,13 +1,13 @@
 """A fleet in virtual time, coarse and fast: fleet.c, by ctypes.
 
 Requests wait in the gateway's line and go where they are best off, once there is room, as gateway/admission.py and
-gateway/costs.py have it: to the prefill worker with the least to do, or to the decode worker alone where all who are there
-would wait less for its prompt than the prompt for its turn.  A prefill worker takes prompts in their order, up to
-``step_tokens`` a step, and writes each chunk while it computes the next, over a link of its own and one of the decode
-worker's, both of which carry one thing after the other.  A decode worker computes one token of each of its sequences a
-step; also prompts that were sent to it, with what is left of ``step_tokens`` or in steps of their own.  Room for prompt and
-answer is set aside before a prompt is computed, so nobody is preempted.  Cached tokens are not computed but are kept, and
-written, like the others.
+gateway/costs.py have it: to the prefill worker with the least to do, or to the decode worker alone where what all who
+are there lose to its prompt weighs less than what it, and those behind it, lose by waiting.  A prefill worker takes
+prompts in their order, up to ``step_tokens`` a step, and writes each chunk while it computes the next, over a link of
+its own and one of the decode worker's, both of which carry one thing after the other.  A decode worker computes one
+token of each of its sequences a step; also prompts that were sent to it, with what is left of ``step_tokens`` or in
+steps of their own.  Room for prompt and answer is set aside before a prompt is computed, so nobody is preempted.
+Cached tokens are not computed but are kept, and written, like the others.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.admission import Objectives
+from gateway.costs import STALL_WEIGHT
 from kvferry.errors import InternalError, UnavailableError
 from services.planner.build import FLEET
 from services.planner.step_cost import StepCost
@@ -59,10 +60,12 @@ class Link:
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """``max_queue_s``: so much prompt work may wait on a worker before the rest does in the line.  ``decode_computes``:
-    whether decode workers beside prefill workers may compute a prompt themselves."""
+    whether decode workers beside prefill workers may compute a prompt themselves; ``stall_weight``: what a second counts
+    that their streams lose to it."""
 
     max_queue_s: float = Objectives().max_queue_s
     decode_computes: bool = True
+    stall_weight: float = STALL_WEIGHT
 
 
 # Others' gateways: who comes is sent at once where there is KV, and beside prefill workers decode workers only decode.
@@ -142,7 +145,8 @@ class _Fleet(Structure):
     _fields_ = [
         ("prefill", _Pool), ("decode", _Pool), ("kv_token_nbytes", c_double), ("out_bytes_per_s", c_double),
         ("in_bytes_per_s", c_double), ("round_trip_s", c_double), ("itl_bound_s", c_double),
-        ("request_weight", c_double), ("token_s", c_double * 2), ("max_queue_s", c_double), ("decode_computes", c_int64),
+        ("request_weight", c_double), ("token_s", c_double * 2), ("max_queue_s", c_double),
+        ("stall_weight", c_double), ("decode_computes", c_int64),
     ]  # fmt: skip
 
 
@@ -187,7 +191,8 @@ def simulate(fleet: Fleet, traffic: Traffic, itl_bound_s: float = float("inf")) 
     request = _Fleet(
         _pool(prefill) if prefill else _Pool(), _pool(fleet.decode), link.kv_token_nbytes, link.out_bytes_per_s,
         link.in_bytes_per_s, link.round_trip_s, itl_bound_s, _request_weight(fleet, traffic, token_s[1]),
-        (c_double * 2)(*token_s), fleet.gateway.max_queue_s, fleet.gateway.decode_computes,
+        (c_double * 2)(*token_s), fleet.gateway.max_queue_s, fleet.gateway.stall_weight,
+        fleet.gateway.decode_computes,
     )  # fmt: skip
     given: list[NDArray[np.float64] | NDArray[np.int32]] = [
         np.ascontiguousarray(traffic.arrive_s, np.float64),

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 from kvferry import Client
 from kvferry.cli.cluster import LocalCluster, Timing
@@ -24,6 +25,7 @@ _CONFIG = ClusterConfig(
     num_prefill=2, num_decode=2, num_gateways=2, grpc_port=0, http_port=0, threads=1, kv_memory="48MiB",
     host_kv_memory="48MiB",
 )  # fmt: skip
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 def hosts(stack: ExitStack, say: Callable[[str], None]) -> Network | None:
@@ -35,10 +37,12 @@ def hosts(stack: ExitStack, say: Callable[[str], None]) -> Network | None:
         return None
 
 
-def cluster_of(log_dir: Path, network: Network | None = None) -> LocalCluster:
-    """To be entered; each member on its host, if there are any."""
+def cluster_of(
+    log_dir: Path, network: Network | None = None, environment: Mapping[str, str] = _NOTHING
+) -> LocalCluster:
+    """To be entered; each member on its host, if there are any, and with more settings if those are given."""
     planned = plan(_CONFIG, clone_root())
-    members = [replace(m, environment={**m.environment, **ENVIRONMENT}) for m in planned.members]
+    members = [replace(m, environment={**m.environment, **ENVIRONMENT, **environment}) for m in planned.members]
     grpc_address = planned.grpc_address
     if network is not None:
         moved = _addresses(members, network)

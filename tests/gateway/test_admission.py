@@ -41,11 +41,16 @@ def test_the_first_of_the_line_takes_another_worker_where_waiting_would_cost_tho
     assert objectives.with_room(idle, 99) is idle
 
 
-def test_a_split_request_waits_for_a_prefill_worker_and_is_not_put_upon_streams() -> None:
+def test_a_prompt_is_put_upon_streams_when_what_they_lose_is_less_than_what_all_lose_who_wait() -> None:
+    """Half a second of computing, for which four streams lose 0.5 s each, weighed five times, is 10 s; and waiting a second
+    for the prefill worker would cost those behind a second each."""
     busy = replace(P0, num_queued_prefill_tokens=1000)
-    found = route([busy, BUSY])
+    found, objectives = route([busy, BUSY]), Objectives()
     assert found.prefill is busy
-    assert Objectives().with_room(found, 99) is None
+    assert objectives.with_room(found, 8) is None
+    alone = objectives.with_room(found, 10)
+    assert alone is not None
+    assert alone.prefill is None
     other = route([busy, replace(P1, num_queued_prefill_tokens=1100, rates=Rates()), BUSY])
     instead = Objectives().with_room(other, 99)
     assert instead is not None

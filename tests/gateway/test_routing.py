@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.apart import Pair
 from gateway.candidates import Abilities, Candidate, Path, Rates, Role, TransferRate, WorkerKey
-from gateway.costs import Costs, Demand
+from gateway.costs import STALL_WEIGHT, Costs, Demand
 from gateway.pairing import Partners, why_not_pair
 from gateway.routing import NoWorkerError, PassedOver, Policy, Route, choose_route
 from services.runtime.place import Distance, Place
@@ -39,11 +39,11 @@ D0, D1 = worker("d0", Role.DECODE), worker("d1", Role.DECODE)
 def route(
     candidates: Sequence[Candidate], num_tokens: int = 500, excluded: tuple[Candidate, ...] = (),
     policy: Policy = Policy.KV_AWARE, turn: int = 0, request_id: str = "r", spoken: Protocol = SPOKEN,
-    apart: Set[Pair] = frozenset(),
+    apart: Set[Pair] = frozenset(), stall_weight: float = STALL_WEIGHT,
 ) -> Route:  # fmt: skip
     chosen = choose_route(
         candidates, Demand(num_tokens, 1000), frozenset(c.key for c in excluded), policy=policy, min_ship_tokens=32,
-        turn=turn, request_id=request_id, spoken=spoken, apart=apart,
+        turn=turn, request_id=request_id, spoken=spoken, apart=apart, stall_weight=stall_weight,
     )  # fmt: skip
     assert chosen.chosen in chosen.options
     assert chosen.decode.key.worker_id in chosen.reason
@@ -99,6 +99,16 @@ def test_a_busy_decode_worker_is_spared() -> None:
     queued = replace(P0, num_queued_prefill_tokens=1000)
     assert names([queued, D0], num_tokens=200) == ("d0", None)
     assert names([queued, replace(D0, num_requests=8)], num_tokens=200) == ("d0", "p0")
+
+
+def test_what_streams_lose_weighs_more_where_a_prefill_worker_could_spare_them() -> None:
+    """A second for its turn, against 0.2 s that one other stream would lose: 5 of them are worth a second of waiting."""
+    queued, others = replace(P0, num_queued_prefill_tokens=900), replace(D0, num_requests=1)
+    assert names([queued, others], num_tokens=200) == ("d0", "p0")
+    assert names([queued, others], num_tokens=200, stall_weight=1.0) == ("d0", None)
+    assert names([queued, D0], num_tokens=200) == ("d0", None), "who has nothing to do helps out"
+    colocated = replace(D0, num_requests=2)
+    assert route([colocated], stall_weight=100.0).chosen.terms.stall_s == pytest.approx(2 * 0.5), "where none could"
 
 
 def test_the_terms_add_up() -> None:

@@ -122,6 +122,20 @@ def test_a_prompt_alone_is_one_long_gap_for_who_decodes(prompts_alone: bool) -> 
     assert run.end_s[0] - alone.end_s[0] == pytest.approx(prompt_s + (0.01 if prompts_alone else 0.0))
 
 
+def test_streams_keep_their_gaps_beside_prompts_that_queue() -> None:
+    """Long prompts come faster than the prefill worker has turns for all at once: a decode worker that takes some makes
+    its streams wait, unless what they lose weighs more than what the prompts do."""
+    longs = [(0.5 + 0.5 * n, 1000, 2, 0) for n in range(40)]
+    streams = [(float(n), 30, 60, 0) for n in range(20)]
+    runs = [
+        simulate(fleet(1, 1, gateway=Gateway(stall_weight=weight)), traffic(longs + streams), 0.1)
+        for weight in (1.0, Gateway().stall_weight, 100.0)
+    ]
+    slow, ttft_s = [run.num_slow.sum() for run in runs], [run.ttft_s.mean() for run in runs]
+    assert slow[0] > 2 * slow[1] > slow[2] == 0
+    assert ttft_s == sorted(ttft_s)
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> list[Ask]:
     asks = []

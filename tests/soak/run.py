@@ -16,6 +16,8 @@ from tests.soak.samples import Samples
 from tests.soak.trend import PART, Trend
 
 FRESH = 0.5
+# The directory's history of changes would grow for hours: it is full within minutes.
+ENVIRONMENT = {"KVFERRY_HISTORY_EVENTS": "1000"}
 NUM_SAMPLES = 120
 _STARTS_WITHIN_S = 60.0
 
@@ -53,7 +55,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> Report:
     report = Report()
     shared_before = shared_memory()
     with ExitStack() as stack:
-        cluster = stack.enter_context(cluster_of(settings.log_dir))
+        cluster = stack.enter_context(cluster_of(settings.log_dir, environment=ENVIRONMENT))
         accounts = Accounts(cluster)
         pids = accounts.pids()
         _await_all(accounts)
