@@ -206,18 +206,18 @@ static void rank(Run *run, Worker *w) {
     }
 }
 
-// Room on a decode worker is set aside when a request is sent there, on a prefill worker when its prompt is begun.
-static void expect(Run *run, Worker *w, int32_t request) {
-    if (!w->is_writer) w->kv_used += kept_tokens(run, w, request);
-    w->num_requests++;
-    rank(run, w);
-}
-
-// A prompt counts as ahead of others' as a whole, until its end is known.
-static void queue(Run *run, Worker *w, int32_t request) {
-    append(run, &w->waiting, &w->waiting_last, request);
-    w->queued_tokens += uncached(run, request);
-    rank(run, w);
+// Room on a decode worker is set aside when a request is sent there, on a prefill worker when its prompt is begun.  A prompt
+// counts as ahead of others' as a whole, until its end is known.
+static void send(Run *run, Worker *reader, Worker *computer, int32_t request) {
+    run->reader[request] = (int32_t)(reader - run->workers);
+    reader->kv_used += kept_tokens(run, reader, request);
+    reader->num_requests++;
+    append(run, &computer->waiting, &computer->waiting_last, request);
+    computer->queued_tokens += uncached(run, request);
+    rank(run, reader);
+    if (computer == reader) return;
+    computer->num_requests++;
+    rank(run, computer);
 }
 
 static void unqueue(Run *run, Worker *w, int32_t request) {
@@ -332,10 +332,7 @@ static void serve_line(Run *run) {
         if (!fits(run, reader, request)) return;
         take(run, &run->line);
         run->num_in_line--;
-        run->reader[request] = (int32_t)(reader - run->workers);
-        expect(run, reader, request);
-        if (computer != reader) expect(run, computer, request);
-        queue(run, computer, request);
+        send(run, reader, computer, request);
         start_step(run, computer);
     }
 }

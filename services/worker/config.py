@@ -19,6 +19,10 @@ from services.worker.share import Share
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+# Of a chunk, one of a step in which others decode, on CPUs where nothing is said: one part in.
+MIXED_SHARE = 4
+
+
 class Kernels(Enum):
     TORCH = "torch"
     COMPILED = "compiled"
@@ -152,6 +156,10 @@ class WorkerConfig(TlsOptions):
             raise ValueError(
                 f"--cpus {self.cpus} names {len(cpus)} processors for {num_threads} threads; name more, or lower --threads"
             )
+
+    def num_mixed_tokens(self, *, on_gpu: bool) -> int:
+        """Of prompts, at most, in a step in which others decode."""
+        return self.mixed_chunk_tokens or max(1, self.chunk_tokens // (1 if on_gpu else MIXED_SHARE))
 
     @property
     def compute_cpus(self) -> Cpus:

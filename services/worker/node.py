@@ -74,8 +74,6 @@ FENCED_STATUS = 75
 STUCK_STATUS = 70
 # Pins may hold one block in so many: the others are enough to serve.
 PINNED_SHARE = 4
-# Of a chunk, one of a step in which others decode, on CPUs where nothing is said: one part in.
-MIXED_SHARE = 4
 MAX_PINS = 1024
 
 
@@ -213,7 +211,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             block_size=config.block_size,
             context_length=model.context_length,
             max_step_tokens=config.chunk_tokens,
-            max_mixed_tokens=config.mixed_chunk_tokens or max(1, config.chunk_tokens // (1 if on_gpu else MIXED_SHARE)),
+            max_mixed_tokens=config.num_mixed_tokens(on_gpu=on_gpu),
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_pinned=num_blocks // PINNED_SHARE,

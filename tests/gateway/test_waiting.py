@@ -12,9 +12,9 @@ from gateway.admission import Objectives
 from gateway.dispatch import Dispatcher
 from gateway.job import Job, Trace
 from gateway.link import DecodeLinks
-from gateway.routing import Policy
+from gateway.routing import Policy, Route
 from gateway.tenants import Tenant
-from gateway.view import ClusterView
+from gateway.view import ClusterView, WorkerGone
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.errors import DeadlineError, OverloadedError
@@ -154,3 +154,40 @@ async def test_who_would_come_too_late_is_refused_at_once() -> None:
             assert caught.value.reason == "TTFT_SLO"
             assert not waiting.done()
             await ended(waiting, task)
+
+
+async def test_who_waits_behind_the_first_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def with_room(_: Objectives, __: Route, num_behind: int) -> None:
+        seen.append(num_behind)
+
+    monkeypatch.setattr(Objectives, "with_room", with_room)
+    async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher, "now")) as now:
+        tasks = [begin(now)]
+        await opened(played)
+        for name in ("first", "second", "third"):
+            tasks.append(begin(ask(dispatcher, name)))
+            await asyncio.sleep(0)
+        seen.clear()
+        await asyncio.sleep(0.1)
+        assert set(seen) == {2}
+        await ended(*tasks)
+
+
+async def test_of_a_worker_that_is_back_already_what_it_reported_is_still_known() -> None:
+    """What it reported is this gateway's own prompt, which does not count once it is computed."""
+    async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher, "a")) as a:
+        first = begin(a)
+        handle = await opened(played)
+        report(dispatcher._view, prefill_tokens_per_s=10.0, num_queued_prefill_tokens=len(PROMPT))
+        dispatcher.members_changed([WorkerGone("decode-0", 1, directory_pb2.LEAVE_REASON_EXPIRED)])
+        async with aclosing(ask(dispatcher, "b")) as b:
+            second = begin(b)
+            await asyncio.sleep(0.05)
+            assert played.sent.empty()
+            played.say(token(handle, 0))
+            await first
+            async with asyncio.timeout(1.0):
+                assert (await next_open(played))[1] == "b"
+            await ended(second)

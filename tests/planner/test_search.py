@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -28,9 +28,9 @@ from services.planner.hardware import DEFAULT_CATALOGUE, Catalogue, Device, Meas
 from services.planner.models import find_model
 from services.planner.page import render
 from services.planner.plan import Request, make_plan
-from services.planner.search import cheapest
+from services.planner.search import _grown, cheapest
 from services.planner.simulator.cost_model import CostModel
-from services.planner.sizing import Sizing, fewest, is_good
+from services.planner.sizing import Attained, Sizing, fewest, is_good
 from services.planner.traffic import Traffic
 
 MODEL = find_model("smollm2-135m")
@@ -102,6 +102,22 @@ def test_none_is_cheaper(slo: Slo) -> None:
         assert (one.usd_per_hour if one else None) == min(prices, default=None)
         if one is not None:
             assert everything.attained(one.design, one.size).all >= 0.9
+
+
+def test_a_fleet_is_too_dear_only_when_nothing_can_be_taken_from_it() -> None:
+    """Seven workers, of which three do: cheaper than five, that is."""
+
+    class Enough:
+        def attained(self, _: Design, size: Size) -> Attained:
+            share = 1.0 if size.num_prefill >= 2 and size.num_decode >= 1 else 0.0
+            return Attained(share, share, share)
+
+    (worker,) = workers(MODEL, catalogue(answers=ANSWERS), "bf16", ["answers"])
+    design, sizing = Design(worker, worker, 512), cast(Sizing, Enough())
+    found = _grown(sizing, design, Size(3, 4), 0.9, 5 * worker.usd_per_hour)
+    assert found is not None
+    assert found.size == Size(2, 1)
+    assert _grown(sizing, design, Size(3, 4), 0.9, 3 * worker.usd_per_hour) is None
 
 
 def test_hardware_of_two_kinds_is_split() -> None:

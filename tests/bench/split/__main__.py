@@ -1,9 +1,10 @@
 """make bench-split: the same two cores as one prefill and one decode worker, and as two workers that do both.
 
-Streams of short prompts run while long prompts arrive, at rising rates.  The colocated workers cut prompts into chunks, and
-so does the decode worker where prompts are sent to it; which size serves a fleet best is tried first.  Workers have a core
-each; clients and gateway take what these leave.  Latencies count from when a request was due.  A request is good that keeps
-the objectives; the quiet value is the same fleet's, under the same streams without long prompts.
+Streams of short prompts run while long prompts arrive, at rising rates.  The colocated workers cut prompts into chunks; to
+the split fleet's decode worker prompts are sent as what its streams lose weighs.  Which size, and which weight, serves a
+fleet best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies count from when
+a request was due.  A request is good that keeps the objectives; the quiet value is the same fleet's, under the same streams
+without long prompts.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def main() -> None:
     console, objectives = Console(), slo.parse(options.slo)
     base = Mix(options.streams, options.longs)
     tried = {
-        "split": [Fleet(f"split-{size}", 1, 1, SPLIT_CHUNK, size) for size in options.mixed],
+        "split": [Fleet(f"split-{w:g}", 1, 1, SPLIT_CHUNK, SPLIT_CHUNK // 4, w) for w in options.weights],
         "colocated": [Fleet(f"colocated-{size}", 0, 2, size, size) for size in options.chunks],
     }
     fleets = {
@@ -104,8 +105,9 @@ def main() -> None:
     console.print(table(rows))
     write_json(rows, OUT)
     PAGE.write_text(page(found, options.factors))
-    chosen = ", ".join(f"{name} chunks of {fleet.mixed_tokens}" for name, fleet in fleets.items())
-    say(console, f"{chosen} while others decode; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    chunk, weight = fleets["colocated"].chunk_tokens, fleets["split"].stall_weight
+    chosen = f"colocated: chunks of {chunk}; split: a stall weight of {weight:g}"
+    say(console, f"{chosen}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     say(console, f"wrote {OUT.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
 
 
@@ -184,7 +186,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="rates, times these")
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128, 256], help="sizes to try when colocated")
-    parser.add_argument("--mixed", type=int, nargs="+", default=[16, 64], help="sizes to try on the decode worker")
+    parser.add_argument(
+        "--weights", type=float, nargs="+", default=[5, 20], help="--stall-weight of the split fleet's gateway, to try"
+    )
     parser.add_argument("--tune-at", type=float, default=1.0, help="the rate at which they are tried")
     parser.add_argument("--slo", default="ttft=5s,itl=100ms", help="what a good request keeps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load that count")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from gateway.costs import STALL_WEIGHT
 from kvferry.aio import AsyncClient
 from kvferry.bench.doors import GrpcDoor
 from kvferry.bench.record import Record
@@ -23,13 +24,15 @@ MAX_OPEN = 512
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """``chunk_tokens``: the most prompt tokens in a step; ``mixed_tokens``: in one in which others decode."""
+    """``chunk_tokens``: the most prompt tokens in a step; ``mixed_tokens``: in one in which others decode;
+    ``stall_weight``: the gateway's."""
 
     name: str
     num_prefill: int
     num_decode: int
     chunk_tokens: int
     mixed_tokens: int
+    stall_weight: float = STALL_WEIGHT
 
     @contextmanager
     def running(self) -> Iterator[str]:
@@ -42,6 +45,8 @@ class Fleet:
         cores = iter(sorted(os.sched_getaffinity(0)))
 
         def given(member: Member) -> Member:
+            if member.role is Role.GATEWAY:
+                return replace(member, command=(*member.command, "--stall-weight", str(self.stall_weight)))
             if member.role not in (Role.PREFILL, Role.DECODE):
                 return member
             chunks = ("--chunk-tokens", str(self.chunk_tokens), "--mixed-chunk-tokens", str(self.mixed_tokens))
