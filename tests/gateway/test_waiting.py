@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import pytest
 
@@ -163,12 +163,15 @@ async def test_who_waits_behind_the_first_is_counted(monkeypatch: pytest.MonkeyP
         seen.append(num_behind)
 
     monkeypatch.setattr(Objectives, "with_room", with_room)
-    async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher, "now")) as now:
-        tasks = [begin(now)]
+    async with dispatching() as (played, dispatcher), AsyncExitStack() as stack:
+        answers = [
+            await stack.enter_async_context(aclosing(ask(dispatcher, name)))
+            for name in ("now", "first", "second", "third")
+        ]
+        tasks = [begin(answers[0])]
         await opened(played)
-        for name in ("first", "second", "third"):
-            tasks.append(begin(ask(dispatcher, name)))
-            await asyncio.sleep(0)
+        tasks += [begin(answer) for answer in answers[1:]]
+        await asyncio.sleep(0.05)
         seen.clear()
         await asyncio.sleep(0.1)
         assert set(seen) == {2}
