@@ -51,9 +51,10 @@ class GatewayConfig(TlsOptions):
     )
     stall_weight: float = option(
         STALL_WEIGHT,
-        help="what a second that running streams lose counts, in seconds of waiting for a first token: the more, the fewer "
-        "prompts are computed on decode workers while the prefill workers are busy",
+        help="what a second that a decode worker's requests lose counts, in seconds of waiting for a first token: the "
+        "more, the fewer prompts are computed there while prefill workers are busy (kv-aware, where there are such)",
         minimum=1.0,
+        maximum=1000.0,
     )
     routing: Policy = option(
         Policy.KV_AWARE, help="how workers are chosen: by cost, or by a simpler rule to compare that with"

@@ -116,21 +116,22 @@ class Costs:
     Writing overlaps with computing, so ``ship_s`` is an upper bound: it counts what occupies the link.  What a decode
     worker copies from its host meanwhile is taken to be hidden behind it.  A decode worker is taken to have at least one
     request to stall: an idle one will not be idle for long, and so a prompt is shipped where that is quicker than
-    computing it.  What the others lose weighs more than what the request does, where there are prefill workers to spare
-    them; where there are none they lose it wherever the request goes.
+    computing it.  Requests there whose prompts are still on their way count too: they will stream before long.
     """
 
     def __init__(
         self, candidates: Sequence[Candidate], demand: Demand, *, pulls: bool = True, stall_weight: float = STALL_WEIGHT
     ) -> None:
-        """``pulls``: whether cached blocks may be read from other workers."""
+        """``pulls``: whether cached blocks may be read from other workers.  ``stall_weight``: what a second counts that
+        the requests of a decode worker lose; to be 1 where nobody could spare them, as it is lost wherever the request
+        goes."""
         self._demand = demand
         self._num_steps = num_reckoned_steps(demand)
         self._rates = _completed(tuple((c.key, c.role, c.rates) for c in candidates))
         self._pulls = Pulls(candidates if pulls else (), self._rates, demand.num_prompt_tokens)
         self._ways = _Ways(candidates)
         self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}
-        self._stall_weight = stall_weight if self._writing else 1.0
+        self._stall_weight = stall_weight
 
     def alone(self, decode: Candidate) -> Option:
         rates, pull = self._rates[decode.key], self._pulls.best(decode)
@@ -166,10 +167,11 @@ class Costs:
         """By when they will have computed the prompt."""
         return sorted(writers, key=lambda writer: self._writing[writer.key].computed_s)
 
-    def best(self, decode: Candidate, writers: Sequence[Candidate]) -> Option:
-        """Of all that decode there: by rank, but without making each one, of which there are many.  ``writers`` come as
-        ``soonest_first`` has them: of a thousand, all but a few would be later even if shipping took no time."""
-        alone = self.alone(decode)
+    def best(self, alone: Option, writers: Sequence[Candidate]) -> Option:
+        """Of all that decode where ``alone`` does: by rank, but without making each one, of which there are many.
+        ``writers`` come as ``soonest_first`` has them: of a thousand, all but a few would be later even if shipping took no
+        time."""
+        decode = alone.decode
         num_bytes, decode_s = self._num_missing_bytes(decode), alone.terms.decode_s
         chosen, least = None, (alone.terms.total_s, "")
         for writer in writers:

@@ -34,9 +34,9 @@ class PassedOver:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """``options``, the best first: all that keep the chosen decode worker, and the best of every other one.  The chosen
-    one is among them.  ``pull_reason``: why it reads cached blocks from another worker first or does not, where there are
-    any."""
+    """``options``, the best first: all that keep the chosen decode worker, the best of every other one, and the best by
+    which another one computes the prompt itself.  The chosen one is among them.  ``pull_reason``: why it reads cached
+    blocks from another worker first or does not, where there are any."""
 
     policy: Policy
     demand: Demand
@@ -101,8 +101,9 @@ def choose_route(
 
     For kv-aware, whether to ship is the costs' business; a prompt of which the decode worker lacks fewer than
     ``min_ship_tokens`` is computed there under the other policies only, which know no costs.  ``stall_weight``: what a
-    second counts that running streams lose to a prompt.  ``turn`` counts the choices for round-robin, ``request_id`` is
-    random's seed, ``spoken`` are the gateway's protocols.  Pairs of ``apart`` are not made.  Raises NoWorkerError."""
+    second counts that running streams lose to a prompt, where a prefill worker could spare them.  ``turn`` counts the
+    choices for round-robin, ``request_id`` is random's seed, ``spoken`` are the gateway's protocols.  Pairs of
+    ``apart`` are not made.  Raises NoWorkerError."""
     refused = {c.key: why for c in candidates if (why := _why_not(c, excluded, spoken))}
     usable = sorted((c for c in candidates if c.key not in refused), key=lambda c: c.key.worker_id)
     decoders = [c for c in usable if c.role is Role.DECODE]
@@ -113,16 +114,24 @@ def choose_route(
             "protocol)" if known else "no decode worker has joined the cluster",
             _told(refused),
         )  # fmt: skip
-    costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE, stall_weight=stall_weight)
     writers = [c for c in usable if c.role is Role.PREFILL]
-    partners, soonest = Partners(writers, apart), Partners(costs.soonest_first(writers), apart)
-    bests = [costs.best(d, soonest.of(d)) for d in decoders]
+    partners = Partners(writers, apart)
+    can_be_spared = any(partners.of(d) for d in decoders)
+    costs = Costs(
+        usable, demand, pulls=policy is Policy.KV_AWARE, stall_weight=stall_weight if can_be_spared else 1.0
+    )  # fmt: skip
+    soonest = Partners(costs.soonest_first(writers), apart)
+    alones = [costs.alone(d) for d in decoders]
+    bests = [costs.best(alone, soonest.of(alone.decode)) for alone in alones]
     if policy is Policy.KV_AWARE:
         chosen = min(bests, key=lambda option: option.rank)
     else:
         chosen = _Custom(policy, turn, Random(request_id)).choose(decoders, partners, costs, demand, min_ship_tokens)
     with_it = [costs.alone(chosen.decode), *(costs.split(chosen.decode, w) for w in partners.of(chosen.decode))]
-    others = (best for best in bests if best.decode is not chosen.decode)
+    others = [best for best in bests if best.decode is not chosen.decode]
+    alone = min((a for a in alones if a.decode is not chosen.decode), key=lambda option: option.rank, default=None)
+    if alone is not None and all(alone is not other for other in others):
+        others.append(alone)
     options = tuple(sorted([*with_it, *others], key=lambda option: option.rank))
     refused |= {w.key: why for w in writers if (why := why_not_pair(w, chosen.decode))}
     where = chosen.decode.key

@@ -377,11 +377,12 @@ class Traffic:
 @dataclass(frozen=True, slots=True)
 class RouteOption:
     """One way to serve a request, and what it was predicted to take: ``queue_s`` until the prompt's turn, ``prefill_s`` for
-    what is not cached, ``ship_s`` for the handover and the bytes that the decode worker lacks, ``stall_s`` that its other
-    requests lose while it computes the prompt itself, ``decode_s`` for the answer's first tokens.  Without a
-    ``prefill_worker`` (empty) the decode worker computes the prompt.  ``full`` ones, whose decode worker has too few
-    blocks to begin, come last.  The cached tokens are those of the prompt, on either side.  Where there is a
-    ``pull_worker``, whoever computes the prompt reads that many tokens' blocks from it first, in ``pull_s``."""
+    what is not cached, ``ship_s`` for the handover and the bytes that the decode worker lacks, ``stall_s`` that its
+    other requests lose while it computes the prompt itself, as the gateway weighs them, ``decode_s`` for the answer's
+    first tokens.  Without a ``prefill_worker`` (empty) the decode worker computes the prompt.  ``full`` ones, whose
+    decode worker has too few blocks to begin, come last.  The cached tokens are those of the prompt, on either side.
+    Where there is a ``pull_worker``, whoever computes the prompt reads that many tokens' blocks from it first, in
+    ``pull_s``."""
 
     decode_worker: str
     prefill_worker: str

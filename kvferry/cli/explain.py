@@ -27,11 +27,11 @@ def explain(
     """Show why a request went to its workers.
 
     One table for each attempt, the cheapest option first, the chosen one marked *: milliseconds predicted from what workers
-    measured. Queue is until the prompt's turn, pull for cached blocks that are read from another worker, fill (prefill) for
-    what is then not cached, ship for the handover and the bytes that the decode worker lacks, stall what its other requests
-    lose while it computes the prompt itself (no prefill worker: -), decode for the answer's first tokens. Cache counts
-    prompt tokens on the prefill/decode worker. Each process of the gateway remembers its last
-    1000 requests.
+    measured. Queue is until the prompt's turn, pull for cached blocks that are read from another worker, fill (prefill)
+    for what is then not cached, ship for the handover and the bytes that the decode worker lacks, stall what its other
+    requests lose while it computes the prompt itself (no prefill worker: -), times --stall-weight, decode for the
+    answer's first tokens. Cache counts prompt tokens on the prefill/decode worker. Each process of the gateway
+    remembers its last 1000 requests.
 
     \b
     Example:

@@ -303,6 +303,7 @@ static int fits(const Run *run, const Worker *reader, int32_t request) {
 // In place of the best, where it costs no more than those behind would lose by waiting for that (gateway/admission.py).
 static int is_worth(const Run *run, double more_s, double queued_s) { return more_s <= (run->num_in_line - 1) * queued_s; }
 
+// Of a colocated fleet.
 static Worker *with_room(const Run *run, Worker *best) {
     double queued_s = queue_s(run, best);
     if (queued_s <= run->fleet->max_queue_s) return best;

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gateway.admission import Objectives
-from gateway.costs import STALL_WEIGHT
+from gateway.costs import HORIZON_TOKENS, STALL_WEIGHT
 from kvferry.errors import InternalError, UnavailableError
 from services.planner.build import FLEET
 from services.planner.step_cost import StepCost
@@ -223,10 +223,6 @@ def _pool(pool: Pool) -> _Pool:
     )  # fmt: skip
 
 
-# Of a request's steps, as many as routing reckons with (gateway/costs.py).
-_HORIZON_TOKENS = 64
-
-
 def _token_s(pool: Pool) -> float:
     """A queued prompt token, by what all of a full chunk's take, step and weights included."""
     tokens = float(pool.step_tokens)
@@ -239,4 +235,4 @@ def _request_weight(fleet: Fleet, traffic: Traffic, token_s: float) -> float:
     length = float(traffic.num_input.mean() - traffic.num_cached.mean())
     one, two = (fleet.decode.cost.step_s((1.0, 0.0, 0.0, 0.0, n, n * length)) for n in (32.0, 33.0))
     stall_s = 0.0 if fleet.prefill else token_s * length
-    return max(stall_s + _HORIZON_TOKENS * (two - one), 1e-12)  # fewer are better even where steps take nothing
+    return max(stall_s + HORIZON_TOKENS * (two - one), 1e-12)  # fewer are better even where steps take nothing

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.admission import Objectives
 from gateway.apart import Pair
 from gateway.candidates import Abilities, Candidate, Path, Rates, Role, TransferRate, WorkerKey
 from gateway.costs import STALL_WEIGHT, Costs, Demand
@@ -107,8 +108,20 @@ def test_what_streams_lose_weighs_more_where_a_prefill_worker_could_spare_them()
     assert names([queued, others], num_tokens=200) == ("d0", "p0")
     assert names([queued, others], num_tokens=200, stall_weight=1.0) == ("d0", None)
     assert names([queued, D0], num_tokens=200) == ("d0", None), "who has nothing to do helps out"
-    colocated = replace(D0, num_requests=2)
-    assert route([colocated], stall_weight=100.0).chosen.terms.stall_s == pytest.approx(2 * 0.5), "where none could"
+    two = replace(D0, num_requests=2)
+    for view in ([two], [two, replace(P0, content_fingerprint="g")]):
+        assert route(view, stall_weight=100.0).chosen.terms.stall_s == pytest.approx(2 * 0.5), "where none could"
+
+
+def test_who_could_compute_the_prompt_itself_is_among_the_options_also_where_shipping_is_better() -> None:
+    """The second decode worker has most of it: not the best, and what is left when the prefill worker has no room."""
+    queued = replace(P0, num_queued_prefill_tokens=1000)
+    busy, busier = replace(D0, num_requests=3), replace(D1, num_requests=4, num_prefix_blocks=24)
+    found = route([queued, busy, busier])
+    assert (found.decode, found.prefill) == (busy, queued)
+    with_room = Objectives().with_room(found, 99)
+    assert with_room is not None
+    assert (with_room.decode, with_room.prefill) == (busier, None)
 
 
 def test_the_terms_add_up() -> None:
@@ -531,7 +544,9 @@ def test_the_best_is_the_best_of_all(view: list[Candidate], num_tokens: int) -> 
     writers = [c for c in view if c.role is Role.PREFILL]
     for decode in (c for c in view if c.role is Role.DECODE):
         every = [costs.alone(decode), *(costs.split(decode, writer) for writer in writers)]
-        assert costs.best(decode, costs.soonest_first(writers)) == min(every, key=lambda option: option.rank)
+        assert costs.best(costs.alone(decode), costs.soonest_first(writers)) == min(
+            every, key=lambda option: option.rank
+        )
 
 
 @given(views(), st.integers(1, 800), st.sampled_from(Policy), st.integers(0, 9), VERSIONS, st.data())

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from gateway.admission import Objectives
 from gateway.candidates import Candidate, Role, WorkerKey
-from gateway.costs import Demand, num_needed_blocks
+from gateway.costs import STALL_WEIGHT, Demand, num_needed_blocks
 from gateway.pending import Pending, PendingBook
 from gateway.routing import Policy, Route, choose_route
 from services.engine.blocks import CacheChange, OutOfBlocksError
@@ -53,12 +53,13 @@ class ByPolicy:
 
     policy: Policy
     min_ship_tokens: int = 32
+    stall_weight: float = STALL_WEIGHT
     turn: int = 0
 
     def __call__(self, candidates: Sequence[Candidate], demand: Demand, request_id: str) -> Route:
         return choose_route(
-            candidates, demand, policy=self.policy, min_ship_tokens=self.min_ship_tokens, turn=self.turn,
-            request_id=request_id,
+            candidates, demand, policy=self.policy, min_ship_tokens=self.min_ship_tokens,
+            stall_weight=self.stall_weight, turn=self.turn, request_id=request_id,
         )  # fmt: skip
 
 

@@ -605,7 +605,9 @@ class RouteOption(google.protobuf.message.Message):
     ship_s: builtins.float
     """The handover, and the bytes that the decode worker lacks."""
     stall_s: builtins.float
-    """What the decode worker's other requests lose while it computes the prompt."""
+    """What the decode worker's other requests lose while it computes the prompt, times --stall-weight where prefill workers
+    could spare them.
+    """
     decode_s: builtins.float
     """Of the answer's first tokens, in the batch as it was."""
     num_prefill_cached_tokens: builtins.int
