@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import tenacity
 
@@ -13,6 +14,8 @@ from kvferry import errors
 
 INITIAL_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 2.0
+
+T = TypeVar("T")
 
 
 class Deadline:
@@ -41,29 +44,41 @@ def was_refused(error: BaseException) -> bool:
 
 
 def blocking(
+    attempt: Callable[[], T],
     deadline: Deadline,
     max_attempts: int,
     retry_on: Callable[[BaseException], bool],
     sleep: Callable[[float], None] = time.sleep,
-) -> tenacity.Retrying:
-    return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(retry_on),
-        wait=_wait,
-        stop=_stop(deadline, max_attempts),
-        sleep=sleep,
-        reraise=True,
+) -> T:
+    """Its result, or the last error."""
+    stop = _stop(deadline, max_attempts)
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(retry_on), wait=_wait, stop=stop, sleep=sleep, reraise=True
     )
+    try:
+        return retrying(attempt)
+    finally:
+        _forget(retrying)
 
 
-def asynchronous(
-    deadline: Deadline, max_attempts: int, retry_on: Callable[[BaseException], bool]
-) -> tenacity.AsyncRetrying:
-    return tenacity.AsyncRetrying(
-        retry=tenacity.retry_if_exception(retry_on),
-        wait=_wait,
-        stop=_stop(deadline, max_attempts),
-        reraise=True,
-    )
+async def asynchronous(
+    attempt: Callable[[], Awaitable[T]],
+    deadline: Deadline,
+    max_attempts: int,
+    retry_on: Callable[[BaseException], bool],
+) -> T:
+    """As ``blocking``."""
+    stop = _stop(deadline, max_attempts)
+    retrying = tenacity.AsyncRetrying(retry=tenacity.retry_if_exception(retry_on), wait=_wait, stop=stop, reraise=True)
+    try:
+        return await retrying(attempt)
+    finally:
+        _forget(retrying)
+
+
+def _forget(retrying: tenacity.BaseRetrying) -> None:
+    """It refers to what refers to it: of thousands of calls all would wait for a look for garbage."""
+    retrying.iter_state.reset()
 
 
 def _wait(state: tenacity.RetryCallState) -> float:

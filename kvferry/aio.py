@@ -108,8 +108,7 @@ class AsyncStream(Answer):
     async def _next_response(self) -> inference_pb2.GenerateResponse | None:
         if self._begun:
             return await self._read()
-        retrying = _retry.asynchronous(self._deadline, self._max_attempts, _retry.was_refused)
-        response: inference_pb2.GenerateResponse | None = await retrying(self._attempt)
+        response = await _retry.asynchronous(self._attempt, self._deadline, self._max_attempts, _retry.was_refused)
         self._begun = True
         return response
 
@@ -361,7 +360,7 @@ class AsyncClient:
                     self._gateways.leave(gateway)
                 raise failure from error
 
-        return await _retry.asynchronous(deadline, self._max_attempts, _retry.is_transient)(attempt)
+        return await _retry.asynchronous(attempt, deadline, self._max_attempts, _retry.is_transient)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -114,10 +114,8 @@ class Stream(Answer):
     def _next_response(self) -> inference_pb2.GenerateResponse | None:
         if self._begun:
             return self._read()
-        retrying = _retry.blocking(
-            self._deadline, self._max_attempts, _retry.was_refused, sleep_using_event(self._closed)
-        )
-        response = retrying(self._attempt)
+        sleep = sleep_using_event(self._closed)
+        response = _retry.blocking(self._attempt, self._deadline, self._max_attempts, _retry.was_refused, sleep)
         self._begun = True
         return response
 
@@ -376,7 +374,7 @@ class Client:
                     self._gateways.leave(gateway)
                 raise failure from error
 
-        return _retry.blocking(deadline, self._max_attempts, _retry.is_transient)(attempt)
+        return _retry.blocking(attempt, deadline, self._max_attempts, _retry.is_transient)
 
     def _check_open(self) -> None:
         if self._closed:
