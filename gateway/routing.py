@@ -127,11 +127,12 @@ def choose_route(
         chosen = min(bests, key=lambda option: option.rank)
     else:
         chosen = _Custom(policy, turn, Random(request_id)).choose(decoders, partners, costs, demand, min_ship_tokens)
-    with_it = [costs.alone(chosen.decode), *(costs.split(chosen.decode, w) for w in partners.of(chosen.decode))]
+    here = next(alone for alone in alones if alone.decode is chosen.decode)
+    with_it = [here, *(costs.split(chosen.decode, w) for w in partners.of(chosen.decode))]
     others = [best for best in bests if best.decode is not chosen.decode]
-    alone = min((a for a in alones if a.decode is not chosen.decode), key=lambda option: option.rank, default=None)
-    if alone is not None and all(alone is not other for other in others):
-        others.append(alone)
+    there = min((alone for alone in alones if alone is not here), key=lambda option: option.rank, default=None)
+    if there is not None and all(there is not other for other in others):
+        others.append(there)
     options = tuple(sorted([*with_it, *others], key=lambda option: option.rank))
     refused |= {w.key: why for w in writers if (why := why_not_pair(w, chosen.decode))}
     where = chosen.decode.key

@@ -39,7 +39,7 @@ def _no_long_looks() -> Iterator[None]:
     """Python's looks for cycles among all that has lived long stop a load of 2200 streams for up to half a second, time and
     again, and those among what a hundred new streams made for 0.1 s.  So what is young is looked through often, a few
     streams' worth at a time, and the rest when the load has ended: calls that have ended are held in no cycle.  From
-    Python 3.14 on looks are short by themselves."""
+    Python 3.14 on thresholds mean something else, and stay as they are."""
     if sys.version_info >= (3, 14):
         yield
         return

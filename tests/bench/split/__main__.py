@@ -23,6 +23,7 @@ from kvferry.bench import slo
 from kvferry.bench.plots import Line, plot
 from kvferry.bench.record import Record, percentile
 from kvferry.bench.slo import Slo
+from services.worker.config import MIXED_SHARE
 from tests.bench.split.fleets import Fleet, measure
 from tests.bench.split.load import Mix, is_stream
 from tests.bench.system.systems import ROOT
@@ -82,7 +83,7 @@ def main() -> None:
     console, objectives = Console(), slo.parse(options.slo)
     base = Mix(options.streams, options.longs)
     tried = {
-        "split": [Fleet(f"split-{w:g}", 1, 1, SPLIT_CHUNK, SPLIT_CHUNK // 4, w) for w in options.weights],
+        "split": [Fleet(f"split-{w:g}", 1, 1, SPLIT_CHUNK, SPLIT_CHUNK // MIXED_SHARE, w) for w in options.weights],
         "colocated": [Fleet(f"colocated-{size}", 0, 2, size, size) for size in options.chunks],
     }
     fleets = {
