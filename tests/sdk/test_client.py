@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -227,6 +228,22 @@ def test_calls_that_fail_together_do_not_pass_the_next_gateway_by(gateway: FakeG
         gateway.scripts = [refuse(kvferry.UnavailableError("no decode worker"))]
         streams = [client.generate("x"), client.generate("y")]
         assert [stream.result().text for stream in streams] == ["other", "other"]
+
+
+def test_a_gateway_that_comes_back_after_long_is_found_by_the_next_call() -> None:
+    """Just when the client has looked for it in vain once more, and waits for longest before it looks again."""
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        port = door.getsockname()[1]
+        client = kvferry.Client(f"127.0.0.1:{port}")
+        nobody = client.generate("x", timeout=10)
+        door.settimeout(5)
+        until = time.monotonic() + 4
+        while time.monotonic() < until:
+            door.accept()[0].close()
+    with pytest.raises(kvferry.UnavailableError):
+        nobody.result()
+    with FakeGateway(answer("back"), port=port), client:
+        assert client.generate("x").result().text == "back"
 
 
 def test_an_address_without_a_part_is_refused() -> None:
