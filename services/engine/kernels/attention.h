@@ -46,7 +46,7 @@ static float *partial_of(const kvf_step *step, const kvf_tile *tile, long slot, 
 static void merge(float *to, const float *from, long head_dim)
 {
     float top = to[0] > from[0] ? to[0] : from[0];
-    vf old = exp_of(splat(to[0] - top)), new = exp_of(splat(from[0] - top));
+    vf old = exp2_of(splat(to[0] - top)), new = exp2_of(splat(from[0] - top));
     to[0] = top;
     to[1] = to[1] * old[0] + from[1] * new[0];
     for (long i = PARTIAL_HEAD; i < PARTIAL_HEAD + head_dim; i += VL)
@@ -144,14 +144,13 @@ static void pack_values(attending *a, long skip, long end, long count, long ahea
                 memcpy(to, token + d * 4, NR * 4);
                 continue;
             }
-            for (long v = 0; v < NR; v += VL)
-                store(to + v, (vf)(widen(token + (d + v) * 2) | widen(next + (d + v) * 2) << 16));
+            for (long v = 0; v < NR; v += 2 * VL) interleave(token + (d + v) * 2, next + (d + v) * 2, to + v);
         }
     }
 }
 
-/* Scores of a query, those outside from..to void, become weights: exp(score - the greatest).  count is a multiple of NR.
- * Returns the weights' sum. */
+/* Scores of a query, those outside from..to void, become weights: 2^(scale * (score - the greatest)).  count is a multiple of
+ * NR.  Returns the weights' sum. */
 static float weigh(float *scores, long from, long to, long count, float scale, float *top)
 {
     for (long i = 0; i < from; i++) scores[i] = -INFINITY;
@@ -160,7 +159,7 @@ static float weigh(float *scores, long from, long to, long count, float scale, f
     for (long i = VL; i < count; i += VL) tops = max_of(load(scores + i), tops);
     float greatest_score = greatest(tops);
     for (long i = 0; i < count; i += VL) {
-        vf weights = exp_of((load(scores + i) - greatest_score) * scale);
+        vf weights = exp2_of((load(scores + i) - greatest_score) * scale);
         store(scores + i, weights);
         sums += weights;
     }
@@ -186,7 +185,7 @@ static void attend_head(attending *a, long begin, long end, long slot)
         else
             multiply_f32(num_queries, queries, (char *)a->panel, scores);
     }
-    float scale = 1.0f / sqrtf((float)dim);
+    float scale = 1.44269504f / sqrtf((float)dim); /* of log2(e) */
     long stride = dim + PARTIAL_HEAD;
     for (long i = 0; i < num_queries; i++) {
         float *result = a->results + i * stride, *scores = a->scores + i * CHUNK;

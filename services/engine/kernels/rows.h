@@ -52,10 +52,10 @@ static void pack_group(const float *x, int16_t *to, kvf_group *common)
     for (long i = 0; i < GROUP; i += VL) most = most_of((vi)load(x + i) & 0x7fffffff, most); /* bits have floats' order */
     float top = as_float(greatest_integer(most)), scale = power_of_two(top * (1 / 32767.0f));
     for (long i = 0; i < GROUP; i += VL) {
-        vi shifted = (vi)(load(x + i) * (1 / scale) + 12582912.0f); /* rounds to an integer, in the low bits */
+        vi shifted = (vi)(load(x + i) * (1 / scale) + MAGIC);
         vh low = __builtin_convertvector((vu)shifted, vh);
         memcpy(to + i, &low, sizeof low);
-        sum += shifted - (vi)splat(12582912.0f);
+        sum += shifted - (vi)splat(MAGIC);
     }
     common->scale_bits = as_bits(scale) - as_bits(1.0f);
     common->sum = top < 0x1p111f ? scale * sum_of_integers(sum) : NAN;

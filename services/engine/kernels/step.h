@@ -124,7 +124,7 @@ typedef struct {
 
 #define QUERIES 48       /* most queries of a tile: the more, the less often keys and values are packed */
 #define CHUNK 128        /* tokens of context that a partial result is over: multiples of it are where chunks begin */
-#define PARTIAL_HEAD 16  /* before its numbers: the greatest score, the sum of weights, padding */
+#define PARTIAL_HEAD 16  /* before its numbers: the greatest score, times log2(e), the sum of weights, padding */
 
 kvf_draw kvf_draw_avx512bf16, kvf_draw_avx512, kvf_draw_avx2, kvf_draw_portable;
 kvf_work kvf_step_avx512bf16, kvf_step_avx512, kvf_step_avx2, kvf_step_portable;
