@@ -12,18 +12,26 @@
 
 #define MAX_HEAD_DIM 256
 
+/* What is claimed of a layer's attention: the context, or a part of it, of a tile, for some KV heads (all heads of a token
+ * lie together). */
+typedef struct {
+    long slot, first_head, end_head;
+} attention_share;
+
+/* What one thread works in, share after share. */
 typedef struct {
     const kvf_step *step;
     const kvf_tile *tile;
     const char *layer; /* the arena's first block, at this layer */
     long block_nbytes, token_nbytes, value_offset;
-    long first_head, end_head, head; /* KV heads: those to do, and the one in hand */
-    long head_offset;                /* how far its numbers are into a token's */
-    long first_row, first_position;  /* of the sequence's new tokens */
-    /* Where the keys of a chunk's tokens are, all heads; values are value_offset further.  Of the chunk that comes next
-     * the first num_asked have been asked for. */
+    long head, head_offset; /* the KV head in hand, and how far its numbers are into a token's */
+    /* Where the keys of a chunk's tokens are, all heads; values are value_offset further. */
     const char **tokens, **coming, *room[2][CHUNK];
+    /* Of the chunk that comes next: whose it is, how many rows (a token's keys, or its values) it has, how many of them have
+     * been asked for and how many should have been by now, and how many more in one unit of time: see ask(). */
+    attention_share coming_share;
     long num_coming, num_asked;
+    float num_due, pace;
     uint32_t queries[QUERIES * MAX_HEAD_DIM];
     uint32_t panel[NR * MAX_HEAD_DIM]; /* keys of 32 tokens */
     float scores[QUERIES * CHUNK];
@@ -31,6 +39,13 @@ typedef struct {
     uint32_t values[CHUNK * MAX_HEAD_DIM];
     float results[QUERIES * (MAX_HEAD_DIM + PARTIAL_HEAD)];
 } attending;
+
+/* How long parts of an attention take, by and large: memory is asked for what comes next in even steps. */
+#define PACKED_BLOCK 3.0f
+#define PACKED_VALUES 1.0f /* of VALUES_A_TIME tokens */
+#define VALUES_A_TIME 8
+#define WEIGHED 3.0f
+#define VALUES_ADDED 6.0f
 
 static long least(long a, long b) { return a < b ? a : b; }
 static long most(long a, long b) { return a > b ? a : b; }
@@ -53,16 +68,30 @@ static void merge(float *to, const float *from, long head_dim)
         store(to + i, load(to + i) * old + load(from + i) * new);
 }
 
-static long position_of(const attending *a, long query)
+static long position_of(const kvf_step *step, const kvf_tile *tile, long query)
 {
-    return a->first_position + (a->tile->first + query) / (a->step->model->num_heads / a->step->model->num_kv_heads);
+    const kvf_batch *batch = step->batch;
+    long sharing = step->model->num_heads / step->model->num_kv_heads;
+    return batch->positions[batch->qo_indptr[tile->sequence]] + (tile->first + query) / sharing;
 }
 
-/* Where the tile's query sees from. */
-static long sees_from(const attending *a, long query)
+/* Where a tile's query sees from. */
+static long sees_from(const kvf_step *step, const kvf_tile *tile, long query)
 {
-    long window = a->step->model->window;
-    return window ? most(0, position_of(a, query) + 1 - window) : 0;
+    long window = step->model->window;
+    return window ? most(0, position_of(step, tile, query) + 1 - window) : 0;
+}
+
+/* Chunk's tokens: begin..end of the context, whole panels from a multiple of NR on, so that a token has the same place in
+ * all sums whoever looks at it. */
+static long chunk_begin(const kvf_step *step, const kvf_tile *tile, long chunk)
+{
+    return most(chunk * CHUNK, sees_from(step, tile, 0) / NR * NR);
+}
+
+static long chunk_end(const kvf_step *step, const kvf_tile *tile, long chunk)
+{
+    return least((chunk + 1) * CHUNK, position_of(step, tile, tile->count - 1) + 1);
 }
 
 static void take_queries(attending *a)
@@ -70,8 +99,9 @@ static void take_queries(attending *a)
     const kvf_model *model = a->step->model;
     long dim = model->head_dim, sharing = model->num_heads / model->num_kv_heads, half = a->step->batch->kv_half;
     long stride = padded((model->num_heads + 2 * model->num_kv_heads) * dim, NR);
+    long first_row = a->step->batch->qo_indptr[a->tile->sequence];
     for (long i = 0; i < a->tile->count; i++) {
-        long row = a->first_row + (a->tile->first + i) / sharing, head = a->head * sharing + (a->tile->first + i) % sharing;
+        long row = first_row + (a->tile->first + i) / sharing, head = a->head * sharing + (a->tile->first + i) % sharing;
         const float *query = a->step->wide + row * stride + head * dim;
         if (half)
             pack_bf16(query, dim, a->queries + i * dim / 2);
@@ -80,39 +110,46 @@ static void take_queries(attending *a)
     }
 }
 
-/* Chunk's tokens: begin..end of the context, whole panels from a multiple of NR on, so that a token has the same place in
- * all sums whoever looks at it. */
-static long chunk_begin(const attending *a, long chunk) { return most(chunk * CHUNK, sees_from(a, 0) / NR * NR); }
-
-static long chunk_end(const attending *a, long chunk)
+/* Finds the tokens of the chunk that comes next, in a share that may be another than the one in hand. */
+static void locate(attending *a, attention_share share, long chunk)
 {
-    return least((chunk + 1) * CHUNK, position_of(a, a->tile->count - 1) + 1);
-}
-
-/* Finds the tokens of the chunk that comes next. */
-static void locate(attending *a, long chunk)
-{
-    const kvf_batch *batch = a->step->batch;
-    const int32_t *blocks = batch->kv_indices + batch->kv_indptr[a->tile->sequence];
-    long begin = chunk_begin(a, chunk), end = chunk_end(a, chunk);
+    const kvf_step *step = a->step;
+    const kvf_batch *batch = step->batch;
+    const kvf_tile *tile = &step->tiles[step->slot_tile[share.slot]];
+    const int32_t *blocks = batch->kv_indices + batch->kv_indptr[tile->sequence];
+    long begin = chunk_begin(step, tile, chunk), end = chunk_end(step, tile, chunk);
     for (long i = 0; i < end - begin; i++) {
         long block = (begin + i) / batch->block_size, offset = (begin + i) % batch->block_size;
         a->coming[i] = a->layer + blocks[block] * a->block_nbytes + offset * a->token_nbytes;
     }
-    a->num_coming = end - begin;
+    a->coming_share = share;
+    a->num_coming = 2 * (end - begin);
     a->num_asked = 0;
+    a->num_due = 0;
 }
 
-/* Asks memory for some more tokens of the chunk that comes next: blocks lie anywhere, which defeats the processor's own
- * foresight.  Inlined: gcc takes a function that only asks for one that does nothing. */
-static ALWAYS_INLINE void ask(attending *a, long count)
+/* Asks memory for what should be on its way after some more units of time.  Blocks lie anywhere, which defeats the
+ * processor's own foresight.  In even steps, because what is asked for keeps busy what the chunk in hand is read through:
+ * asked for in a few bursts, KV of 2048 tokens took half as long again.  Inlined: gcc takes a function that only asks for one
+ * that does nothing. */
+static ALWAYS_INLINE void ask(attending *a, float units)
 {
     long head_nbytes = a->step->model->head_dim * (a->step->batch->kv_half ? 2 : 4);
-    for (long end = least(a->num_asked + count, a->num_coming); a->num_asked < end; a->num_asked++)
-        for (long at = a->first_head * head_nbytes; at < a->end_head * head_nbytes; at += 64) {
-            __builtin_prefetch(a->coming[a->num_asked] + at, 0, 2);
-            __builtin_prefetch(a->coming[a->num_asked] + a->value_offset + at, 0, 2);
-        }
+    a->num_due += units * a->pace;
+    for (long end = least(a->num_due, a->num_coming); a->num_asked < end; a->num_asked++) {
+        const char *row = a->coming[a->num_asked / 2] + a->num_asked % 2 * a->value_offset;
+        for (long at = a->coming_share.first_head * head_nbytes; at < a->coming_share.end_head * head_nbytes; at += 64)
+            __builtin_prefetch(row + at, 0, 3);
+    }
+}
+
+/* So that all of what comes next has been asked for when the chunk in hand, of count tokens, is done for num_heads heads. */
+static void set_pace(attending *a, long count, long num_heads)
+{
+    long dim = a->step->model->head_dim, num_units = dim >> a->step->batch->kv_half;
+    float units = PACKED_BLOCK * (count / VL) * ((num_units + VL - 1) / VL) + WEIGHED * a->tile->count +
+                  PACKED_VALUES * (count / VALUES_A_TIME) + VALUES_ADDED * (dim / NR);
+    a->pace = (a->num_coming + 1) / (units * num_heads);
 }
 
 /* Keys of NR tokens, of which the first is tokens[at] and those from count on do not matter. */
@@ -121,6 +158,7 @@ static void pack_keys(attending *a, long at, long count, long num_units)
     for (long lanes = 0; lanes < NR; lanes += VL)
         for (long unit = 0; unit < num_units; unit += VL) {
             vf rows[VL];
+            ask(a, PACKED_BLOCK);
             UNROLL for (int i = 0; i < VL; i++)
                 rows[i] = load(a->tokens[least(at + lanes + i, count - 1)] + a->head_offset + unit * 4);
             transpose(rows);
@@ -130,12 +168,12 @@ static void pack_keys(attending *a, long at, long count, long num_units)
 
 /* Values of tokens skip..end as [panel of 32 dimensions][count tokens, in pairs where they are bfloat16].  Others are zero:
  * their slots hold anything, and a weight of zero would not undo a NaN. */
-static void pack_values(attending *a, long skip, long end, long count, long ahead)
+static void pack_values(attending *a, long skip, long end, long count)
 {
     static const char zeros[4 * MAX_HEAD_DIM];
     long dim = a->step->model->head_dim, half = a->step->batch->kv_half, offset = a->value_offset + a->head_offset;
     for (long at = 0; at < count; at += 1 + half) {
-        if (at % NR == 0) ask(a, ahead);
+        if (at % VALUES_A_TIME == 0) ask(a, PACKED_VALUES);
         const char *token = at < skip || at >= end ? zeros : a->tokens[at] + offset;
         const char *next = at + 1 < skip || at + 1 >= end ? zeros : a->tokens[at + 1] + offset;
         for (long d = 0; d < dim; d += NR) {
@@ -172,24 +210,23 @@ static void attend_head(attending *a, long begin, long end, long slot)
 {
     const kvf_step *step = a->step;
     long dim = step->model->head_dim, half = step->batch->kv_half, num_queries = a->tile->count;
-    long count = padded(end - begin, NR), skip = most(0, sees_from(a, 0) - begin);
-    const long ahead = NR / 2 / (a->end_head - a->first_head) + 1; /* all of them, before the last panel of the last head */
+    long count = padded(end - begin, NR), skip = most(0, sees_from(step, a->tile, 0) - begin);
     take_queries(a);
     operand queries = {a->queries, NULL, dim >> half, 0, dim >> half};
     for (long at = 0; at < count; at += NR) {
-        ask(a, ahead);
         pack_keys(a, at, end - begin, dim >> half);
         target scores = {a->scores + at, CHUNK, NULL, 0};
         if (half)
-            multiply_bf16(num_queries, queries, (char *)a->panel, scores);
+            multiply_bf16(num_queries, queries, (char *)a->panel, scores, (coming){0});
         else
-            multiply_f32(num_queries, queries, (char *)a->panel, scores);
+            multiply_f32(num_queries, queries, (char *)a->panel, scores, (coming){0});
     }
     float scale = 1.44269504f / sqrtf((float)dim); /* of log2(e) */
     long stride = dim + PARTIAL_HEAD;
     for (long i = 0; i < num_queries; i++) {
         float *result = a->results + i * stride, *scores = a->scores + i * CHUNK;
-        long from = most(sees_from(a, i) - begin, 0), to = least(position_of(a, i) + 1, end) - begin;
+        long from = most(sees_from(step, a->tile, i) - begin, 0), to = least(position_of(step, a->tile, i) + 1, end) - begin;
+        ask(a, WEIGHED);
         result[1] = from < to ? weigh(scores, from, to, count, scale, &result[0]) : 0;
         if (from >= to) memset(scores, 0, count * 4);
         if (half)
@@ -197,65 +234,75 @@ static void attend_head(attending *a, long begin, long end, long slot)
         else
             memcpy(a->weights + i * CHUNK, scores, count * 4);
     }
-    pack_values(a, skip, end - begin, count, ahead);
+    pack_values(a, skip, end - begin, count);
     operand weights = {a->weights, NULL, CHUNK >> half, 0, count >> half};
     for (long d = 0; d < dim; d += NR) {
+        ask(a, VALUES_ADDED);
         target sums = {a->results + PARTIAL_HEAD + d, stride, NULL, 0};
         const char *panel = (char *)(a->values + d * (count >> half));
         if (half)
-            multiply_bf16(num_queries, weights, panel, sums);
+            multiply_bf16(num_queries, weights, panel, sums, (coming){0});
         else
-            multiply_f32(num_queries, weights, panel, sums);
+            multiply_f32(num_queries, weights, panel, sums, (coming){0});
     }
     for (long i = 0; i < num_queries; i++)
         if (a->results[i * stride + 1] != 0) merge(partial_of(step, a->tile, slot, a->head, i), a->results + i * stride, dim);
 }
 
-/* Adds chunks of context, which follow each other, to the partial results of a slot. */
-static void attend_chunks(attending *a, long chunk, long end_chunk, long slot)
+static long first_chunk(const kvf_step *step, long slot)
 {
-    locate(a, chunk);
-    ask(a, CHUNK);
+    const kvf_tile *tile = &step->tiles[step->slot_tile[slot]];
+    return tile->first_chunk + (slot - tile->slot);
+}
+
+static void start_attending(attending *a, const kvf_step *step, long layer)
+{
+    const kvf_batch *batch = step->batch;
+    a->step = step;
+    a->tokens = a->room[0];
+    a->coming = a->room[1];
+    a->coming_share.slot = -1;
+    a->token_nbytes = step->model->num_kv_heads * step->model->head_dim * (batch->kv_half ? 2 : 4);
+    a->value_offset = batch->block_size * a->token_nbytes;
+    a->block_nbytes = step->model->num_layers * 2 * a->value_offset;
+    a->layer = batch->arena + layer * 2 * a->value_offset;
+}
+
+/* next is what this thread will be called for next, or NULL. */
+static void attend(attending *a, attention_share share, const attention_share *next)
+{
+    const kvf_step *step = a->step;
+    const kvf_model *model = step->model;
+    const kvf_tile *tile = a->tile = &step->tiles[step->slot_tile[share.slot]];
+    for (long head = share.first_head; head < share.end_head; head++)
+        for (long i = 0; i < tile->count; i++) {
+            float *partial = partial_of(step, tile, share.slot, head, i);
+            memset(partial, 0, (model->head_dim + PARTIAL_HEAD) * 4);
+            partial[0] = -INFINITY;
+        }
+    long chunk = first_chunk(step, share.slot), end_chunk = chunk + (tile->num_slots > 1 ? 1 : tile->num_chunks);
+    if (a->coming_share.slot != share.slot || a->coming_share.first_head != share.first_head) {
+        locate(a, share, chunk);
+        a->pace = a->num_coming;
+        ask(a, 1);
+    }
     for (; chunk < end_chunk; chunk++) {
         const char **tokens = a->tokens;
         a->tokens = a->coming;
         a->coming = tokens;
+        a->coming_share.slot = -1;
         a->num_coming = 0;
-        if (chunk + 1 < end_chunk) locate(a, chunk + 1);
-        for (a->head = a->first_head; a->head < a->end_head; a->head++) {
-            a->head_offset = a->head * a->step->model->head_dim * (a->step->batch->kv_half ? 2 : 4);
-            attend_head(a, chunk_begin(a, chunk), chunk_end(a, chunk), slot);
+        if (chunk + 1 < end_chunk)
+            locate(a, share, chunk + 1);
+        else if (next)
+            locate(a, *next, first_chunk(step, next->slot));
+        long begin = chunk_begin(step, tile, chunk), end = chunk_end(step, tile, chunk);
+        set_pace(a, padded(end - begin, NR), share.end_head - share.first_head);
+        for (a->head = share.first_head; a->head < share.end_head; a->head++) {
+            a->head_offset = a->head * model->head_dim * (step->batch->kv_half ? 2 : 4);
+            attend_head(a, begin, end, share.slot);
         }
     }
-}
-
-/* The share of a tile's context that belongs to a slot, for some KV heads: all heads of a token lie together. */
-static void attend(const kvf_step *step, long layer, long slot, long first_head, long end_head)
-{
-    const kvf_model *model = step->model;
-    const kvf_batch *batch = step->batch;
-    const kvf_tile *tile = &step->tiles[step->slot_tile[slot]];
-    attending a;
-    a.step = step;
-    a.tile = tile;
-    a.first_head = first_head;
-    a.end_head = end_head;
-    a.tokens = a.room[0];
-    a.coming = a.room[1];
-    a.token_nbytes = model->num_kv_heads * model->head_dim * (batch->kv_half ? 2 : 4);
-    a.value_offset = batch->block_size * a.token_nbytes;
-    a.block_nbytes = model->num_layers * 2 * a.value_offset;
-    a.layer = batch->arena + layer * 2 * a.value_offset;
-    a.first_row = batch->qo_indptr[tile->sequence];
-    a.first_position = batch->positions[a.first_row];
-    for (long head = first_head; head < end_head; head++)
-        for (long i = 0; i < tile->count; i++) {
-            float *partial = partial_of(step, tile, slot, head, i);
-            memset(partial, 0, (model->head_dim + PARTIAL_HEAD) * 4);
-            partial[0] = -INFINITY;
-        }
-    long chunk = tile->first_chunk + (slot - tile->slot);
-    attend_chunks(&a, chunk, chunk + (tile->num_slots > 1 ? 1 : tile->num_chunks), slot);
 }
 
 /* to: [heads, head_dim], a row's result, from the partial results of all its slots. */

@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #define SPINS 1000 /* some 20 to 50 microseconds */
+#define MAX_PARTS 8 /* whoever has nothing left to do looks at all of them */
 
 struct kvf_pool {
     int num_threads;
@@ -27,7 +28,10 @@ struct kvf_pool {
     _Alignas(64) atomic_int round; /* how many barriers there were */
     atomic_int num_sleeping;
     _Alignas(64) atomic_int num_arrived;
-    _Alignas(64) atomic_long next;
+    int num_parts, part_size; /* of the threads: part_size to each, and fewer to the last */
+    struct {
+        _Alignas(64) atomic_long num_claimed;
+    } parts[MAX_PARTS];
 };
 
 typedef struct {
@@ -79,13 +83,22 @@ static void wait_for_round(kvf_pool *pool, int round)
 
 long kvf_claim(kvf_pool *pool, long total, long *end)
 {
-    long begin = atomic_load_explicit(&pool->next, memory_order_relaxed), count;
-    do {
-        count = (total - begin) / (2 * pool->num_threads);
-        *end = begin + (count > 1 ? count : 1);
-    } while (begin < total && !atomic_compare_exchange_weak_explicit(&pool->next, &begin, *end, memory_order_relaxed,
-                                                                     memory_order_relaxed));
-    return begin;
+    int own = own_number / pool->part_size;
+    for (int i = 0; i < pool->num_parts; i++) {
+        long part = (own + i) % pool->num_parts;
+        long first = total * part / pool->num_parts, size = total * (part + 1) / pool->num_parts - first, count;
+        long begin = atomic_load_explicit(&pool->parts[part].num_claimed, memory_order_relaxed);
+        do {
+            if (begin >= size) break;
+            count = (size - begin) / (2 * pool->part_size);
+            count = count > 1 ? count : 1;
+        } while (!atomic_compare_exchange_weak_explicit(&pool->parts[part].num_claimed, &begin, begin + count,
+                                                        memory_order_relaxed, memory_order_relaxed));
+        if (begin >= size) continue;
+        *end = first + begin + count;
+        return first + begin;
+    }
+    return total;
 }
 
 void kvf_barrier(kvf_pool *pool)
@@ -97,7 +110,8 @@ void kvf_barrier(kvf_pool *pool)
         return;
     }
     atomic_store_explicit(&pool->num_arrived, 0, memory_order_relaxed);
-    atomic_store_explicit(&pool->next, 0, memory_order_relaxed);
+    for (int i = 0; i < pool->num_parts; i++)
+        atomic_store_explicit(&pool->parts[i].num_claimed, 0, memory_order_relaxed);
     atomic_store(&pool->round, round + 1);
     /* Whoever counts itself sleeping after this load looks at the round once more before it sleeps. */
     if (atomic_load(&pool->num_sleeping)) syscall(SYS_futex, &pool->round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
@@ -135,6 +149,8 @@ kvf_pool *kvf_pool_open(int num_threads)
     if (!pool) return NULL;
     *pool = (kvf_pool){.num_threads = num_threads, .threads = calloc(num_threads, sizeof(pthread_t)),
                        .cpus = calloc(num_threads, sizeof(atomic_int))};
+    pool->part_size = (num_threads + MAX_PARTS - 1) / MAX_PARTS;
+    pool->num_parts = (num_threads + pool->part_size - 1) / pool->part_size;
     int started = 1;
     for (; pool->threads && pool->cpus && started < num_threads; started++) {
         member *self = malloc(sizeof *self);

@@ -13,8 +13,9 @@ int kvf_pool_size(const kvf_pool *pool);
 void kvf_pool_run(kvf_pool *pool, kvf_work *work, void *argument);
 
 /* Within work: some of the numbers 0 to total - 1 that nobody else gets, the first of them returned and what is behind the
- * last put into end; total or more when there are none.  Starts over at each barrier.  Long ranges come first and short
- * ones last, so that memory is read in order and nobody waits long. */
+ * last put into end; total when there are none.  Starts over at each barrier.  A thread gets those of its own part first, the
+ * same share of any total, and then helps with others'.  Long ranges come first and short ones last, so that memory is read
+ * in order and nobody waits long. */
 long kvf_claim(kvf_pool *pool, long total, long *end);
 /* Within work: returns when all threads have called it; what each stored before is seen by all. */
 void kvf_barrier(kvf_pool *pool);

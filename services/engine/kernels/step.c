@@ -29,6 +29,14 @@ static void append(const kvf_step *step, long layer, long row)
     }
 }
 
+/* Of so many groups of KV heads. */
+static attention_share nth_share(const kvf_model *model, long number, long num_groups)
+{
+    long group = number % num_groups;
+    return (attention_share){number / num_groups, model->num_kv_heads * group / num_groups,
+                             model->num_kv_heads * (group + 1) / num_groups};
+}
+
 void KVF_STEP(void *argument, kvf_pool *pool, int thread)
 {
     const kvf_step *step = argument;
@@ -41,6 +49,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     const long wanted = (4 * kvf_pool_size(pool) + step->num_slots - 1) / step->num_slots;
     const long num_groups = least(wanted, model->num_kv_heads);
     float *own = step->rows + thread * step->row_stride;
+    attending attention;
 #define EACH(i, count) \
     for (long i = 0, i##_end = 0; i < i##_end || (i = kvf_claim(pool, count, &i##_end)) < (count); i++)
 
@@ -63,10 +72,10 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
         kvf_barrier(pool);
         EACH(row, num_rows) append(step, number, row);
         kvf_barrier(pool);
+        start_attending(&attention, step, number);
         EACH(share, step->num_slots * num_groups) {
-            long group = share % num_groups;
-            attend(step, number, share / num_groups, model->num_kv_heads * group / num_groups,
-                   model->num_kv_heads * (group + 1) / num_groups);
+            attention_share own_share = nth_share(model, share, num_groups), next = nth_share(model, share + 1, num_groups);
+            attend(&attention, own_share, share + 1 < share_end ? &next : NULL);
         }
         kvf_barrier(pool);
         x = inputs_of(step, format, layer->output.num_columns);
