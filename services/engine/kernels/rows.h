@@ -37,28 +37,32 @@ static void pack_bf16(const float *x, long n, void *to)
     }
 }
 
-/* The least that is not below x, from 2^-64 to 2^96: so times a float16 it is an ordinary number. */
-static float power_of_two(float x)
+/* The bits of the least power of two that is not below x, from 2^-64 to 2^96: so times a float16 it is an ordinary number. */
+static ALWAYS_INLINE vi power_of_two(vf x)
 {
-    uint32_t bits = (as_bits(x) + 0x7fffff) & 0x7f800000, least = as_bits(0x1p-64f), most = as_bits(0x1p96f);
-    return as_float(bits < least ? least : bits > most ? most : bits);
+    vi bits = ((vi)x + 0x7fffff) & 0x7f800000;
+    return least_of(most_of(bits, (vi)splat(0x1p-64f)), (vi)splat(0x1p96f));
 }
 
 /* Pairs of int16 from GROUP numbers, and what they have in common.  A number that is not finite, or not below 2^111, makes
- * the sum NaN. */
+ * the sum NaN.  All lanes say the same until they differ in number: nothing goes by way of the scalar side, which is slow. */
 static void pack_group(const float *x, int16_t *to, kvf_group *common)
 {
-    vi most = splat_bits(0), sum = splat_bits(0);
-    for (long i = 0; i < GROUP; i += VL) most = most_of((vi)load(x + i) & 0x7fffffff, most); /* bits have floats' order */
-    float top = as_float(greatest_integer(most)), scale = power_of_two(top * (1 / 32767.0f));
+    vi top = splat_bits(0), sum = splat_bits(0);
+    for (long i = 0; i < GROUP; i += VL) top = most_of((vi)load(x + i) & 0x7fffffff, top); /* bits have floats' order */
+    REDUCE(top, most_of);
+    vi scale = power_of_two((vf)top * (1 / 32767.0f));
+    vf inverse = (vf)(0x7f000000 - scale); /* of a power of two */
     for (long i = 0; i < GROUP; i += VL) {
-        vi shifted = (vi)(load(x + i) * (1 / scale) + MAGIC);
+        vi shifted = (vi)(load(x + i) * inverse + MAGIC);
         vh low = __builtin_convertvector((vu)shifted, vh);
         memcpy(to + i, &low, sizeof low);
         sum += shifted - (vi)splat(MAGIC);
     }
-    common->scale_bits = as_bits(scale) - as_bits(1.0f);
-    common->sum = top < 0x1p111f ? scale * sum_of_integers(sum) : NAN;
+    REDUCE(sum, PLUS);
+    vf scaled = (vf)scale * __builtin_convertvector(sum, vf);
+    common->scale_bits = scale[0] - as_bits(1.0f);
+    common->sum = where_above(splat(0x1p111f), (vf)top, scaled, splat(NAN))[0];
 }
 
 /* Row number row of an operand for products with a matrix of num_columns: x has n numbers, and zeros up to num_columns

@@ -89,7 +89,9 @@ static ALWAYS_INLINE vi most_of(vi a, vi b)
 #endif
 }
 
-/* v's lanes by operation, in halves: lane i with lane i + VL / 2, and so on. */
+static ALWAYS_INLINE vi least_of(vi a, vi b) { return ~most_of(~a, ~b); }
+
+/* v's lanes by operation, in halves: lane i with lane i + VL / 2, and so on; the result is in all of them. */
 #define OTHER(lane, h) ((lane) ^ (h))
 #define REDUCE(v, operation)                                                                  \
     do {                                                                                      \
@@ -102,8 +104,6 @@ static ALWAYS_INLINE vi most_of(vi a, vi b)
 
 static ALWAYS_INLINE float sum_of(vf v) { REDUCE(v, PLUS); return v[0]; }
 static ALWAYS_INLINE float greatest(vf v) { REDUCE(v, max_of); return v[0]; }
-static ALWAYS_INLINE int32_t sum_of_integers(vi v) { REDUCE(v, PLUS); return v[0]; }
-static ALWAYS_INLINE int32_t greatest_integer(vi v) { REDUCE(v, most_of); return v[0]; }
 
 /* acc + a * b over pairs of bfloat16, first of the pair in the low half. */
 static ALWAYS_INLINE vf dot_bf16(vf acc, vi a, vi b)
