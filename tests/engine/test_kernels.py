@@ -351,12 +351,12 @@ def test_wrong_indices_do_not_reach_the_kernels(change: dict[str, npt.NDArray[np
 def test_idle_threads_sleep_and_end_with_their_model() -> None:
     config = make_config()
     made = Made.of(config, [(40, 1)], 16, "float32", 0)
-    before = _num_threads()
+    before = _threads()
     runner = CompiledRunner(
         config, pack(config, make_weights(config), "float32"), made.layout, memoryview(made.arena), made.num_blocks, 4
     )
     runner.logits(made.batch)
-    assert _num_threads() == before + 4, "four that compute, and none of them is the caller's"
+    assert len(_threads() - before) == 4, "four that compute, and none of them is the caller's"
     time.sleep(0.05)
     began = os.times()
     time.sleep(0.5)
@@ -364,7 +364,7 @@ def test_idle_threads_sleep_and_end_with_their_model() -> None:
     assert (ended.user + ended.system) - (began.user + began.system) < 0.1
     del runner
     gc.collect()
-    assert _num_threads() == before
+    assert _threads() <= before
 
 
 def test_steps_of_two_models_run_beside_each_other() -> None:
@@ -404,5 +404,5 @@ def test_without_a_compiler_the_reason_says_what_to_do(tmp_path, monkeypatch) ->
     load.cache_clear()
 
 
-def _num_threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+def _threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
