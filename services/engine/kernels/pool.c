@@ -11,11 +11,16 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
-#define SPINS 1000 /* some 20 to 50 microseconds */
+/* As long as it takes to wake a thread that sleeps and to get it to another processor: with less, each of two threads was
+ * asleep whenever the other arrived, for the rest of a step, and steps took up to five times as long. */
+#define SPIN_NS 100000
+#define SPINS_A_LOOK 32
 #define MAX_PARTS 8 /* whoever has nothing left to do looks at all of them */
 
 struct kvf_pool {
@@ -61,16 +66,24 @@ static void leave_others(kvf_pool *pool)
         is_shared |= i != own_number && atomic_load_explicit(&pool->cpus[i], memory_order_relaxed) == own;
     if (!is_shared || sched_getaffinity(0, sizeof allowed, &allowed)) return;
     free_of_others = allowed;
-    for (int i = 0; i < pool->num_threads; i++) CPU_CLR(atomic_load(&pool->cpus[i]), &free_of_others);
-    CPU_CLR(own, &free_of_others);
+    for (int i = 0; i < pool->num_threads; i++)
+        if (i != own_number) CPU_CLR(atomic_load(&pool->cpus[i]), &free_of_others); /* where it was itself is free again */
     if (!CPU_COUNT(&free_of_others)) return;
     if (!sched_setaffinity(0, sizeof allowed, &free_of_others)) sched_setaffinity(0, sizeof allowed, &allowed);
     atomic_store_explicit(&pool->cpus[own_number], sched_getcpu(), memory_order_relaxed);
 }
 
+static int64_t now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
+}
+
 static void wait_for_round(kvf_pool *pool, int round)
 {
-    for (int i = 0; i < SPINS; i++) {
+    const int64_t until_ns = now_ns() + SPIN_NS;
+    for (int i = 1; i % SPINS_A_LOOK || now_ns() < until_ns; i++) {
         if (atomic_load_explicit(&pool->round, memory_order_acquire) != round) return;
         relax();
     }
