@@ -111,6 +111,7 @@ static size_t lay_out(kvf_step *step, char *memory, int num_threads)
     step->row_sequence = take(memory, &at, rows * sizeof(int32_t));
     step->first_tile = take(memory, &at, step->batch->num_sequences * sizeof(int32_t));
     step->hidden = take(memory, &at, rows * padded(model->hidden_size, 32) * sizeof(float));
+    step->last_hidden = take(memory, &at, step->batch->num_sampled * padded(model->hidden_size, 32) * sizeof(float));
     step->wide = take(memory, &at, (rows * widest + 16) * sizeof(float));
     step->inputs = take(memory, &at, rows * inputs * sizeof(uint32_t));
     step->groups = take(memory, &at, rows * inputs / GROUP * sizeof(kvf_group));
@@ -143,7 +144,7 @@ static long plan(kvf_step *step, long max_chunks)
             long end = batch->positions[first_row] + (first + count - 1) / sharing;
             begin = model->window ? most(0, begin + 1 - model->window) : 0;
             kvf_tile tile = {s, first, count, begin / CHUNK, end / CHUNK - begin / CHUNK + 1, step->num_slots, 1,
-                             step->num_partials};
+                             step->num_partials, 0};
             /* A context that is more than its share would keep one thread busy while the others wait. */
             if (tile.num_chunks > max_chunks) tile.num_slots = tile.num_chunks;
             if (step->tiles) {
@@ -155,6 +156,12 @@ static long plan(kvf_step *step, long max_chunks)
             step->num_partials += tile.num_slots * model->num_kv_heads * count;
             total_chunks += tile.num_chunks;
         }
+    }
+    for (int i = 0; step->tiles && i < batch->num_sampled; i++) {
+        long row = batch->sampled[i], sequence = step->row_sequence[row];
+        long first = (row - batch->qo_indptr[sequence]) * sharing, end = first + sharing;
+        for (long tile = first / QUERIES; tile * QUERIES < end; tile++)
+            step->tiles[step->first_tile[sequence] + tile].is_sampled = 1;
     }
     return total_chunks;
 }

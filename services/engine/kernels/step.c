@@ -72,42 +72,49 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
         kvf_barrier(pool);
         EACH(row, num_rows) append(step, number, row);
         kvf_barrier(pool);
+        /* Of the last layer nobody needs more than what tokens are drawn from: for other rows their keys and values do. */
+        const int last = number + 1 == model->num_layers;
+        const long num_wanted = last ? batch->num_sampled : num_rows;
+        float *hidden = last ? step->last_hidden : step->hidden;
         start_attending(&attention, step, number);
         EACH(share, step->num_slots * num_groups) {
             attention_share own_share = nth_share(model, share, num_groups), next = nth_share(model, share + 1, num_groups);
-            attend(&attention, own_share, share + 1 < share_end ? &next : NULL);
+            if (!last || step->tiles[step->slot_tile[own_share.slot]].is_sampled)
+                attend(&attention, own_share, share + 1 < share_end ? &next : NULL);
         }
         kvf_barrier(pool);
         x = inputs_of(step, format, layer->output.num_columns);
-        EACH(row, num_rows) {
+        EACH(i, num_wanted) {
+            long row = last ? batch->sampled[i] : i;
             gather_row(step, row, own);
-            prepare(format, own, attended_size, layer->output.num_columns, &x, row);
+            prepare(format, own, attended_size, layer->output.num_columns, &x, i);
+            if (last) memcpy(hidden + i * stride, step->hidden + row * stride, hidden_size * sizeof(float));
         }
         kvf_barrier(pool);
-        multiply(pool, format, num_rows, x, &layer->output, (target){step->hidden, stride, NULL, 1});
+        multiply(pool, format, num_wanted, x, &layer->output, (target){hidden, stride, NULL, 1});
         kvf_barrier(pool);
 
         x = inputs_of(step, format, layer->gate_up.num_columns);
-        EACH(row, num_rows) {
-            normalize(step->hidden + row * stride, layer->mlp_norm, model->norm_eps, hidden_size, own);
+        EACH(row, num_wanted) {
+            normalize(hidden + row * stride, layer->mlp_norm, model->norm_eps, hidden_size, own);
             prepare(format, own, hidden_size, layer->gate_up.num_columns, &x, row);
         }
         kvf_barrier(pool);
-        multiply(pool, format, num_rows, x, &layer->gate_up, (target){step->wide, layer->gate_up.num_rows, NULL, 0});
+        multiply(pool, format, num_wanted, x, &layer->gate_up, (target){step->wide, layer->gate_up.num_rows, NULL, 0});
         kvf_barrier(pool);
         x = inputs_of(step, format, layer->down.num_columns);
-        EACH(row, num_rows) {
+        EACH(row, num_wanted) {
             const float *gate = step->wide + row * layer->gate_up.num_rows;
             activate(gate, gate + inner, inner, own);
             prepare(format, own, inner, layer->down.num_columns, &x, row);
         }
         kvf_barrier(pool);
-        multiply(pool, format, num_rows, x, &layer->down, (target){step->hidden, stride, NULL, 1});
+        multiply(pool, format, num_wanted, x, &layer->down, (target){hidden, stride, NULL, 1});
         kvf_barrier(pool);
     }
     operand x = inputs_of(step, format, model->head.num_columns);
     EACH(i, batch->num_sampled) {
-        normalize(step->hidden + batch->sampled[i] * stride, model->norm, model->norm_eps, hidden_size, own);
+        normalize(step->last_hidden + i * stride, model->norm, model->norm_eps, hidden_size, own);
         prepare(format, own, hidden_size, model->head.num_columns, &x, i);
     }
     kvf_barrier(pool);

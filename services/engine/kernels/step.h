@@ -91,6 +91,7 @@ typedef struct {
     int32_t first_chunk, num_chunks;
     int32_t slot, num_slots; /* of partial results: one for all chunks, or one for each */
     int32_t first_partial;   /* [slots, kv_heads, count] of them, one behind the other */
+    int32_t is_sampled;      /* whether a token is drawn from one of its rows */
 } kvf_tile;
 
 /* Draws from the first num of row.  order: room for num candidates. */
@@ -111,6 +112,7 @@ typedef struct {
     int32_t *row_sequence; /* [num_tokens] */
     int32_t *first_tile;   /* [num_sequences] */
     float *hidden;         /* [num_tokens, hidden, padded] */
+    float *last_hidden;    /* [num_sampled, hidden, padded]: of the last layer */
     float *wide;           /* [num_tokens, greatest number of outputs of a projection, padded] */
     uint32_t *inputs;      /* [num_tokens, greatest number of inputs of a projection, padded], in the matrices' format */
     kvf_group *groups;     /* [num_tokens, the same / GROUP] */
