@@ -14,10 +14,11 @@ HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 
 
 def options(keepalive_s: float) -> list[tuple[str, str | int]]:
-    """Pings find a dead peer within ``keepalive_s`` + 10 s while a call is open.  A lost connection is tried for every
-    100 to 360 ms (grpc draws a fifth more or less), however long nobody has been there: between two tries all calls fail
-    at once, and a call is attempted for 0.7 s at least.  A connection may take 3 s to be made, which is what grpc takes
-    the least backoff for: a few round trips to the other side of the world, or to a busy host."""
+    """Pings find a dead peer within ``keepalive_s`` + 10 s while a call is open.  Where it is refused, a connection
+    is tried for every 100 to 360 ms (grpc draws a fifth more or less), however long nobody has been there: between two
+    tries all calls fail at once, and the attempts of a call go on for 0.7 s at least, unless fewer are asked for.  A
+    connection may take 3 s to be made, which is what grpc takes the least backoff for: a few round trips to the other
+    side of the world, or to a busy host."""
     return [
         ("grpc.primary_user_agent", f"kvferry/{__version__}"),
         ("grpc.keepalive_time_ms", int(keepalive_s * 1000)),

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
 from services.engine.runner import TorchRunner
-from services.engine.sampling_params import Sampling
+from services.engine.sampling_params import Sample, Sampling
 from services.engine.weights import DTYPES, LayerWeights, Weights
 from tests.engine.paging import PagedModel, relative_error
 
@@ -305,6 +306,29 @@ def test_a_row_does_not_depend_on_its_company(name: str, dtype: str) -> None:
         assert np.array_equal(answer, answers[0])
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_places_of_drafts_have_the_logits_of_single_steps(name: str) -> None:
+    """In a step whose rows lie in several tiles of attention, of some of which no token is drawn."""
+    config = make_config()
+    prompt = np.random.default_rng(2).integers(0, config.vocab_size, 150).tolist()
+    found = []
+    for at_once in (True, False):
+        paged = PagedModel(config, make_weights(config), num_blocks=60, dtype="int8", seed=1)
+        paged.runner = CompiledRunner(
+            config, pack(config, make_weights(config), "int8"), paged.layout, memoryview(paged.arena), 60, 2,
+            instruction_set=name,
+        )  # fmt: skip
+        table = paged.table(len(prompt))
+        other = Entry([5] * 9, 0, paged.table(9), None)
+        assert len(paged.logits([other, Entry(prompt[:70], 0, table, None)])) == 0
+        if at_once:
+            found.append(paged.logits([Entry(prompt[70:], 70, table, GREEDY, num_drafts=39), other]))
+        else:
+            steps = [Entry([token], 70 + n, table, GREEDY) for n, token in enumerate(prompt[70:])]
+            found.append(np.concatenate([paged.logits([step]) for step in steps][40:]))
+    assert np.array_equal(*found)
+
+
 def test_blocks_that_no_token_sees_are_not_read() -> None:
     config = make_config(window=16)
     weights = make_weights(config)
@@ -339,9 +363,12 @@ def test_what_is_not_finite_shows(dtype: str, part: Callable[[Weights], torch.Te
         {"kv_last_page_len": np.array([7], dtype=np.int32)},
         {"positions": np.array([700])},
         {"positions": np.array([-1])},
+        {"samples": (Sample(9, GREEDY, 9, None),)},
+        {"samples": (Sample(-1, GREEDY, 9, None),)},
+        {"samples": (Sample(8, GREEDY, 9, None),) * 10},
     ],
 )
-def test_wrong_indices_do_not_reach_the_kernels(change: dict[str, npt.NDArray[np.int64]]) -> None:
+def test_wrong_indices_do_not_reach_the_kernels(change: dict[str, Any]) -> None:
     config = make_config()
     made = Made.of(config, [(9, 1)], 8, "float32", 0)
     with pytest.raises(ValueError, match="that there is not"):

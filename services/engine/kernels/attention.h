@@ -41,11 +41,11 @@ typedef struct {
 } attending;
 
 /* How long parts of an attention take, by and large: memory is asked for what comes next in even steps. */
-#define PACKED_BLOCK 3.0f
+#define PACKED_BLOCK 3.0f  /* VL x VL of keys */
 #define PACKED_VALUES 1.0f /* of VALUES_A_TIME tokens */
 #define VALUES_A_TIME 8
-#define WEIGHED 3.0f
-#define VALUES_ADDED 6.0f
+#define WEIGHED 3.0f      /* one query's scores */
+#define VALUES_ADDED 6.0f /* NR dimensions, all queries */
 
 static long least(long a, long b) { return a < b ? a : b; }
 static long most(long a, long b) { return a > b ? a : b; }
@@ -217,9 +217,9 @@ static void attend_head(attending *a, long begin, long end, long slot)
         pack_keys(a, at, end - begin, dim >> half);
         target scores = {a->scores + at, CHUNK, NULL, 0};
         if (half)
-            multiply_bf16(num_queries, queries, (char *)a->panel, scores, (coming){0});
+            multiply_bf16(num_queries, queries, (char *)a->panel, scores, (upcoming){0});
         else
-            multiply_f32(num_queries, queries, (char *)a->panel, scores, (coming){0});
+            multiply_f32(num_queries, queries, (char *)a->panel, scores, (upcoming){0});
     }
     float scale = 1.44269504f / sqrtf((float)dim); /* of log2(e) */
     long stride = dim + PARTIAL_HEAD;
@@ -241,13 +241,15 @@ static void attend_head(attending *a, long begin, long end, long slot)
         target sums = {a->results + PARTIAL_HEAD + d, stride, NULL, 0};
         const char *panel = (char *)(a->values + d * (count >> half));
         if (half)
-            multiply_bf16(num_queries, weights, panel, sums, (coming){0});
+            multiply_bf16(num_queries, weights, panel, sums, (upcoming){0});
         else
-            multiply_f32(num_queries, weights, panel, sums, (coming){0});
+            multiply_f32(num_queries, weights, panel, sums, (upcoming){0});
     }
     for (long i = 0; i < num_queries; i++)
         if (a->results[i * stride + 1] != 0) merge(partial_of(step, a->tile, slot, a->head, i), a->results + i * stride, dim);
 }
+
+static int is_sampled(const kvf_step *step, long slot) { return step->tiles[step->slot_tile[slot]].is_sampled; }
 
 static long first_chunk(const kvf_step *step, long slot)
 {

@@ -112,13 +112,14 @@ static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operan
         if (n <= MR(format)) multiply_tile(format, n <= MR(format) ? n : MR(format), x, panel, scales, y);   \
         break;
 
-/* What comes next is asked for meanwhile: memory is far away, and the first tile would wait for every line. */
+/* What is multiplied next and asked for meanwhile: memory is far away, and the first tile would wait for every line. */
 typedef struct {
     const char *at;
-    long nbytes; /* 0: nothing comes next */
-} coming;
+    long nbytes; /* 0: nothing */
+} upcoming;
 
-static ALWAYS_INLINE void ask_for(coming *next, long parts)
+/* Asks for the first of so many parts. */
+static ALWAYS_INLINE void fetch_part(upcoming *next, long parts)
 {
     long nbytes = next->nbytes / parts;
     for (long i = 0; i < nbytes; i += 64) __builtin_prefetch(next->at + i, 0, 2);
@@ -128,11 +129,11 @@ static ALWAYS_INLINE void ask_for(coming *next, long parts)
 
 /* rows rows with one panel.  Tiles are of nearly equal height: 13 rows are 7 and 6, not 12 and 1. */
 static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, const char *panel,
-                                        const uint16_t *scales, target y, coming next)
+                                        const uint16_t *scales, target y, upcoming next)
 {
     for (long num_tiles = (rows + MR(format) - 1) / MR(format); num_tiles; num_tiles--) {
         long height = (rows + num_tiles - 1) / num_tiles;
-        ask_for(&next, num_tiles);
+        fetch_part(&next, num_tiles);
         switch (height) {
             ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
         }
@@ -143,17 +144,17 @@ static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, 
     }
 }
 
-static void multiply_f32(long rows, operand x, const char *panel, target y, coming next)
+static void multiply_f32(long rows, operand x, const char *panel, target y, upcoming next)
 {
     multiply_rows(F32, rows, x, panel, NULL, y, next);
 }
 
-static void multiply_bf16(long rows, operand x, const char *panel, target y, coming next)
+static void multiply_bf16(long rows, operand x, const char *panel, target y, upcoming next)
 {
     multiply_rows(BF16, rows, x, panel, NULL, y, next);
 }
 
-static void multiply_int8(long rows, operand x, const char *panel, const uint16_t *scales, target y, coming next)
+static void multiply_int8(long rows, operand x, const char *panel, const uint16_t *scales, target y, upcoming next)
 {
     multiply_rows(INT8, rows, x, panel, scales, y, next);
 }
@@ -168,24 +169,25 @@ static const char *panel_of(int format, const kvf_matrix *matrix, long number, c
     return (const char *)matrix->values + number * NR * matrix->num_columns * nbytes[format];
 }
 
-/* The panel behind panel number number, for products of so many rows: few are done with one before another would come. */
-static coming next_panel(int format, long rows, const kvf_matrix *matrix, long number)
+/* What to ask for while so many rows are multiplied with panel number number: the one behind it.  Few rows are done with a
+ * panel before another would arrive. */
+static upcoming next_panel(int format, long rows, const kvf_matrix *matrix, long number)
 {
     static const int nbytes[] = {4, 2, 1};
     const uint16_t *scales;
-    if (rows <= MR(format) || number + 1 >= matrix->num_rows / NR) return (coming){NULL, 0};
-    return (coming){panel_of(format, matrix, number + 1, &scales), NR * matrix->num_columns * nbytes[format]};
+    if (rows <= MR(format) || number + 1 >= matrix->num_rows / NR) return (upcoming){NULL, 0};
+    return (upcoming){panel_of(format, matrix, number + 1, &scales), NR * matrix->num_columns * nbytes[format]};
 }
 
 /* Within kvf_work: every thread takes part.  bias is [outputs, padded] or NULL.
  *
- * Many rows are cut into blocks, as many to each thread: a thread multiplies the rows that it has prepared, and prepares
- * those that it has multiplied, which are in its own cache (see kvf_claim).  Few rows are one block, whose panels are shared
- * out. */
+ * Where there are rows enough for each thread, they are cut into blocks, as many to each: a thread multiplies the rows that
+ * it has prepared, and prepares those that it has multiplied, which are in its own cache (see kvf_claim).  Fewer are one
+ * block, or as many as they fill, whose panels are shared out. */
 static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf_matrix *matrix, target y)
 {
-    const long most = 12 * MR(format), threads = kvf_pool_size(pool), own = rows / threads >= 4 * MR(format) ? threads : 1;
-    const long num_blocks = own * ((rows + own * most - 1) / (own * most)), num_panels = matrix->num_rows / NR;
+    const long most_rows = 12 * MR(format), threads = kvf_pool_size(pool), own = rows / threads >= 4 * MR(format) ? threads : 1;
+    const long num_blocks = own * ((rows + own * most_rows - 1) / (own * most_rows)), num_panels = matrix->num_rows / NR;
     const long num_shares = num_panels * num_blocks;
     for (long share, end; (share = kvf_claim(pool, num_shares, &end)) < num_shares;)
         for (; share < end; share++) {
@@ -197,7 +199,7 @@ static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf
             part.units += begin * x.stride;
             part.groups += format == INT8 ? begin * x.group_stride : 0;
             target to = {y.to + begin * y.stride + number * NR, y.stride, y.bias ? y.bias + number * NR : NULL, y.add};
-            coming next = next_panel(format, count, matrix, number);
+            upcoming next = next_panel(format, count, matrix, number);
             if (format == F32) multiply_f32(count, part, panel, to, next);
             if (format == BF16) multiply_bf16(count, part, panel, to, next);
             if (format == INT8) multiply_int8(count, part, panel, scales, to, next);

@@ -103,6 +103,8 @@ class CompiledModel:
             and len(batch.kv_indices) == batch.kv_indptr[-1]
             and batch.num_tokens == batch.qo_indptr[-1] == len(batch.positions) == len(batch.slots)
             and batch.positions.min() >= 0
+            and len(batch.samples) <= batch.num_tokens
+            and all(0 <= sample.row < batch.num_tokens for sample in batch.samples)
             and (last + 1 == contexts).all()
         ):
             raise ValueError(f"a step names a token or a block that there is not: {batch}")

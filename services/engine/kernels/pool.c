@@ -24,7 +24,7 @@
 #define MAX_PARTS 8 /* whoever has nothing left to do looks at all of them */
 
 struct kvf_pool {
-    int num_threads;
+    int num_threads, num_parts, part_size; /* of the threads: part_size to each, and fewer to the last */
     kvf_work *work; /* NULL: end */
     void *argument;
     pthread_t *threads;
@@ -33,7 +33,6 @@ struct kvf_pool {
     _Alignas(64) atomic_int round; /* how many barriers there were */
     atomic_int num_sleeping;
     _Alignas(64) atomic_int num_arrived;
-    int num_parts, part_size; /* of the threads: part_size to each, and fewer to the last */
     struct {
         _Alignas(64) atomic_long num_claimed;
     } parts[MAX_PARTS];
@@ -98,8 +97,10 @@ long kvf_claim(kvf_pool *pool, long total, long *end)
 {
     int own = own_number / pool->part_size;
     for (int i = 0; i < pool->num_parts; i++) {
-        long part = (own + i) % pool->num_parts;
-        long first = total * part / pool->num_parts, size = total * (part + 1) / pool->num_parts - first, count;
+        long part = (own + i) % pool->num_parts, num_threads = pool->num_threads;
+        long member = part * pool->part_size, end_member = member + pool->part_size;
+        if (end_member > num_threads) end_member = num_threads;
+        long first = total * member / num_threads, size = total * end_member / num_threads - first, count;
         long begin = atomic_load_explicit(&pool->parts[part].num_claimed, memory_order_relaxed);
         do {
             if (begin >= size) break;

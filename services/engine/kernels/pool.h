@@ -14,7 +14,7 @@ void kvf_pool_run(kvf_pool *pool, kvf_work *work, void *argument);
 
 /* Within work: some of the numbers 0 to total - 1 that nobody else gets, the first of them returned and what is behind the
  * last put into end; total when there are none.  Starts over at each barrier.  A thread gets those of its own part first, the
- * same share of any total, and then helps with others'.  Long ranges come first and short ones last, so that memory is read
+ * same share of any total (of more than 8 threads some have a part together), and then helps with others'.  Long ranges come first and short ones last, so that memory is read
  * in order and nobody waits long. */
 long kvf_claim(kvf_pool *pool, long total, long *end);
 /* Within work: returns when all threads have called it; what each stored before is seen by all. */

@@ -29,7 +29,7 @@ static void append(const kvf_step *step, long layer, long row)
     }
 }
 
-/* Of so many groups of KV heads. */
+/* Share number number of a layer's attention: slot by slot, and of each slot one group of KV heads after the other. */
 static attention_share nth_share(const kvf_model *model, long number, long num_groups)
 {
     long group = number % num_groups;
@@ -79,8 +79,9 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
         start_attending(&attention, step, number);
         EACH(share, step->num_slots * num_groups) {
             attention_share own_share = nth_share(model, share, num_groups), next = nth_share(model, share + 1, num_groups);
-            if (!last || step->tiles[step->slot_tile[own_share.slot]].is_sampled)
-                attend(&attention, own_share, share + 1 < share_end ? &next : NULL);
+            if (last && !is_sampled(step, own_share.slot)) continue;
+            int is_next = share + 1 < share_end && (!last || is_sampled(step, next.slot));
+            attend(&attention, own_share, is_next ? &next : NULL);
         }
         kvf_barrier(pool);
         x = inputs_of(step, format, layer->output.num_columns);

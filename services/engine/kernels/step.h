@@ -1,4 +1,4 @@
-/* One step of a Llama-like model: what it is given.  kernels.py declares the same structs for ctypes. */
+/* One step of a Llama-like model: what it is given.  library.py declares the same structs for ctypes. */
 #pragma once
 
 #include "pool.h"
@@ -71,7 +71,7 @@ typedef struct {
     const int64_t *positions, *slots;             /* [num_tokens]; slot = block * block_size + offset */
     const int32_t *qo_indptr, *kv_indptr;         /* [num_sequences + 1]: ranges of tokens, and of kv_indices */
     const int32_t *kv_indices;                    /* blocks of each sequence's context, the new tokens included */
-    const int64_t *sampled;                       /* [num_sampled]: tokens whose logits are wanted */
+    const int64_t *sampled;                       /* [num_sampled]: tokens whose logits are wanted, each once */
     /* [blocks][layers][2][block_size][kv_heads][head_dim], F32 or (kv_half) bfloat16; new tokens' slots are written. */
     char *arena;
     int64_t block_size, kv_half;
@@ -126,7 +126,7 @@ typedef struct {
 
 #define QUERIES 48       /* most queries of a tile: the more, the less often keys and values are packed */
 #define CHUNK 128        /* tokens of context that a partial result is over: multiples of it are where chunks begin */
-#define PARTIAL_HEAD 16  /* before its numbers: the greatest score, times log2(e), the sum of weights, padding */
+#define PARTIAL_HEAD 16  /* before its numbers: the greatest score (scaled, as an exponent of 2), the sum of weights, padding */
 
 kvf_draw kvf_draw_avx512bf16, kvf_draw_avx512, kvf_draw_avx2, kvf_draw_portable;
 kvf_work kvf_step_avx512bf16, kvf_step_avx512, kvf_step_avx2, kvf_step_portable;
