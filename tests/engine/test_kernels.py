@@ -308,11 +308,11 @@ def test_a_row_does_not_depend_on_its_company(name: str, dtype: str) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_places_of_drafts_have_the_logits_of_single_steps(name: str) -> None:
-    """In a step whose rows lie in several tiles of attention, of some of which no token is drawn."""
+    """In a step whose rows fill several tiles of attention, of some of which no token is drawn, of others from one row."""
     config = make_config()
     prompt = np.random.default_rng(2).integers(0, config.vocab_size, 150).tolist()
     found = []
-    for at_once in (True, False):
+    for num_drafts in (39, 0, None):
         paged = PagedModel(config, make_weights(config), num_blocks=60, dtype="int8", seed=1)
         paged.runner = CompiledRunner(
             config, pack(config, make_weights(config), "int8"), paged.layout, memoryview(paged.arena), 60, 2,
@@ -321,12 +321,14 @@ def test_places_of_drafts_have_the_logits_of_single_steps(name: str) -> None:
         table = paged.table(len(prompt))
         other = Entry([5] * 9, 0, paged.table(9), None)
         assert len(paged.logits([other, Entry(prompt[:70], 0, table, None)])) == 0
-        if at_once:
-            found.append(paged.logits([Entry(prompt[70:], 70, table, GREEDY, num_drafts=39), other]))
+        if num_drafts is not None:
+            found.append(paged.logits([Entry(prompt[70:], 70, table, GREEDY, num_drafts=num_drafts), other]))
         else:
             steps = [Entry([token], 70 + n, table, GREEDY) for n, token in enumerate(prompt[70:])]
             found.append(np.concatenate([paged.logits([step]) for step in steps][40:]))
-    assert np.array_equal(*found)
+    drafts, last, alone = found
+    assert np.array_equal(drafts, alone)
+    assert np.array_equal(last, alone[-1:])
 
 
 def test_blocks_that_no_token_sees_are_not_read() -> None:
