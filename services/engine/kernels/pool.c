@@ -11,7 +11,6 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -72,7 +71,7 @@ static void leave_others(kvf_pool *pool)
     atomic_store_explicit(&pool->cpus[own_number], sched_getcpu(), memory_order_relaxed);
 }
 
-static int64_t now_ns(void)
+int64_t kvf_now_ns(void)
 {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -81,8 +80,8 @@ static int64_t now_ns(void)
 
 static void wait_for_round(kvf_pool *pool, int round)
 {
-    const int64_t until_ns = now_ns() + SPIN_NS;
-    for (int i = 1; i % SPINS_A_LOOK || now_ns() < until_ns; i++) {
+    const int64_t until_ns = kvf_now_ns() + SPIN_NS;
+    for (int i = 1; i % SPINS_A_LOOK || kvf_now_ns() < until_ns; i++) {
         if (atomic_load_explicit(&pool->round, memory_order_acquire) != round) return;
         relax();
     }

@@ -12,7 +12,6 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
 
 #define SLOTS 4 /* a power of two; at most two steps are handed over and not ended, and the end behind them */
@@ -39,13 +38,6 @@ static void wait_for(atomic_int *counter, int number)
 {
     for (int seen; (int)((unsigned)number - (unsigned)(seen = atomic_load(counter))) > 0;)
         syscall(SYS_futex, counter, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-}
-
-static int64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
 }
 
 static void nearly(void *engine_)
@@ -78,13 +70,13 @@ static void *serve(void *engine_)
         kvf_batch *batch = engine->batches[number % SLOTS];
         if (!batch) return NULL;
         kvf_step step = {.model = engine->models[number % SLOTS], .batch = batch, .nearly = nearly, .engine = engine};
-        batch->began_ns = now_ns();
+        batch->began_ns = kvf_now_ns();
         batch->failed = kvf_compute(engine->kernels, &step, engine->drawn, engine->num_drawn);
         if (batch->failed)
             engine->num_drawn = 0;
         else
             batch->failed = keep_drawn(engine, batch);
-        batch->ended_ns = now_ns();
+        batch->ended_ns = kvf_now_ns();
         advance(&engine->num_nearly, number);
         advance(&engine->num_ended, number);
     }

@@ -53,7 +53,7 @@ static ALWAYS_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 
 static ALWAYS_INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static ALWAYS_INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
-/* a > b ? yes : no.  gcc makes of choose() and a comparison what takes three times as long. */
+/* a > b ? yes : no.  gcc makes several instructions of choose() and a comparison. */
 static ALWAYS_INLINE vf where_above(vf a, vf b, vf yes, vf no)
 {
 #if defined(__AVX512F__)
