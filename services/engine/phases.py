@@ -14,14 +14,11 @@ from typing import NamedTuple
 from services.engine.layout import ITEM_NBYTES
 from services.engine.model_config import ModelConfig
 
-# int8: a scale and an offset of 16 bits to 32 weights.
-_WEIGHT_NBYTES = {**{name: float(nbytes) for name, nbytes in ITEM_NBYTES.items()}, "int8": 1.125}
-
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """``weight_nbytes``: of one weight; ``kv_nbytes``: of one number of a key or value.  ``window``: see ``sliding_window``
-    of ``ModelConfig``."""
+    """``weight_nbytes``: of one weight of the layers, ``head_weight_nbytes``: of the head and of the embedding;
+    ``kv_nbytes``: of one number of a key or value.  ``window``: see ``sliding_window`` of ``ModelConfig``."""
 
     num_layers: int
     hidden_size: int
@@ -32,15 +29,16 @@ class ModelShape:
     vocab_size: int
     window: int | None
     weight_nbytes: float
+    head_weight_nbytes: float
     kv_nbytes: int
 
     @staticmethod
-    def of(config: ModelConfig, weight_dtype: str, kv_dtype: str) -> ModelShape:
-        """``weight_dtype``: one of a worker's types; ``kv_dtype``: one of a KV layout's."""
+    def of(config: ModelConfig, weight_nbytes: tuple[float, float], kv_dtype: str) -> ModelShape:
+        """``weight_nbytes``: of the layers and of the head; ``kv_dtype``: one of a KV layout's types."""
         return ModelShape(
             config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim,
             config.intermediate_size, config.vocab_size, config.sliding_window,
-            _WEIGHT_NBYTES[weight_dtype], ITEM_NBYTES[kv_dtype],
+            *weight_nbytes, ITEM_NBYTES[kv_dtype],
         )  # fmt: skip
 
     @property
@@ -129,12 +127,9 @@ def split_demand(shape: ModelShape, one: Iterable[Piece], other: Iterable[Piece]
             flops=2 * (num_rows * shape.num_body_weights + num_samples * shape.num_head_weights)
             + 4 * pairs * shape.num_layers * shape.num_heads * shape.head_dim,
             # A row of the embedding for each token besides.
-            weight_bytes=shape.weight_nbytes
-            * (
-                shape.num_body_weights * _share(num_rows, rows)
-                + shape.num_head_weights * _share(num_samples, samples)
-                + shape.hidden_size * num_rows
-            ),
+            weight_bytes=shape.weight_nbytes * shape.num_body_weights * _share(num_rows, rows)
+            + shape.head_weight_nbytes
+            * (shape.num_head_weights * _share(num_samples, samples) + shape.hidden_size * num_rows),
             kv_read_bytes=seen * shape.kv_token_nbytes,
             kv_written_bytes=num_rows * shape.kv_token_nbytes,
         )

@@ -13,7 +13,7 @@ from services.engine.hf_checkpoint import weight_files
 from services.engine.kernels import cache
 from services.engine.kernels.library import KernelsUnavailable, load
 from services.engine.kernels.model import why_not
-from services.engine.kernels.packed import FORMATS, PackedWeights
+from services.engine.kernels.packed import DTYPES, PackedWeights
 from services.engine.kernels.runner import CompiledRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig, ModelError
@@ -98,8 +98,8 @@ def load_for_runner(
 
 def why_torch(config: ModelConfig, dtype: str, *, compiled: bool, num_ranks: int) -> str | None:
     """Why plain torch computes; None where the compiled kernels do.  Raises ModelError for a type that neither has."""
-    if dtype not in TORCH_DTYPES and dtype not in FORMATS:
-        known = dict.fromkeys((*TORCH_DTYPES, *FORMATS))
+    if dtype not in TORCH_DTYPES and dtype not in DTYPES:
+        known = dict.fromkeys((*TORCH_DTYPES, *DTYPES))
         raise ModelError(f"the type {dtype!r} is not supported; supported are {', '.join(known)}")
     if num_ranks > 1:
         reason: str | None = f"--tp {num_ranks}"
@@ -209,7 +209,7 @@ def create_host_copier(pool: Region, layout: KvLayout, num_blocks: int, num_slot
 
 
 def _kernels_missing(config: ModelConfig, dtype: str) -> str | None:
-    if dtype not in FORMATS:
+    if dtype not in DTYPES:
         return f"the kernels have no {dtype}"
     try:
         load()

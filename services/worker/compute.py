@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
 from services.engine.kernels.ceilings import highest
 from services.engine.kernels.library import KernelsUnavailable
 from services.engine.kernels.packed import PackedWeights
-from services.engine.layout import KvLayout
+from services.engine.layout import ITEM_NBYTES, KvLayout
 from services.engine.model_files import ModelFiles
 from services.engine.parallel.frames import Setup
 from services.engine.parallel.leader import LeadingRunner
@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
+class Started(NamedTuple):
+    """A runner, warm.  ``exact``: whether a token of it is the same however many are computed at once.  ``weight_nbytes``:
+    see ``ModelShape.of``."""
+
+    runner: WarmRunner
+    exact: bool
+    weight_nbytes: tuple[float, float]
+
+
 @dataclass(frozen=True, slots=True)
 class Compute:
     """``regions``: one for each rank.  ``returns_early``: see ``FlashInferRunner``."""
@@ -52,14 +61,20 @@ class Compute:
     log_name: str
     returns_early: bool
 
-    async def start(self, stack: AsyncExitStack, on_lost: Callable[[RankLostError], None]) -> tuple[WarmRunner, bool]:
-        """The runner, warm, and whether a token of it is the same however many are computed at once.  What it needs besides
-        ends with ``stack``; ``on_lost``: see ``Ranks``.  Raises ModelError and others of kvferry's errors."""
+    async def start(self, stack: AsyncExitStack, on_lost: Callable[[RankLostError], None]) -> Started:
+        """What it needs besides ends with ``stack``; ``on_lost``: see ``Ranks``.  Raises ModelError and others of kvferry's
+        errors."""
         if self.config.tp > 1:
-            return await self._lead(stack, on_lost), False
+            return Started(await self._lead(stack, on_lost), False, self._unpacked_nbytes)
         weights = await asyncio.to_thread(self._load, Shard.whole(self.files.config))
         runner = await asyncio.to_thread(self._on_cpus, partial(self._alone, weights))
-        return runner, isinstance(weights, PackedWeights)
+        if isinstance(weights, PackedWeights):
+            return Started(runner, True, weights.weight_nbytes)
+        return Started(runner, False, self._unpacked_nbytes)
+
+    @property
+    def _unpacked_nbytes(self) -> tuple[float, float]:
+        return (ITEM_NBYTES[self.dtype],) * 2
 
     async def _lead(self, stack: AsyncExitStack, on_lost: Callable[[RankLostError], None]) -> WarmRunner:
         why_torch(self.files.config, self.dtype, compiled=False, num_ranks=self.config.tp)

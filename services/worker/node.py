@@ -200,7 +200,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
                 returns_early=returns_early,
             )  # fmt: skip
             ceilings = await compute.ceilings()
-            runner, exact = await compute.start(stack, router.on_death)
+            runner, exact, weight_nbytes = await compute.start(stack, router.on_death)
         except (Error, TransportError) as e:
             raise StartupError(str(e)) from e
         transport.attach(loop)
@@ -222,7 +222,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             copier = await _host_copier(region, layout, num_blocks, num_slots)
             copies = stack.enter_context(CopyThread(copier, layout.block_nbytes))
         scheduler = Scheduler(pool, limits, HostTier(pool, num_slots))
-        phases = PhaseBook(ModelShape.of(model, dtype, layout.dtype), ceilings, time.monotonic())
+        phases = PhaseBook(ModelShape.of(model, weight_nbytes, layout.dtype), ceilings, time.monotonic())
         engine = Engine(scheduler, runner, router, config.compute_cpus, copies, phases)
         identity = Identity(
             worker_id=config.worker_id or f"{role_name}-{address}",

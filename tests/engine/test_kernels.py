@@ -108,10 +108,16 @@ def int8_weights(tensor: torch.Tensor) -> torch.Tensor:
 def unpacked(matrix: PackedMatrix) -> torch.Tensor:
     """[outputs, inputs], both padded."""
     assert matrix.scales is not None
-    groups = matrix.values.view(-1, matrix.num_columns // 2, 32, 2).permute(0, 2, 1, 3).reshape(matrix.num_rows, -1, 32)
-    pairs = matrix.scales.view(-1, matrix.num_columns // 32, 2, 32)
-    scales, offsets = pairs.permute(2, 0, 3, 1).reshape(2, matrix.num_rows, -1, 1).float()
-    return (groups * scales + offsets).view(matrix.num_rows, matrix.num_columns)
+    values, parts = matrix.values, 8
+    if matrix.format == "int4":
+        values, parts = torch.stack([matrix.values.view(-1, 32, 2) >> 4 * n & 15 for n in range(4)], dim=1), 128
+    columns = matrix.num_columns
+    groups = values.reshape(-1, columns // 2, 32, 2).permute(0, 2, 1, 3).reshape(matrix.num_rows, -1, 32)
+    pairs = matrix.scales.view(-1, columns // 32, 2, 32).permute(2, 0, 3, 1).reshape(2, matrix.num_rows, -1, 1)
+    scales, bases = pairs[0].view(torch.float16).float(), pairs[1]
+    whole = groups.to(torch.int32) * parts + bases
+    assert whole.abs().max() < 2048
+    return (whole * (scales / parts)).view(matrix.num_rows, columns)
 
 
 @dataclass(frozen=True)
@@ -241,9 +247,9 @@ def on_steps(count: int, step: float, least: float) -> torch.Tensor:
     [
         *(on_steps(count, 0.0625, -0.3125) for count in (2, 3, 15, 16, 17, 31, 100, 127, 128)),
         on_steps(16, 0.0625, 5.0),
-        on_steps(16, 0.0625, -20.0),
-        on_steps(16, 1.25 * 2.0**-9, 20.0),
-        on_steps(16, 2.0**-14 * 1.5, -0.0123291015625),
+        on_steps(16, 0.0625, -13.0),
+        on_steps(16, 2.0**-14 * 1.5, -(2.0**-15) * 1.5),
+        on_steps(16, 0.0625, -0.0625 * (7 + 5 / 128)),
         *(on_steps(count, 0.0625, -0.0625 * (count // 2)) for count in (129, 200, 254, 255, 256)),
         torch.zeros(64, 64),
         torch.full((64, 64), 0.75),
@@ -253,34 +259,51 @@ def on_steps(count: int, step: float, least: float) -> torch.Tensor:
     ],
 )  # fmt: skip
 def test_int8_meets_weights_that_were_quantized(weight: torch.Tensor) -> None:
+    """Where zero is a part of a step, or any whole number of them, away from one."""
     assert torch.equal(int8_weights(weight), weight)
 
 
 @settings(max_examples=100, derandomize=True)
 @given(
-    count=st.integers(2, 256),
-    size=st.floats(1e-2, 1e2),
+    count=st.integers(2, 128),
+    size=st.floats(1, 1e2),
     offset=st.floats(-1, 1),
     inputs=st.sampled_from([1, 32, 50, 96]),
     seed=st.integers(0, 999),
 )
-def test_int8_meets_steps_of_any_size_as_float16_can(count: int, size: float, offset: float, inputs: int,
-                                                     seed: int) -> None:  # fmt: skip
-    """The step and the offset are rounded, by up to 2^-11 each, and nothing else is."""
+def test_int8_meets_steps_wherever_zero_is(count: int, size: float, offset: float, inputs: int, seed: int) -> None:
+    """Their size is rounded, by up to 2^-11, and where they begin, by as much; weights are in no other way."""
     values = torch.randint(0, count, (32, inputs), generator=torch.Generator().manual_seed(seed)) / count
     weight = (values + offset - 0.5) * size
-    rounding = (weight.max() - weight.min() + weight.abs().max()) * 2.0**-11
-    assert (int8_weights(weight) - weight).abs().max() <= rounding
+    for found, group in zip(int8_weights(weight).split(32, 1), weight.split(32, 1), strict=True):
+        assert ((found - group).abs().amax(1) <= reach(group) * 2.0**-10 + 2.0**-17).all()  # float16 ends at 2^-24
+
+
+@settings(max_examples=50, derandomize=True)
+@given(count=st.integers(2, 16), size=st.floats(1e-2, 1e2), zero=st.floats(0, 1), seed=st.integers(0, 999))
+def test_sixteen_steps_are_met_within_a_256th(count: int, size: float, zero: float, seed: int) -> None:
+    """In 4 bits, zero among them."""
+    step = float(torch.tensor(size).half())
+    weight = on_steps(count, 1.0, 0.0) - zero * (count - 1)
+    config = make_config(vocab_size=64, hidden_size=64, tied=False)
+    packed = pack(config, replace(make_weights(config), head=weight * step), "int8").head
+    assert packed.format == "int4"
+    assert (unpacked(packed)[:64] / step - weight).abs().max() <= 1 / 256 + 1e-5
 
 
 @settings(max_examples=50, derandomize=True)
 @given(size=st.floats(1e-2, 1e2), offset=st.floats(-1, 1), cut=st.integers(1, 96), seed=st.integers(0, 999))
 def test_int8_meets_others_within_half_a_step(size: float, offset: float, cut: int, seed: int) -> None:
+    """And where they begin within a 16th."""
     weight = (torch.rand(40, cut, generator=torch.Generator().manual_seed(seed)) + offset - 0.5) * size
     for found, group in zip(int8_weights(weight).split(32, 1), weight.split(32, 1), strict=True):
-        steps = (group.amax(1) - group.amin(1)) / 255
-        rounding = group.abs().amax(1) * 2.0**-11
-        assert ((found - group).abs().amax(1) <= steps / 2 + rounding).all()
+        steps = reach(group) / 255
+        assert ((found - group).abs().amax(1) <= steps * (1 / 2 + 1 / 16) + reach(group) * 2.0**-11).all()
+
+
+def reach(group: torch.Tensor) -> torch.Tensor:
+    """How far weights are from each other, or from zero, where that is more: [outputs]."""
+    return torch.maximum(group.amax(1) - group.amin(1), group.abs().amax(1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

@@ -12,7 +12,7 @@ from services.engine.phases import Ceilings, Demand, ModelShape, Piece, demand_o
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=12, num_heads=4, num_kv_heads=2, head_dim=3, intermediate_size=20, vocab_size=31,
-    window=None, weight_nbytes=2.0, kv_nbytes=2,
+    window=None, weight_nbytes=2.0, head_weight_nbytes=3.0, kv_nbytes=2,
 )  # fmt: skip
 
 
@@ -60,8 +60,10 @@ def naive(shape: ModelShape, step: list[Piece]) -> Demand:
         for _ in range(piece.num_samples):
             flops += matmul_flops(1, h, shape.vocab_size)
             weights.add(("head", sequence * 0, h * shape.vocab_size))
-    num_weights = sum(int(str(size)) for _, _, size in weights) + gathered
-    return Demand(flops, num_weights * shape.weight_nbytes, kv_read, kv_written)
+    num_head = sum(int(str(size)) for name, _, size in weights if name == "head") + gathered
+    num_body = sum(int(str(size)) for name, _, size in weights if name != "head")
+    weight_bytes = num_body * shape.weight_nbytes + num_head * shape.head_weight_nbytes
+    return Demand(flops, weight_bytes, kv_read, kv_written)
 
 
 @given(shapes, st.lists(pieces(), min_size=1, max_size=5))
@@ -85,7 +87,7 @@ def test_two_parts_of_a_step_demand_what_the_step_does(shape: ModelShape, one: l
 
 
 def test_a_long_prompt_is_bound_by_compute_and_a_lone_token_by_memory() -> None:
-    llama_8b = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, None, 2.0, 2)
+    llama_8b = ModelShape(32, 4096, 32, 8, 128, 14336, 128256, None, 2.0, 2.0, 2)
     assert llama_8b.num_body_weights + llama_8b.num_head_weights == pytest.approx(7.5e9, rel=0.01)  # embedding besides
     assert llama_8b.kv_token_nbytes == 131072
     h100 = Ceilings(flops_per_s=989e12, bytes_per_s=3.35e12)

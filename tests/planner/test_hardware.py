@@ -28,7 +28,7 @@ def test_a_step_takes_the_roofline_of_what_the_engine_counts(device: str) -> Non
     worker = make_worker(LLAMA, found, 1, "bf16")
     assert worker is not None
     ceilings = Ceilings(found.peak_tflops["bf16"] * 1e12, found.bandwidth_gbytes_per_s * 1e9)
-    shape = EngineShape(32, 4096, 32, 8, 128, 14336, 128256, None, 2.0, 2)
+    shape = EngineShape(32, 4096, 32, 8, 128, 14336, 128256, None, 2.0, 2.0, 2)
     for pieces, terms in (
         ([Piece(2048, 4096, 1)], chunk(2048, 2048)),
         ([Piece(32, 32, 1)], chunk(32)),

@@ -40,7 +40,7 @@ def test_flops_as_the_engine_counts_them(name: str) -> None:
     heads = config["num_attention_heads"]
     engine = EngineShape(
         config["num_hidden_layers"], config["hidden_size"], heads, config["num_key_value_heads"],
-        config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"], None, 2.0, 2,
+        config["hidden_size"] // heads, config["intermediate_size"], config["vocab_size"], None, 2.0, 2.0, 2,
     )  # fmt: skip
     chunk = demand_of(engine, [Piece(256, 1024, 0)])
     pairs = 256 * 768 + 256 * 257 // 2

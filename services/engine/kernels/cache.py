@@ -153,7 +153,7 @@ def _described(weights: PackedWeights) -> dict[str, Any]:
         "num_layers": len(weights.layers),
         "tied": weights.head is weights.embedding,
         "biased": bool(weights.layers) and weights.layers[0].qkv_bias is not None,
-        "matrices": [[m.num_rows, m.num_columns, m.scales is not None] for m in weights.matrices()],
+        "matrices": [[m.num_rows, m.num_columns, m.format, m.scales is not None] for m in weights.matrices()],
         "offsets": offsets,
         "sizes": [part.nbytes for part in parts],
     }
@@ -172,8 +172,8 @@ def _restored(header: dict[str, Any], content: npt.NDArray[np.uint8]) -> PackedW
     shapes = iter(header["matrices"])
 
     def matrix() -> PackedMatrix:
-        num_rows, num_columns, scaled = next(shapes)
-        return PackedMatrix(next(parts), next(parts) if scaled else None, num_rows, num_columns)
+        num_rows, num_columns, format, scaled = next(shapes)
+        return PackedMatrix(next(parts), next(parts) if scaled else None, num_rows, num_columns, format)
 
     try:
         norm, frequencies = next(parts), next(parts)

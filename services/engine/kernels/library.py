@@ -14,7 +14,10 @@ class KernelsUnavailable(Exception):
 
 
 class MatrixStruct(ctypes.Structure):
-    _fields_ = (("values", c_void_p), ("scales", c_void_p), ("num_rows", c_int64), ("num_columns", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("values", "scales")),
+        *((name, c_int64) for name in ("num_rows", "num_columns", "format")),
+    )
 
 
 class LayerStruct(ctypes.Structure):

@@ -1,12 +1,15 @@
 /* Products of a few rows with a matrix that was packed for it.
  *
  * A panel holds NR outputs, input by input: F32 as [inputs][NR]; BF16 and INT8 as [inputs / 2][NR][2], since processors
- * multiply pairs.  So a product reads a panel once from its beginning to its end, whatever the number of rows, and sums
- * nothing across lanes.  What is multiplied with it is stored row by row: F32 as numbers, BF16 as pairs, INT8 as pairs of
- * int16 with one scale to each GROUP inputs (16 bits, for they cost nothing in quality where 8 would).
+ * multiply pairs; INT4 as [inputs / 8][NR][2] of 16 bits, in which four inputs of the pair's side lie, the first one lowest.
+ * So a product reads a panel once from its beginning to its end, whatever the number of rows, and sums nothing across
+ * lanes.  What is multiplied with it is stored row by row: F32 as numbers, BF16 as pairs, INT8 and INT4 as pairs of int16
+ * with one scale to each GROUP inputs (16 bits, for they cost nothing in quality where 8 would).
  *
- * A weight of INT8 is scale * q + offset, one scale and one offset to GROUP inputs.  With x = x_scale * n, a group of inputs
- * adds scale * x_scale * sum(q * n) + offset * sum(x) to an output, and sum(x) is known from the row.
+ * A weight of INT8 or INT4 is scale / parts * (parts * q + base): one scale and one base to GROUP inputs, parts 8 or 128.
+ * What is in brackets has 12 bits, and takes the place of a weight in the products: the sum of GROUP of them just fits.
+ * Where many rows are multiplied with a panel, they are made of it once, in memory of the thread's own; for fewer, once for
+ * each tile, in registers.
  *
  * A unit is 32 bits of a row: one input of F32, two of the others.  An output sums its units in one order, the same for any
  * number of rows: what a sequence gets does not depend on its company in a batch.
@@ -17,11 +20,12 @@
 #include "vector.h"
 
 #define NR 32
+#define MOST_ROWS 12 /* of a tile; arrays of as many, for one whose size is not constant stays in memory */
 #define NV (NR / VL)
 
 typedef struct {
-    const uint32_t *units;   /* [rows][stride] */
-    const kvf_group *groups; /* INT8: [rows][group_stride] */
+    const uint32_t *units; /* [rows][stride] */
+    const int32_t *groups; /* INT8, INT4: [rows][group_stride], scales, see pack_group */
     long stride, group_stride, num_units;
 } operand;
 
@@ -53,49 +57,90 @@ static ALWAYS_INLINE void sum_floats(const int format, const int rows, const int
     }
 }
 
-static ALWAYS_INLINE void sum_int8(const int rows, const int nv, operand x, const char *panel, const uint16_t *scales,
-                                   vf acc[][NV])
+#define WIDE 4 /* a format: what is made of INT8 and INT4, pairs of int16 as [inputs / 2][NR][2] */
+#define AT_ONCE 4 /* units: as many INT4 has in 32 bits */
+
+/* Bytes of a unit of a panel, all NR outputs. */
+static ALWAYS_INLINE long unit_nbytes(int format) { return format == INT8 ? 2 * NR : format == INT4 ? NR : 4 * NR; }
+
+/* The bases of VL outputs, each as a pair. */
+static ALWAYS_INLINE vi bases(const uint16_t *from)
+{
+    vu base = widen(from);
+    return (vi)(base | base << 16);
+}
+
+/* Vector v of unit k, below AT_ONCE, of those at panel: pairs of int16. */
+static ALWAYS_INLINE vi weights_of(const int format, const char *panel, int k, int v, vi base)
+{
+    if (format == WIDE) return (vi)load(panel + 4 * NR * k + 4 * VL * v);
+    if (format == INT8) return (vi)(((vs2)widen_pairs(panel + 2 * NR * k + 2 * VL * v) << 3) + (vs2)base);
+    vu four = (vu)load(panel + 4 * VL * v);
+    return (vi)((vs2)((k < 2 ? four << ((7 - 4 * k) & 31) : four >> ((4 * k - 7) & 31)) & 0x07800780) + (vs2)base);
+}
+
+/* unit_scale: of an input that is 1 and a weight that is one part of a step, as far as neither row nor group say. */
+static ALWAYS_INLINE void sum_ints(const int format, const int rows, const int nv, operand x, const char *panel,
+                                   const uint16_t *scales, float unit_scale, vf acc[][NV])
 {
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
     for (long group = 0; group < x.num_units / (GROUP / 2); group++, scales += 2 * NR) {
-        vi sums[MR(INT8)][NV]; /* 32 * 128 * 32767 fits */
+        vi sums[MOST_ROWS][NV], base[NV]; /* 32 * 2048 * 32767 fits */
+        UNROLL for (int v = 0; v < nv; v++) base[v] = format == WIDE ? splat_bits(0) : bases(scales + NR + VL * v);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < nv; v++) sums[r][v] = splat_bits(0);
-        for (long u = group * (GROUP / 2); u < (group + 1) * (GROUP / 2); u++, panel += 2 * NR) {
-            vi weights[NV];
-            if (nv < NV) __builtin_prefetch(panel + 16 * 2 * NR);
-            UNROLL for (int v = 0; v < nv; v++) weights[v] = widen_pairs(panel + 2 * VL * v);
-            UNROLL for (int r = 0; r < rows; r++) {
-                vi unit = splat_bits(x.units[r * x.stride + u]);
-                UNROLL for (int v = 0; v < nv; v++) sums[r][v] = dot_i16(sums[r][v], unit, weights[v]);
+        for (long u = group * (GROUP / 2); u < (group + 1) * (GROUP / 2); u += AT_ONCE) {
+            if (nv < NV)
+                UNROLL for (long i = 0; i < AT_ONCE * unit_nbytes(format); i += 64)
+                    __builtin_prefetch(panel + 16 * unit_nbytes(format) + i);
+            UNROLL for (int k = 0; k < AT_ONCE; k++) {
+                vi weights[NV];
+                UNROLL for (int v = 0; v < nv; v++) weights[v] = weights_of(format, panel, k, v, base[v]);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    vi unit = splat_bits(x.units[r * x.stride + u + k]);
+                    UNROLL for (int v = 0; v < nv; v++) sums[r][v] = dot_i16(sums[r][v], unit, weights[v]);
+                }
             }
+            panel += AT_ONCE * unit_nbytes(format);
         }
-        vf scale[NV], offset[NV];
-        UNROLL for (int v = 0; v < nv; v++) scale[v] = from_f16(scales + VL * v), offset[v] = from_f16(scales + NR + VL * v);
+        vf scale[NV];
+        UNROLL for (int v = 0; v < nv; v++) scale[v] = from_f16(scales + VL * v) * unit_scale;
         UNROLL for (int r = 0; r < rows; r++) {
-            const kvf_group *common = x.groups + r * x.group_stride + group;
-            UNROLL for (int v = 0; v < nv; v++) {
-                vf both = (vf)((vi)scale[v] + splat_bits(common->scale_bits)); /* a product would take a multiplier's time */
-                acc[r][v] += __builtin_convertvector(sums[r][v], vf) * both;
-                acc[r][v] += offset[v] * common->sum;
-            }
+            vi common = splat_bits(x.groups[r * x.group_stride + group]);
+            UNROLL for (int v = 0; v < nv; v++)
+                acc[r][v] += __builtin_convertvector(sums[r][v], vf) * scaled_by(scale[v], common);
+        }
+    }
+}
+
+/* Makes WIDE of a panel of INT8 or INT4. */
+static ALWAYS_INLINE void widen_panel(const int format, long num_units, const char *panel, const uint16_t *scales, char *to)
+{
+    for (long u = 0; u < num_units; u += GROUP / 2, scales += 2 * NR) {
+        vi base[NV];
+        UNROLL for (int v = 0; v < NV; v++) base[v] = bases(scales + NR + VL * v);
+        for (int four = 0; four < GROUP / 2 / AT_ONCE; four++) {
+            UNROLL for (int k = 0; k < AT_ONCE; k++)
+                UNROLL for (int v = 0; v < NV; v++)
+                    store(to + 4 * NR * k + 4 * VL * v, (vf)weights_of(format, panel, k, v, base[v]));
+            panel += AT_ONCE * unit_nbytes(format);
+            to += AT_ONCE * 4 * NR;
         }
     }
 }
 
 static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operand x, const char *panel,
-                                        const uint16_t *scales, target y)
+                                        const uint16_t *scales, float unit_scale, target y)
 {
-    static const int vector_nbytes[] = {4 * VL, 4 * VL, 2 * VL}; /* of a unit of the panel */
     const int nv = rows <= WHOLE(format) ? NV : PART;
-    vf acc[MR(format)][NV];
+    vf acc[MOST_ROWS][NV];
     for (int first = 0; first < NV; first += nv) {
-        const char *part = panel + first * vector_nbytes[format];
-        if (format == INT8)
-            sum_int8(rows, nv, x, part, scales + first * VL, acc);
-        else
+        const char *part = panel + first * (format == INT8 ? 2 * VL : 4 * VL);
+        if (format == F32 || format == BF16)
             sum_floats(format, rows, nv, x, part, acc);
+        else
+            sum_ints(format, rows, nv, x, part, scales + first * VL, unit_scale, acc);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < nv; v++) {
                 float *to = y.to + r * y.stride + VL * (first + v);
@@ -109,7 +154,7 @@ static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operan
 
 #define ROWS(n)                                                                                              \
     case n:                                                                                                  \
-        if (n <= MR(format)) multiply_tile(format, n <= MR(format) ? n : MR(format), x, panel, scales, y);   \
+        if (n <= MR(format)) multiply_tile(format, n <= MR(format) ? n : MR(format), x, panel, scales, unit_scale, y); \
         break;
 
 /* What is multiplied next and asked for meanwhile: memory is far away, and the first tile would wait for every line. */
@@ -129,7 +174,7 @@ static ALWAYS_INLINE void fetch_part(upcoming *next, long parts)
 
 /* rows rows with one panel.  Tiles are of nearly equal height: 13 rows are 7 and 6, not 12 and 1. */
 static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, const char *panel,
-                                        const uint16_t *scales, target y, upcoming next)
+                                        const uint16_t *scales, float unit_scale, target y, upcoming next)
 {
     for (long num_tiles = (rows + MR(format) - 1) / MR(format); num_tiles; num_tiles--) {
         long height = (rows + num_tiles - 1) / num_tiles;
@@ -139,69 +184,85 @@ static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, 
         }
         rows -= height;
         x.units += height * x.stride;
-        x.groups += format == INT8 ? height * x.group_stride : 0;
+        x.groups += height * x.group_stride;
         y.to += height * y.stride;
     }
 }
 
-static void multiply_f32(long rows, operand x, const char *panel, target y, upcoming next)
-{
-    multiply_rows(F32, rows, x, panel, NULL, y, next);
-}
+/* Functions of their own, for the sake of their registers. */
+#define FORMAT_ROWS(name, format)                                                                             \
+    static __attribute__((noinline)) void name(long rows, operand x, const char *panel, const uint16_t *scales, \
+                                               float unit_scale, target y, upcoming next)                     \
+    {                                                                                                         \
+        multiply_rows(format, rows, x, panel, scales, unit_scale, y, next);                                   \
+    }
+FORMAT_ROWS(multiply_f32, F32)
+FORMAT_ROWS(multiply_bf16, BF16)
+FORMAT_ROWS(multiply_int8, INT8)
+FORMAT_ROWS(multiply_int4, INT4)
+FORMAT_ROWS(multiply_wide, WIDE)
 
-static void multiply_bf16(long rows, operand x, const char *panel, target y, upcoming next)
+/* room: for the panel as WIDE. */
+static void multiply_panel(int format, long rows, operand x, const char *panel, const uint16_t *scales, target y,
+                           upcoming next, char *room)
 {
-    multiply_rows(BF16, rows, x, panel, NULL, y, next);
-}
-
-static void multiply_int8(long rows, operand x, const char *panel, const uint16_t *scales, target y, upcoming next)
-{
-    multiply_rows(INT8, rows, x, panel, scales, y, next);
+    const float unit_scale = LEAST_SCALE / (format == INT4 ? 128 : 8);
+    if (format == F32) multiply_f32(rows, x, panel, NULL, 0, y, next);
+    if (format == BF16) multiply_bf16(rows, x, panel, NULL, 0, y, next);
+    if (format == F32 || format == BF16) return;
+    if (rows > BLOCK_ROWS / 6) {
+        if (format == INT8) widen_panel(INT8, x.num_units, panel, scales, room);
+        if (format == INT4) widen_panel(INT4, x.num_units, panel, scales, room);
+        multiply_wide(rows, x, room, scales, unit_scale, y, next);
+    } else if (format == INT8) {
+        multiply_int8(rows, x, panel, scales, unit_scale, y, next);
+    } else {
+        multiply_int4(rows, x, panel, scales, unit_scale, y, next);
+    }
 }
 
 static int unit_inputs(int format) { return format == F32 ? 1 : 2; }
 
 /* The panel that begins with output 32 * number, and its scales. */
-static const char *panel_of(int format, const kvf_matrix *matrix, long number, const uint16_t **scales)
+static const char *panel_of(const kvf_matrix *matrix, long number, const uint16_t **scales)
 {
-    static const int nbytes[] = {4, 2, 1};
-    *scales = format == INT8 ? matrix->scales + number * (matrix->num_columns / GROUP) * 2 * NR : NULL;
-    return (const char *)matrix->values + number * NR * matrix->num_columns * nbytes[format];
+    const int format = (int)matrix->format;
+    *scales = matrix->scales ? matrix->scales + number * (matrix->num_columns / GROUP) * 2 * NR : NULL;
+    return (const char *)matrix->values + number * (matrix->num_columns / unit_inputs(format)) * unit_nbytes(format);
 }
 
 /* What to ask for while so many rows are multiplied with panel number number: the one behind it.  Few rows are done with a
  * panel before another would arrive. */
-static upcoming next_panel(int format, long rows, const kvf_matrix *matrix, long number)
+static upcoming next_panel(long rows, const kvf_matrix *matrix, long number)
 {
-    static const int nbytes[] = {4, 2, 1};
     const uint16_t *scales;
-    if (rows <= MR(format) || number + 1 >= matrix->num_rows / NR) return (upcoming){NULL, 0};
-    return (upcoming){panel_of(format, matrix, number + 1, &scales), NR * matrix->num_columns * nbytes[format]};
+    if (rows <= MR(matrix->format) || number + 1 >= matrix->num_rows / NR) return (upcoming){NULL, 0};
+    const char *next = panel_of(matrix, number + 1, &scales);
+    return (upcoming){next, next - panel_of(matrix, number, &scales)};
 }
 
-/* Within kvf_work: every thread takes part.  bias is [outputs, padded] or NULL.
+/* Within kvf_work: every thread takes part, each with room of its own, see multiply_panel.  bias is [outputs, padded] or
+ * NULL.
  *
  * Where there are rows enough for each thread, they are cut into blocks, as many to each: a thread multiplies the rows that
  * it has prepared, and prepares those that it has multiplied, which are in its own cache (see kvf_claim).  Fewer are one
  * block, or as many as they fill, whose panels are shared out. */
-static void multiply(kvf_pool *pool, int format, long rows, operand x, const kvf_matrix *matrix, target y)
+static void multiply(kvf_pool *pool, char *room, long rows, operand x, const kvf_matrix *matrix, target y)
 {
-    const long most_rows = 12 * MR(format), threads = kvf_pool_size(pool), own = rows / threads >= 4 * MR(format) ? threads : 1;
-    const long num_blocks = own * ((rows + own * most_rows - 1) / (own * most_rows)), num_panels = matrix->num_rows / NR;
+    const int format = (int)matrix->format;
+    const long threads = kvf_pool_size(pool), own = rows / threads >= BLOCK_ROWS / 3 ? threads : 1;
+    const long num_blocks = own * ((rows + own * BLOCK_ROWS - 1) / (own * BLOCK_ROWS)), num_panels = matrix->num_rows / NR;
     const long num_shares = num_panels * num_blocks;
     for (long share, end; (share = kvf_claim(pool, num_shares, &end)) < num_shares;)
         for (; share < end; share++) {
             long number = share % num_panels, block = share / num_panels;
             long begin = rows * block / num_blocks, count = rows * (block + 1) / num_blocks - begin;
             const uint16_t *scales;
-            const char *panel = panel_of(format, matrix, number, &scales);
+            const char *panel = panel_of(matrix, number, &scales);
             operand part = x;
             part.units += begin * x.stride;
-            part.groups += format == INT8 ? begin * x.group_stride : 0;
+            part.groups += begin * x.group_stride;
             target to = {y.to + begin * y.stride + number * NR, y.stride, y.bias ? y.bias + number * NR : NULL, y.add};
-            upcoming next = next_panel(format, count, matrix, number);
-            if (format == F32) multiply_f32(count, part, panel, to, next);
-            if (format == BF16) multiply_bf16(count, part, panel, to, next);
-            if (format == INT8) multiply_int8(count, part, panel, scales, to, next);
+            multiply_panel(format, count, part, panel, scales, to, next_panel(count, matrix, number), room);
         }
 }

@@ -187,4 +187,5 @@ def _matrix(matrix: PackedMatrix) -> MatrixStruct:
         scales=None if matrix.scales is None else matrix.scales.data_ptr(),
         num_rows=matrix.num_rows,
         num_columns=matrix.num_columns,
+        format=FORMATS[matrix.format],
     )

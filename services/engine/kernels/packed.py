@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2}
+DTYPES = ("float32", "bfloat16", "int8")  # of a model
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}  # of a matrix
 
 
 class Numbers(Protocol):
@@ -22,13 +23,14 @@ class Numbers(Protocol):
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
     """A projection of ``num_rows`` outputs, padded with zeros, and ``num_columns`` inputs, padded with the last one: there
-    inputs are zero.  ``scales`` is int8's alone: float16 [panels, inputs / 32, 2, 32], a group's scales, then its
-    offsets."""
+    inputs are zero.  ``format``: one of FORMATS.  ``scales``, of int8 and int4: [panels, inputs / 32, 2, 32], a group's
+    scales, float16, then its bases, int16."""
 
     values: Numbers
     scales: Numbers | None
     num_rows: int
     num_columns: int
+    format: str
 
     @property
     def nbytes(self) -> int:
@@ -50,7 +52,7 @@ class PackedLayer:
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """``head`` is ``embedding`` itself where the model ties them.  ``dtype``: "float32", "bfloat16" or "int8".
+    """``head`` is ``embedding`` itself where the model ties them.  ``dtype``: one of DTYPES; of int8, matrices may be int4.
     ``frequencies``: [head_dim / 2], radians per position."""
 
     dtype: str
@@ -63,6 +65,12 @@ class PackedWeights:
     @property
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self.matrices())
+
+    @property
+    def weight_nbytes(self) -> tuple[float, float]:
+        """Of one weight, scales included: of the layers, and of the head."""
+        outer = 1 if self.head is self.embedding else 2
+        return _mean_nbytes(self.matrices()[outer:]), _mean_nbytes([self.head])
 
     def matrices(self) -> list[PackedMatrix]:
         """Each once, always in the same order."""
@@ -82,3 +90,7 @@ class PackedWeights:
             yield matrix.values
             if matrix.scales is not None:
                 yield matrix.scales
+
+
+def _mean_nbytes(matrices: list[PackedMatrix]) -> float:
+    return sum(m.nbytes for m in matrices) / sum(m.num_rows * m.num_columns for m in matrices)

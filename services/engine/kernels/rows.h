@@ -37,32 +37,29 @@ static void pack_bf16(const float *x, long n, void *to)
     }
 }
 
-/* The bits of the least power of two that is not below x, from 2^-64 to 2^96: so times a float16 it is an ordinary number. */
+/* The bits of the least power of two that is not below x, from LEAST_SCALE to 2^96: so times a float16 it is an ordinary
+ * number. */
 static ALWAYS_INLINE vi power_of_two(vf x)
 {
     vi bits = ((vi)x + 0x7fffff) & 0x7f800000;
-    return least_of(most_of(bits, (vi)splat(0x1p-64f)), (vi)splat(0x1p96f));
+    return least_of(most_of(bits, (vi)splat(LEAST_SCALE)), (vi)splat(0x1p96f));
 }
 
-/* Pairs of int16 from GROUP numbers, and what they have in common.  A number that is not finite, or not below 2^111, makes
- * the sum NaN.  All lanes say the same until they differ in number: nothing goes by way of the scalar side, which is slow. */
-static void pack_group(const float *x, int16_t *to, kvf_group *common)
+/* Pairs of int16 from GROUP numbers; returns their scale, a power of two, as how much more its bits are than LEAST_SCALE's,
+ * or NO_NUMBER where one is not finite or not below 2^111.  All lanes say the same: nothing goes by way of the scalar side,
+ * which is slow. */
+static int32_t pack_group(const float *x, int16_t *to)
 {
-    vi top = splat_bits(0), sum = splat_bits(0);
+    vi top = splat_bits(0);
     for (long i = 0; i < GROUP; i += VL) top = most_of((vi)load(x + i) & 0x7fffffff, top); /* bits have floats' order */
     REDUCE(top, most_of);
     vi scale = power_of_two((vf)top * (1 / 32767.0f));
     vf inverse = (vf)(0x7f000000 - scale); /* of a power of two */
     for (long i = 0; i < GROUP; i += VL) {
-        vi shifted = (vi)(load(x + i) * inverse + MAGIC);
-        vh low = __builtin_convertvector((vu)shifted, vh);
+        vh low = __builtin_convertvector((vu)(load(x + i) * inverse + MAGIC), vh);
         memcpy(to + i, &low, sizeof low);
-        sum += shifted - (vi)splat(MAGIC);
     }
-    REDUCE(sum, PLUS);
-    vf scaled = (vf)scale * __builtin_convertvector(sum, vf);
-    common->scale_bits = scale[0] - as_bits(1.0f);
-    common->sum = where_above(splat(0x1p111f), (vf)top, scaled, splat(NAN))[0];
+    return ((vi)where_above(splat(0x1p111f), (vf)top, (vf)(scale - (vi)splat(LEAST_SCALE)), (vf)splat_bits(NO_NUMBER)))[0];
 }
 
 /* Row number row of an operand for products with a matrix of num_columns: x has n numbers, and zeros up to num_columns
@@ -75,26 +72,30 @@ static void prepare(int format, float *x, long n, long num_columns, const operan
     if (format == BF16) pack_bf16(x, num_columns, units);
     if (format == INT8)
         for (long group = 0; group < num_columns / GROUP; group++)
-            pack_group(x + group * GROUP, (int16_t *)units + group * GROUP,
-                       (kvf_group *)inputs->groups + row * inputs->group_stride + group);
+            ((int32_t *)inputs->groups)[row * inputs->group_stride + group] =
+                pack_group(x + group * GROUP, (int16_t *)units + group * GROUP);
 }
 
 /* A row of a packed matrix as numbers: a token's embedding. */
-static void unpack_row(int format, const kvf_matrix *matrix, long row, long n, float *to)
+static void unpack_row(const kvf_matrix *matrix, long row, long n, float *to)
 {
     const uint16_t *scales;
-    const char *panel = panel_of(format, matrix, row / NR, &scales);
-    long lane = row % NR, vector = lane / VL * VL;
-    float scale = 0, offset = 0;
+    const char *panel = panel_of(matrix, row / NR, &scales);
+    const int format = (int)matrix->format;
+    const long lane = row % NR, vector = lane / VL * VL;
+    float scale = 0;
+    int base = 0;
     for (long i = 0; i < n; i++) {
-        long pair = i / 2 * 2 * NR + lane * 2 + i % 2;
+        long pair = i / 2 * 2 * NR + lane * 2 + i % 2, four = i / 8 * 2 * NR + lane * 2 + i % 2;
+        if (scales && i % GROUP == 0) {
+            const uint16_t *group = scales + i / GROUP * 2 * NR;
+            scale = from_f16(group + vector)[lane % VL] / (format == INT4 ? 128 : 8);
+            base = (int16_t)group[NR + lane];
+        }
         if (format == F32) to[i] = ((const float *)panel)[i * NR + lane];
         if (format == BF16) to[i] = as_float((uint32_t)((const uint16_t *)panel)[pair] << 16);
-        if (format == INT8 && i % GROUP == 0) {
-            scale = from_f16(scales + i / GROUP * 2 * NR + vector)[lane % VL];
-            offset = from_f16(scales + (i / GROUP * 2 + 1) * NR + vector)[lane % VL];
-        }
-        if (format == INT8) to[i] = ((const int8_t *)panel)[pair] * scale + offset;
+        if (format == INT8) to[i] = (8 * ((const int8_t *)panel)[pair] + base) * scale;
+        if (format == INT4) to[i] = (128 * (((const uint16_t *)panel)[four] >> i / 2 % 4 * 4 & 15) + base) * scale;
     }
 }
 

@@ -49,12 +49,13 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     const long wanted = (4 * kvf_pool_size(pool) + step->num_slots - 1) / step->num_slots;
     const long num_groups = least(wanted, model->num_kv_heads);
     float *own = step->rows + thread * step->row_stride;
+    char *room = step->room + thread * step->row_stride * 2 * NR;
     attending attention;
 #define EACH(i, count) \
     for (long i = 0, i##_end = 0; i < i##_end || (i = kvf_claim(pool, count, &i##_end)) < (count); i++)
 
     EACH(row, num_rows) {
-        unpack_row(format, &model->embedding, step->token_ids[row], hidden_size, step->hidden + row * stride);
+        unpack_row(&model->embedding, step->token_ids[row], hidden_size, step->hidden + row * stride);
         turn(model->frequencies, model->head_dim / 2, batch->positions[row], step->turns + row * model->head_dim);
     }
     kvf_barrier(pool);
@@ -68,7 +69,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
             prepare(format, own, hidden_size, layer->qkv.num_columns, &x, row);
         }
         kvf_barrier(pool);
-        multiply(pool, format, num_rows, x, &layer->qkv, (target){step->wide, layer->qkv.num_rows, layer->qkv_bias, 0});
+        multiply(pool, room, num_rows, x, &layer->qkv, (target){step->wide, layer->qkv.num_rows, layer->qkv_bias, 0});
         kvf_barrier(pool);
         EACH(row, num_rows) append(step, number, row);
         kvf_barrier(pool);
@@ -92,7 +93,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
             if (last) memcpy(hidden + i * stride, step->hidden + row * stride, hidden_size * sizeof(float));
         }
         kvf_barrier(pool);
-        multiply(pool, format, num_wanted, x, &layer->output, (target){hidden, stride, NULL, 1});
+        multiply(pool, room, num_wanted, x, &layer->output, (target){hidden, stride, NULL, 1});
         kvf_barrier(pool);
 
         x = inputs_of(step, format, layer->gate_up.num_columns);
@@ -101,7 +102,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
             prepare(format, own, hidden_size, layer->gate_up.num_columns, &x, row);
         }
         kvf_barrier(pool);
-        multiply(pool, format, num_wanted, x, &layer->gate_up, (target){step->wide, layer->gate_up.num_rows, NULL, 0});
+        multiply(pool, room, num_wanted, x, &layer->gate_up, (target){step->wide, layer->gate_up.num_rows, NULL, 0});
         kvf_barrier(pool);
         x = inputs_of(step, format, layer->down.num_columns);
         EACH(row, num_wanted) {
@@ -110,7 +111,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
             prepare(format, own, inner, layer->down.num_columns, &x, row);
         }
         kvf_barrier(pool);
-        multiply(pool, format, num_wanted, x, &layer->down, (target){hidden, stride, NULL, 1});
+        multiply(pool, room, num_wanted, x, &layer->down, (target){hidden, stride, NULL, 1});
         kvf_barrier(pool);
     }
     operand x = inputs_of(step, format, model->head.num_columns);
@@ -119,7 +120,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
         prepare(format, own, hidden_size, model->head.num_columns, &x, i);
     }
     kvf_barrier(pool);
-    multiply(pool, format, batch->num_sampled, x, &model->head, (target){step->logits, model->head.num_rows, NULL, 0});
+    multiply(pool, room, batch->num_sampled, x, &model->head, (target){step->logits, model->head.num_rows, NULL, 0});
     if (!batch->sampling) return;
     kvf_barrier(pool);
     EACH(i, batch->num_sampled)

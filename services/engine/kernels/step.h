@@ -6,16 +6,16 @@
 #include <stdint.h>
 
 /* How a matrix and what it is multiplied with are stored; see matmul.h. */
-enum format { F32 = 0, BF16 = 1, INT8 = 2 };
+enum format { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
 
-#define GROUP 32 /* inputs that share a scale and an offset in INT8 */
+#define GROUP 32 /* inputs that share a scale and a base in INT8 and INT4 */
 
 /* [num_rows, num_columns] of a projection in panels, padded: rows (outputs) with zeros to 32, columns (inputs) to GROUP with
  * anything finite. */
 typedef struct {
     const void *values;
-    const uint16_t *scales; /* INT8 only: float16 [panels][groups][2][32], a group's scales and then its offsets */
-    int64_t num_rows, num_columns;
+    const uint16_t *scales; /* INT8, INT4: [panels][groups][2][32], a group's scales, float16, and its bases, int16 */
+    int64_t num_rows, num_columns, format;
 } kvf_matrix;
 
 typedef struct {
@@ -26,7 +26,7 @@ typedef struct {
 
 /* Everything is the caller's, constant, and stays for as long as steps run. */
 typedef struct {
-    int64_t format;
+    int64_t format; /* of the matrices; INT8 stands for INT4 as well, for both are multiplied with the same */
     int64_t num_layers, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size;
     int64_t vocab_size;       /* the head has as many rows, and more as padding */
     int64_t window;           /* positions that a token sees, itself included; 0 is all */
@@ -36,13 +36,6 @@ typedef struct {
     kvf_matrix embedding, head;
     const kvf_layer *layers;
 } kvf_model;
-
-/* What GROUP inputs have in common in INT8.  Their scale is a power of two, kept as what it adds to the bits of a float that
- * is multiplied by it. */
-typedef struct {
-    int32_t scale_bits;
-    float sum;
-} kvf_group;
 
 /* How a token is drawn: see services/engine/sampling_params.py.  num_logprobs is -1 where none are wanted. */
 typedef struct {
@@ -115,9 +108,10 @@ typedef struct {
     float *last_hidden;    /* [num_sampled, hidden, padded]: of the last layer */
     float *wide;           /* [num_tokens, greatest number of outputs of a projection, padded] */
     uint32_t *inputs;      /* [num_tokens, greatest number of inputs of a projection, padded], in the matrices' format */
-    kvf_group *groups;     /* [num_tokens, the same / GROUP] */
+    int32_t *groups;       /* [num_tokens, the same / GROUP]: scales, see matmul.h */
     int64_t row_stride;
     float *rows;           /* [threads, row_stride]: a row on its way into inputs */
+    char *room;            /* [threads, row_stride * 2 * NR]: a panel as pairs of int16 */
     float *turns;          /* [num_tokens, 2, head_dim / 2]: cosines, sines */
     float *partials;       /* [num_partials, head_dim + PARTIAL_HEAD] */
     float *logits;         /* [num_sampled, head rows] */

@@ -12,23 +12,27 @@
 #endif
 
 /* VL: lanes of 32 bits.  A tile of a matmul is MR rows times PART vectors, of which the format's numbers and some operands
- * fit the registers; up to WHOLE rows it is as wide as a panel. */
+ * fit the registers; up to WHOLE rows it is as wide as a panel.  BLOCK_ROWS: as many as their own cache has room for beside a
+ * panel. */
 #if defined(__AVX512F__)
 #define VL 16
-#define MR(format) 12
+#define MR(format) ((format) == F32 || (format) == BF16 ? 12 : 6)
+#define BLOCK_ROWS 144
 #define PART 2
-#define WHOLE(format) 12
+#define WHOLE(format) MR(format)
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), \
                     F(8, h), F(9, h), F(10, h), F(11, h), F(12, h), F(13, h), F(14, h), F(15, h)
 #elif defined(__AVX2__)
 #define VL 8
 #define MR(format) ((format) == F32 ? 3 : (format) == BF16 ? 4 : 6)
+#define BLOCK_ROWS 72
 #define PART 2
 #define WHOLE(format) ((format) == F32 ? 3 : 2)
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
 #else
 #define VL 4
 #define MR(format) 1
+#define BLOCK_ROWS 12
 #define PART 8
 #define WHOLE(format) 1
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
@@ -197,6 +201,24 @@ static ALWAYS_INLINE vi widen_pairs(const void *bytes)
     return (vi)_mm256_cvtepi8_epi16((__m128i)v);
 #else
     return (vi)__builtin_convertvector(v, vs2);
+#endif
+}
+
+#define LEAST_SCALE 0x1p-64f /* of numbers that int16 stands for */
+#define NO_NUMBER 0x7fff0000
+
+/* A positive number times a power of two that is not below 1, of which power has the bits, less those of 1.  NaN where either
+ * is, NO_NUMBER for a power.  A product would take a multiplier's time: the upper halves are added, as far as they go, which is
+ * where NaN is. */
+static ALWAYS_INLINE vf scaled_by(vf number, vi power)
+{
+#if defined(__AVX512BW__)
+    return (vf)_mm512_adds_epi16((__m512i)number, (__m512i)power);
+#elif defined(__AVX2__)
+    return (vf)_mm256_adds_epi16((__m256i)number, (__m256i)power);
+#else
+    vi sum = (vi)((vu)number + (vu)power); /* less than 0 where it went too far */
+    return (vf)(sum | (sum >> 31));
 #endif
 }
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from services.engine.checkpoint import DEFAULT_MODEL
-from services.engine.kernels.packed import FORMATS
+from services.engine.kernels.packed import DTYPES
 from services.engine.model_files import ModelFiles, open_model
 from tests.bench.engine import quality
 from tests.bench.engine.engines import Engine, LlamaCpp, Transformers
@@ -31,7 +31,7 @@ console = Console()
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.engine", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="that count, of each work (default: 9)")
-    parser.add_argument("--dtypes", nargs="+", choices=FORMATS, default=list(FORMATS), help="formats (default: all)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="formats (default: all)")
     parser.add_argument("--threads", nargs="+", type=int, default=thread_counts(), help="default: all cores, and one")
     parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), help="works (default: all)")
     parser.add_argument("--no-peers", action="store_true", help="against the machine's limits and eager torch alone")
