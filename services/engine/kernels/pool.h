@@ -24,3 +24,4 @@ void kvf_barrier(kvf_pool *pool);
 
 /* By CLOCK_MONOTONIC. */
 int64_t kvf_now_ns(void);
+void kvf_take_short_turns(void);

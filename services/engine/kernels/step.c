@@ -4,6 +4,9 @@
  */
 #include "attention.h"
 
+/* Who prepares the next step may have to wait for a processor: a turn of whoever computes takes 3 ms. */
+#define LEAD_NS 4000000
+
 static operand inputs_of(const kvf_step *step, int format, long num_columns)
 {
     long num_units = num_columns / unit_inputs(format);
@@ -37,6 +40,12 @@ static attention_share nth_share(const kvf_model *model, long number, long num_g
                              model->num_kv_heads * (group + 1) / num_groups};
 }
 
+/* After so many layers: whether the last eighth of them begins, or what is left takes no longer than LEAD_NS. */
+static int is_near_end(long number, long num_layers, int64_t taken_ns)
+{
+    return number > 0 && (number >= num_layers - num_layers / 8 || taken_ns * (num_layers - number) <= LEAD_NS * number);
+}
+
 void KVF_STEP(void *argument, kvf_pool *pool, int thread)
 {
     const kvf_step *step = argument;
@@ -51,6 +60,8 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     float *own = step->rows + thread * step->row_stride;
     char *room = step->room + thread * step->row_stride * 2 * NR;
     attending attention;
+    int is_told = 0;
+    const int64_t began_ns = kvf_now_ns();
 #define EACH(i, count) \
     for (long i = 0, i##_end = 0; i < i##_end || (i = kvf_claim(pool, count, &i##_end)) < (count); i++)
 
@@ -61,7 +72,10 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     kvf_barrier(pool);
     for (long number = 0; number < model->num_layers; number++) {
         const kvf_layer *layer = &model->layers[number];
-        if (thread == 0 && number == model->num_layers - model->num_layers / 8) step->nearly(step->engine);
+        if (thread == 0 && !is_told && is_near_end(number, model->num_layers, kvf_now_ns() - began_ns)) {
+            step->nearly(step->engine);
+            is_told = 1;
+        }
 
         operand x = inputs_of(step, format, layer->qkv.num_columns);
         EACH(row, num_rows) {

@@ -65,6 +65,7 @@ static int keep_drawn(kvf_engine *engine, const kvf_batch *batch)
 static void *serve(void *engine_)
 {
     kvf_engine *engine = engine_;
+    kvf_take_short_turns();
     for (unsigned number = 1;; number++) {
         wait_for(&engine->num_given, number);
         kvf_batch *batch = engine->batches[number % SLOTS];
