@@ -16,7 +16,7 @@
 
 typedef struct {
     double additive[NUM_TERMS], compute[NUM_TERMS], memory[NUM_TERMS];
-    double expert_s, expert_rate;
+    double expert_s, expert_rate, spread;
 } Cost;
 
 typedef struct {
@@ -74,6 +74,7 @@ typedef struct {
     int32_t line, line_last;
     int64_t num_in_line;
     double now_s;
+    uint64_t random;
     int failed;
 } Run;
 
@@ -178,6 +179,19 @@ static double step_s(const Cost *cost, const double *terms) {
     return additive + fmax(compute, memory);
 }
 
+// What a step takes that takes mean_s on the average: lognormal, by four even draws of 16 bits each, which are together near
+// enough to normal.  What delays steps comes at any time, so its variance grows with their length.  SplitMix64 (Steele, Lea,
+// Flood 2014), from a state of the run's own: the same every time.
+static double scattered_s(Run *run, const Cost *cost, double mean_s) {
+    double spread = cost->spread * sqrt(fmin(1, cost->additive[0] / mean_s));
+    uint64_t bits = run->random += 0x9e3779b97f4a7c15;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+    bits ^= bits >> 31;
+    double sum = (double)((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
+    return mean_s * exp(spread * (sum / 65535 - 2) * 1.7320508 - spread * spread / 2);
+}
+
 static void count_gap(Run *run, double gap_s, double times) {
     int bucket = gap_s <= BUCKETS_FROM_S ? 0 : (int)(log(gap_s / BUCKETS_FROM_S) / log(BUCKET_GROWTH));
     run->result->gaps[bucket < NUM_BUCKETS ? bucket : NUM_BUCKETS - 1] += times;
@@ -260,6 +274,7 @@ static void start_step(Run *run, Worker *w) {
     w->num_planned = (int64_t)terms[4];
     w->planned_tokens = terms[1];
     w->took_s = step_s(&pool->cost, terms);
+    if (pool->cost.spread > 0 && w->took_s > 0) w->took_s = scattered_s(run, &pool->cost, w->took_s);
     happen_at(run, run->now_s + w->took_s, (int32_t)(w - run->workers), NOBODY);
 }
 

@@ -129,7 +129,7 @@ class Run:
 class _Cost(Structure):
     _fields_ = [
         ("additive", c_double * _NUM_TERMS), ("compute", c_double * _NUM_TERMS), ("memory", c_double * _NUM_TERMS),
-        ("expert_s", c_double), ("expert_rate", c_double),
+        ("expert_s", c_double), ("expert_rate", c_double), ("spread", c_double),
     ]  # fmt: skip
 
 
@@ -219,7 +219,9 @@ def _pool(pool: Pool) -> _Pool:
     return _Pool(
         pool.num_workers, pool.step_tokens, pool.mixed_tokens or pool.step_tokens, pool.kv_tokens, pool.max_running,
         pool.prompts_alone,
-        _Cost(terms(*cost.additive), terms(*cost.compute), terms(*cost.memory), cost.expert_s, cost.expert_rate),
+        _Cost(
+            terms(*cost.additive), terms(*cost.compute), terms(*cost.memory), cost.expert_s, cost.expert_rate, cost.spread
+        ),
     )  # fmt: skip
 
 

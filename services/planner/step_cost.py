@@ -17,13 +17,14 @@ NOTHING: Terms = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 class StepCost:
     """Seconds for one of each term: a step takes ``additive`` and the longer of ``compute`` and ``memory``, which is the
     roofline.  ``expert_s`` more of memory for reading all routed experts, of which ``rows`` tokens touch the share
-    1 - exp(-``expert_rate`` * rows)."""
+    1 - exp(-``expert_rate`` * rows).  ``spread``: see ``CostModel``; what is told here is the mean."""
 
     additive: Terms = NOTHING
     compute: Terms = NOTHING
     memory: Terms = NOTHING
     expert_s: float = 0.0
     expert_rate: float = 0.0
+    spread: float = 0.0
 
     def parts(self, terms: Terms) -> tuple[float, float, float]:
         """Seconds: additive, compute, memory."""
@@ -44,7 +45,8 @@ def calibrated(costs: CostModel) -> StepCost:
         additive=(
             costs.step_s, costs.prefill_token_s, costs.attention_pair_s, 0.0, costs.decode_sequence_s,
             costs.decode_context_token_s,
-        )
+        ),
+        spread=costs.spread,
     )  # fmt: skip
 
 

@@ -39,6 +39,7 @@ def test_no_price_is_negative_and_the_error_is_told(times: list[float]) -> None:
     found = fit(STEPS, times)
     assert all(price >= 0 for price in found.prices)
     assert 0 <= found.median_error <= found.max_error
+    assert 0 <= found.rms_error <= found.max_error + 1e-12
 
 
 def sums_of(steps: Sequence[Shares], times: Sequence[float]) -> tuple[float, list[float], list[float], list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pytest
@@ -49,6 +50,26 @@ def test_a_request_alone_takes_what_its_steps_take() -> None:
     prefill_s = 2 * 0.01 + 300 * 0.0005 + (256 * 128 + 44 * (256 + 22)) * 5e-8
     assert run.ttft_s[0] == pytest.approx(prefill_s)
     assert run.end_s[0] - run.first_s[0] == pytest.approx(2 * (0.01 + 0.001) + (301 + 302) * 1e-6)
+
+
+def test_steps_scatter_about_what_they_cost() -> None:
+    """One answer of 20,000 tokens; its steps take 11 ms on the average, a tenth of which is no step's own."""
+    asks = traffic([(0.0, 16, 20_000, 0)])
+    costs = replace(COSTS, decode_context_token_s=0.0)
+    steady, scattered, again = (simulate(fleet(0, 1, replace(costs, spread=s)), asks) for s in (0.0, 0.3, 0.3))
+    assert scattered.end_s[0] == again.end_s[0]
+    assert scattered.end_s[0] == pytest.approx(steady.end_s[0], rel=0.01)
+    spread = 0.3 * (10 / 11) ** 0.5
+    for rank, deviations in ((10, -1.2816), (50, 0.0), (90, 1.2816)):
+        expected_s = 0.011 * np.exp(deviations * spread - spread**2 / 2)
+        assert scattered.itl_s(rank) == pytest.approx(expected_s, rel=0.04)
+
+
+def test_both_simulators_scatter_steps_alike() -> None:
+    costs, random = replace(COSTS, spread=0.3), Random(1)
+    taken = np.array([costs.scattered_s(0.04, random) for _ in range(20_000)])
+    assert taken.mean() == pytest.approx(0.04, rel=0.01)
+    assert np.log(taken).std() == pytest.approx(0.3 * 0.5, rel=0.03)  # four times as long as a step at least
 
 
 def test_what_is_cached_is_not_computed() -> None:

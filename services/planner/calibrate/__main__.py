@@ -45,8 +45,9 @@ def in_service(heard: dict[str, Any]) -> dict[str, Any]:
     sums = heard["sums"]
     found = fit_sums(sums["seconds"], sums["shares"], sums["ratios"], sums["products"])
     costs = CostModel(
-        *found.prices, heard["round_trip_s"] or ROUND_TRIP_S, heard["transfer_bytes_per_s"] or TRANSFER_BYTES_PER_S
-    )
+        *found.prices, heard["round_trip_s"] or ROUND_TRIP_S, heard["transfer_bytes_per_s"] or TRANSFER_BYTES_PER_S,
+        found.rms_error,
+    )  # fmt: skip
     told = {key: heard[key] for key in ("block_nbytes", "block_size", "model", "dtype")}
     return {
         "costs": asdict(costs), **told, "steps": round(sums["shares"][0]), "rms_error": found.rms_error,

@@ -23,6 +23,7 @@ class Fit:
 
     prices: Shares
     median_error: float
+    rms_error: float
     max_error: float
 
 
@@ -33,7 +34,8 @@ def fit(steps: Sequence[Shares], seconds: Sequence[float]) -> Fit:
     ratios, ones = matrix / times[:, None], np.ones_like(times)
     found = _non_negative(lambda kept: np.linalg.lstsq(ratios[:, kept], ones, rcond=None)[0])
     errors = np.abs(matrix @ found / times - 1)
-    return Fit(_shares(found), float(np.median(errors)), float(errors.max()))
+    rms = float(np.sqrt(np.mean(errors**2)))
+    return Fit(_shares(found), float(np.median(errors)), rms, float(errors.max()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def calibrate(
         taken = _measure(runner, steps, rounds, tell)
         del runner
     found = fit([_shares(entries) for entries in steps], [median(each) for each in taken])
-    costs = CostModel(*found.prices, ROUND_TRIP_S, TRANSFER_BYTES_PER_S)
+    costs = CostModel(*found.prices, ROUND_TRIP_S, TRANSFER_BYTES_PER_S, found.rms_error)
     return Calibration(
         costs, layout.block_nbytes, BLOCK_SIZE, config.name, chosen, num_threads, found, len(steps)
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from random import Random
 
 from services.engine.scheduler import Plan
 from services.engine.step_sums import Shares
@@ -12,7 +13,8 @@ from services.engine.step_sums import Shares
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Seconds: of a step, of each prompt token in it, of each pair of a prompt token and one that it attends to, of each
-    sequence that decodes and each token of its context; of a message to another worker and back."""
+    sequence that decodes and each token of its context; of a message to another worker and back.  ``spread``: root of the
+    mean squared relative error of the steps that this was fitted to; in service they vary by what else runs there."""
 
     step_s: float
     prefill_token_s: float
@@ -21,6 +23,7 @@ class CostModel:
     decode_context_token_s: float
     round_trip_s: float
     transfer_bytes_per_s: float
+    spread: float = 0.0
 
     def plan_s(self, plan: Plan) -> float:
         prices = (self.step_s, self.prefill_token_s, self.attention_pair_s, self.decode_sequence_s,
@@ -28,6 +31,14 @@ class CostModel:
         return sum(
             n * s for n, s in zip(shares((len(e.token_ids), e.start) for e in plan.entries), prices, strict=True)
         )
+
+    def scattered_s(self, mean_s: float, random: Random) -> float:
+        """What a step takes that takes ``mean_s`` on the average: lognormal.  What delays steps comes at any time, so its
+        variance grows with their length."""
+        if not self.spread or not mean_s:
+            return mean_s
+        spread = self.spread * min(1.0, self.step_s / mean_s) ** 0.5
+        return mean_s * random.lognormvariate(-spread * spread / 2, spread)
 
     def transfer_s(self, num_bytes: int) -> float:
         """From the last chunk's end to the answer to the commit: two messages and back, and the bytes still to move."""

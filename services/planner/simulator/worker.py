@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from zlib import crc32
@@ -59,6 +60,7 @@ class SimulatedWorker:
         self.draining = False
         self.scheduler = Scheduler(BlockPool(spec.num_blocks), spec.limits)
         self._costs = costs
+        self._random = random.Random(spec.worker_id)  # the same every time
         self._queue = queue
         self._on_events = on_events
         self._on_cache_changes = on_cache_changes
@@ -89,7 +91,7 @@ class SimulatedWorker:
         if plan is None:
             return
         self._busy = True
-        elapsed_s = self._costs.plan_s(plan)
+        elapsed_s = self._costs.scattered_s(self._costs.plan_s(plan), self._random)
         self._queue.after(elapsed_s, lambda: self._end(plan, elapsed_s))
         started: list[Event] = [e for e in plan.started if isinstance(e, Started)]
         if started:

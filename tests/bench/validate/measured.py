@@ -113,9 +113,11 @@ async def in_service(address: str, work: Awaitable[T]) -> tuple[T, CostModel]:
         workers = workers_of(await client.cluster(), ())
     sums = between(before, sums_of(workers))
     assert sums is not None, "somebody computed"
-    prices = fit_sums(sums.seconds, sums.shares, sums.ratios, sums.products).prices
+    found = fit_sums(sums.seconds, sums.shares, sums.ratios, sums.products)
     rates = [worker.transfer_bytes_per_s for worker in workers if worker.transfer_bytes_per_s]
-    return done, CostModel(*prices, ROUND_TRIP_S, max(rates, default=TRANSFER_BYTES_PER_S))
+    return done, CostModel(
+        *found.prices, ROUND_TRIP_S, max(rates, default=TRANSFER_BYTES_PER_S), found.rms_error
+    )  # fmt: skip
 
 
 async def send(address: str, dues: Sequence[Due], seed: int) -> list[Record]:
