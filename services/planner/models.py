@@ -17,7 +17,7 @@ from typing import Any
 from kvferry.errors import InvalidRequestError
 
 KNOWN: Mapping[str, Mapping[str, Any]] = json.loads(Path(__file__).with_name("models.json").read_text())
-# Of one weight.  fp8: scales of 128 x 128 blocks are left out; int8 as services/engine packs it.
+# Of one weight.  fp8: scales of 128 x 128 blocks are left out; int8 as services/engine packs what has more than 16 steps.
 WEIGHT_NBYTES = {"bf16": 2.0, "fp8": 1.0, "int8": 1.125}
 KV_NBYTES = {"bf16": 2, "fp8": 1}
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-class Started(NamedTuple):
+class StartedRunner(NamedTuple):
     """A runner, warm.  ``exact``: whether a token of it is the same however many are computed at once.  ``weight_nbytes``:
     see ``ModelShape.of``."""
 
@@ -61,16 +61,16 @@ class Compute:
     log_name: str
     returns_early: bool
 
-    async def start(self, stack: AsyncExitStack, on_lost: Callable[[RankLostError], None]) -> Started:
+    async def start(self, stack: AsyncExitStack, on_lost: Callable[[RankLostError], None]) -> StartedRunner:
         """What it needs besides ends with ``stack``; ``on_lost``: see ``Ranks``.  Raises ModelError and others of kvferry's
         errors."""
         if self.config.tp > 1:
-            return Started(await self._lead(stack, on_lost), False, self._unpacked_nbytes)
+            return StartedRunner(await self._lead(stack, on_lost), False, self._unpacked_nbytes)
         weights = await asyncio.to_thread(self._load, Shard.whole(self.files.config))
         runner = await asyncio.to_thread(self._on_cpus, partial(self._alone, weights))
         if isinstance(weights, PackedWeights):
-            return Started(runner, True, weights.weight_nbytes)
-        return Started(runner, False, self._unpacked_nbytes)
+            return StartedRunner(runner, True, weights.weight_nbytes)
+        return StartedRunner(runner, False, self._unpacked_nbytes)
 
     @property
     def _unpacked_nbytes(self) -> tuple[float, float]:

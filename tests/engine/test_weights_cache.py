@@ -14,7 +14,7 @@ import pytest
 from services.engine.kernels import cache
 from services.engine.kernels.packed import PackedWeights
 from services.engine.kernels.packing import pack
-from tests.engine.test_kernels import make_config, make_weights
+from tests.engine.test_kernels import make_config, make_weights, on_sixteen_steps
 
 
 def content(weights: PackedWeights) -> list[bytes]:
@@ -23,7 +23,7 @@ def content(weights: PackedWeights) -> list[bytes]:
 
 def packed(dtype: str = "int8", *, tied: bool = False) -> PackedWeights:
     config = make_config(tied=tied, bias=not tied)
-    return pack(config, make_weights(config), dtype)
+    return pack(config, on_sixteen_steps(make_weights(config)), dtype)
 
 
 def never() -> PackedWeights:
@@ -34,13 +34,15 @@ def never() -> PackedWeights:
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_is_mapped_is_what_was_packed(tmp_path: Path, dtype: str, tied: bool) -> None:
     given = packed(dtype, tied=tied)
+    assert dtype != "int8" or {m.format for m in given.matrices()} == {"int8", "int4"}
     for mapped in (cache.load_or_pack(tmp_path, "w", lambda: given), cache.load_or_pack(tmp_path, "w", never)):
         assert mapped is not given
         assert content(mapped) == content(given)
         assert (mapped.dtype, mapped.nbytes) == (dtype, given.nbytes)
         assert (mapped.head is mapped.embedding) == tied
+        for mine, its in zip(mapped.matrices(), given.matrices(), strict=True):
+            assert (mine.num_rows, mine.num_columns, mine.format) == (its.num_rows, its.num_columns, its.format)
         for ours, theirs in zip(mapped.layers, given.layers, strict=True):
-            assert (ours.down.num_rows, ours.down.num_columns) == (theirs.down.num_rows, theirs.down.num_columns)
             assert (ours.qkv_bias is None) == (theirs.qkv_bias is None)
         assert all(part.data_ptr() % 64 == 0 for part in mapped.parts())
     assert not list(tmp_path.glob("*.partial"))

@@ -1,15 +1,15 @@
 /* Products of a few rows with a matrix that was packed for it.
  *
  * A panel holds NR outputs, input by input: F32 as [inputs][NR]; BF16 and INT8 as [inputs / 2][NR][2], since processors
- * multiply pairs; INT4 as [inputs / 8][NR][2] of 16 bits, in which four inputs of the pair's side lie, the first one lowest.
+ * multiply pairs; INT4 as [inputs / 8][NR][2] of 16 bits, in which four inputs of a pair's side lie, the first one lowest.
  * So a product reads a panel once from its beginning to its end, whatever the number of rows, and sums nothing across
  * lanes.  What is multiplied with it is stored row by row: F32 as numbers, BF16 as pairs, INT8 and INT4 as pairs of int16
  * with one scale to each GROUP inputs (16 bits, for they cost nothing in quality where 8 would).
  *
  * A weight of INT8 or INT4 is scale / parts * (parts * q + base): one scale and one base to GROUP inputs, parts 8 or 128.
  * What is in brackets has 12 bits, and takes the place of a weight in the products: the sum of GROUP of them just fits.
- * Where many rows are multiplied with a panel, they are made of it once, in memory of the thread's own; for fewer, once for
- * each tile, in registers.
+ * Where more than a few rows are multiplied with a panel, they are made of it once, in memory of the thread's own; for fewer,
+ * for each tile, in registers.
  *
  * A unit is 32 bits of a row: one input of F32, two of the others.  An output sums its units in one order, the same for any
  * number of rows: what a sequence gets does not depend on its company in a batch.
@@ -58,6 +58,7 @@ static ALWAYS_INLINE void sum_floats(const int format, const int rows, const int
 }
 
 #define WIDE 4 /* a format: what is made of INT8 and INT4, pairs of int16 as [inputs / 2][NR][2] */
+#define FEW_ROWS(format) (BLOCK_ROWS(format) / 6) /* for more it is made in memory, once */
 #define AT_ONCE 4 /* units: as many INT4 has in 32 bits */
 
 /* Bytes of a unit of a panel, all NR outputs. */
@@ -210,7 +211,7 @@ static void multiply_panel(int format, long rows, operand x, const char *panel, 
     if (format == F32) multiply_f32(rows, x, panel, NULL, 0, y, next);
     if (format == BF16) multiply_bf16(rows, x, panel, NULL, 0, y, next);
     if (format == F32 || format == BF16) return;
-    if (rows > BLOCK_ROWS / 6) {
+    if (rows > FEW_ROWS(format)) {
         if (format == INT8) widen_panel(INT8, x.num_units, panel, scales, room);
         if (format == INT4) widen_panel(INT4, x.num_units, panel, scales, room);
         multiply_wide(rows, x, room, scales, unit_scale, y, next);
@@ -250,9 +251,9 @@ static upcoming next_panel(long rows, const kvf_matrix *matrix, long number)
 static void multiply(kvf_pool *pool, char *room, long rows, operand x, const kvf_matrix *matrix, target y)
 {
     const int format = (int)matrix->format;
-    const long threads = kvf_pool_size(pool), own = rows / threads >= BLOCK_ROWS / 3 ? threads : 1;
-    const long num_blocks = own * ((rows + own * BLOCK_ROWS - 1) / (own * BLOCK_ROWS)), num_panels = matrix->num_rows / NR;
-    const long num_shares = num_panels * num_blocks;
+    const long threads = kvf_pool_size(pool), own = rows / threads >= BLOCK_ROWS(format) / 3 ? threads : 1;
+    const long at_most = own * BLOCK_ROWS(format), num_blocks = own * ((rows + at_most - 1) / at_most);
+    const long num_panels = matrix->num_rows / NR, num_shares = num_panels * num_blocks;
     for (long share, end; (share = kvf_claim(pool, num_shares, &end)) < num_shares;)
         for (; share < end; share++) {
             long number = share % num_panels, block = share / num_panels;

@@ -162,9 +162,8 @@ def _quantize_groups(groups: torch.Tensor, steps: _Steps, form: _Form) -> tuple[
     halved = torch.minimum(room, size / _LEAST_NORMAL).clamp_min(1).log2().floor()
     size = size / halved.exp2()
     scales = size.half().clamp_min(_LEAST_SCALE).abs()  # of NaN too: the kernels add to its bits
-    scales = torch.where(
-        scales.float() < size * (1 - 2**-10), _next(scales), scales
-    )  # few digits: a larger one has room
+    has_room = ~(scales.float() < size * (1 - 2**-10))  # not where float16 has few digits and went down
+    scales = torch.where(has_room, scales, _next(scales))
     size = scales.float()
     bases = (steps.least / size * form.parts).round()
     values = ((groups - (bases * size / form.parts)[..., None]) / size[..., None]).round().clamp(0, form.greatest)

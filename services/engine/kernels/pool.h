@@ -24,4 +24,5 @@ void kvf_barrier(kvf_pool *pool);
 
 /* By CLOCK_MONOTONIC. */
 int64_t kvf_now_ns(void);
+/* Of a thread that computes, once: see there. */
 void kvf_take_short_turns(void);

@@ -1,4 +1,4 @@
-/* What packing.py asks of weights before it stores them in 8 bits. */
+/* What packing.py asks of weights before it stores them in 8 bits or fewer. */
 #include "step.h"
 
 #define MAX_STEPS 255

@@ -4,7 +4,8 @@
  */
 #include "attention.h"
 
-/* Who prepares the next step may have to wait for a processor: a turn of whoever computes takes 3 ms. */
+/* Who prepares the next step may have to wait for a processor, of which whoever computes has turns of 3 ms (see
+ * kvf_take_short_turns). */
 #define LEAD_NS 4000000
 
 static operand inputs_of(const kvf_step *step, int format, long num_columns)
@@ -40,10 +41,17 @@ static attention_share nth_share(const kvf_model *model, long number, long num_g
                              model->num_kv_heads * (group + 1) / num_groups};
 }
 
-/* After so many layers: whether the last eighth of them begins, or what is left takes no longer than LEAD_NS. */
-static int is_near_end(long number, long num_layers, int64_t taken_ns)
+/* After so many layers: whether the last eighth of them begins, or what is left, the head included, takes no longer than
+ * LEAD_NS by what the layers took. */
+static int is_near_end(const kvf_step *step, long number, int64_t taken_ns)
 {
-    return number > 0 && (number >= num_layers - num_layers / 8 || taken_ns * (num_layers - number) <= LEAD_NS * number);
+    const kvf_model *model = step->model;
+    const kvf_layer *layer = model->layers;
+    double of_layer = (double)model->hidden_size * (layer->qkv.num_rows + layer->output.num_columns + layer->gate_up.num_rows +
+                                                    layer->down.num_columns) * step->batch->num_tokens;
+    double of_head = (double)model->hidden_size * model->head.num_rows * step->batch->num_sampled;
+    double left = model->num_layers - number + of_head / of_layer;
+    return number > 0 && (number >= model->num_layers - model->num_layers / 8 || taken_ns * left <= LEAD_NS * (double)number);
 }
 
 void KVF_STEP(void *argument, kvf_pool *pool, int thread)
@@ -72,7 +80,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     kvf_barrier(pool);
     for (long number = 0; number < model->num_layers; number++) {
         const kvf_layer *layer = &model->layers[number];
-        if (thread == 0 && !is_told && is_near_end(number, model->num_layers, kvf_now_ns() - began_ns)) {
+        if (thread == 0 && !is_told && is_near_end(step, number, kvf_now_ns() - began_ns)) {
             step->nearly(step->engine);
             is_told = 1;
         }

@@ -96,7 +96,7 @@ typedef struct {
     const kvf_model *model;
     const kvf_batch *batch;
     kvf_draw *draw;
-    void (*nearly)(void *engine); /* called once by one thread, when the step is in its last layers */
+    void (*nearly)(void *engine); /* called once by one thread, before the end, see step.c */
     void *engine;
     int64_t num_tiles, num_slots, num_partials;
     int64_t *token_ids;    /* [num_tokens], all of them known */

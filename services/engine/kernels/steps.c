@@ -107,7 +107,7 @@ int kvf_start(kvf_engine *engine, const kvf_model *model, kvf_batch *batch)
     return number;
 }
 
-/* Blocks until the step is in its last layers, or has ended. */
+/* Blocks until the step is near its end (see step.c), or has ended. */
 void kvf_wait_nearly(kvf_engine *engine, int number) { wait_for(&engine->num_nearly, number); }
 
 void kvf_wait(kvf_engine *engine, int number) { wait_for(&engine->num_ended, number); }

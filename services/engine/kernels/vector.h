@@ -12,12 +12,12 @@
 #endif
 
 /* VL: lanes of 32 bits.  A tile of a matmul is MR rows times PART vectors, of which the format's numbers and some operands
- * fit the registers; up to WHOLE rows it is as wide as a panel.  BLOCK_ROWS: as many as their own cache has room for beside a
- * panel. */
+ * fit the registers; up to WHOLE rows it is as wide as a panel.  BLOCK_ROWS: as many as are multiplied with one panel after the
+ * other, so that they stay in a thread's own cache. */
 #if defined(__AVX512F__)
 #define VL 16
 #define MR(format) ((format) == F32 || (format) == BF16 ? 12 : 6)
-#define BLOCK_ROWS 144
+#define BLOCK_ROWS(format) 144
 #define PART 2
 #define WHOLE(format) MR(format)
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), \
@@ -25,14 +25,14 @@
 #elif defined(__AVX2__)
 #define VL 8
 #define MR(format) ((format) == F32 ? 3 : (format) == BF16 ? 4 : 6)
-#define BLOCK_ROWS 72
+#define BLOCK_ROWS(format) (12 * MR(format))
 #define PART 2
 #define WHOLE(format) ((format) == F32 ? 3 : 2)
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
 #else
 #define VL 4
 #define MR(format) 1
-#define BLOCK_ROWS 12
+#define BLOCK_ROWS(format) 12
 #define PART 8
 #define WHOLE(format) 1
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
@@ -54,7 +54,6 @@ static ALWAYS_INLINE void store(void *p, vf v) { memcpy(p, &v, sizeof v); }
 static ALWAYS_INLINE vf splat(float x) { return x - (vf){0}; }
 static ALWAYS_INLINE vi splat_bits(uint32_t x) { return (vi)((vu){0} + x); }
 static ALWAYS_INLINE float as_float(uint32_t bits) { float x; memcpy(&x, &bits, 4); return x; }
-static ALWAYS_INLINE uint32_t as_bits(float x) { uint32_t bits; memcpy(&bits, &x, 4); return bits; }
 static ALWAYS_INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 
 /* a > b ? yes : no.  gcc makes several instructions of choose() and a comparison. */
