@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from random import Random
 
 import numpy as np
 import pytest
@@ -66,8 +65,8 @@ def test_steps_scatter_about_what_they_cost() -> None:
 
 
 def test_both_simulators_scatter_steps_alike() -> None:
-    costs, random = replace(COSTS, spread=0.3), Random(1)
-    taken = np.array([costs.scattered_s(0.04, random) for _ in range(20_000)])
+    costs, draws = replace(COSTS, spread=0.3), random.Random(1)
+    taken = np.array([costs.scattered_s(0.04, draws) for _ in range(20_000)])
     assert taken.mean() == pytest.approx(0.04, rel=0.01)
     assert np.log(taken).std() == pytest.approx(0.3 * 0.5, rel=0.03)  # four times as long as a step at least
 

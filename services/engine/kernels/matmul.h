@@ -61,6 +61,9 @@ static ALWAYS_INLINE void sum_floats(const int format, const int rows, const int
 #define FEW_ROWS(format) (BLOCK_ROWS(format) / 6) /* for more it is made in memory, once */
 #define AT_ONCE 4 /* units: as many INT4 has in 32 bits */
 
+/* Of a step, that bases of INT8 and INT4 count in. */
+static ALWAYS_INLINE int num_parts(int format) { return format == INT4 ? 128 : 8; }
+
 /* Bytes of a unit of a panel, all NR outputs. */
 static ALWAYS_INLINE long unit_nbytes(int format) { return format == INT8 ? 2 * NR : format == INT4 ? NR : 4 * NR; }
 
@@ -207,7 +210,7 @@ FORMAT_ROWS(multiply_wide, WIDE)
 static void multiply_panel(int format, long rows, operand x, const char *panel, const uint16_t *scales, target y,
                            upcoming next, char *room)
 {
-    const float unit_scale = LEAST_SCALE / (format == INT4 ? 128 : 8);
+    const float unit_scale = LEAST_SCALE / num_parts(format);
     if (format == F32) multiply_f32(rows, x, panel, NULL, 0, y, next);
     if (format == BF16) multiply_bf16(rows, x, panel, NULL, 0, y, next);
     if (format == F32 || format == BF16) return;

@@ -105,8 +105,7 @@ def _quantize(weight: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
     num_rows, num_columns = weight.shape
     found = torch.empty(num_rows, num_columns // _GROUP, 3)
     load().kvf_count_steps(weight.data_ptr(), found[..., 0].numel(), found.data_ptr())
-    format = "int4" if _Steps(*found.unbind(-1)).fit(_INT4) else "int8"
-    form = _INT4 if format == "int4" else _INT8
+    form = _INT4 if _Steps(*found.unbind(-1)).fit(_INT4) else _INT8
     values = torch.empty(weight.shape, dtype=torch.int8)
     pairs = torch.empty(num_rows, num_columns // _GROUP, 2, dtype=torch.int16)
     at_once = max(1, _QUANTIZED_AT_ONCE // num_columns)
@@ -115,7 +114,7 @@ def _quantize(weight: torch.Tensor) -> tuple[str, torch.Tensor, torch.Tensor]:
         groups = weight[rows].view(-1, num_columns // _GROUP, _GROUP)
         own, pairs[rows] = _quantize_groups(groups, _Steps(*found[rows].unbind(-1)), form)
         values[rows] = own.view(-1, num_columns)
-    return format, values, pairs.view(num_rows // _PANEL, _PANEL, -1, 2).permute(0, 2, 3, 1)
+    return form.format, values, pairs.view(num_rows // _PANEL, _PANEL, -1, 2).permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True)
@@ -123,12 +122,13 @@ class _Form:
     """``parts`` of a step that a base counts in; what q may be, from 0 to ``greatest``, and how far from zero a weight may
     be, in steps: so a weight is at most 2047 parts."""
 
+    format: str
     parts: int
     greatest: int
     reach: float
 
 
-_INT8, _INT4 = _Form(8, 255, 255.0), _Form(128, 15, 15.9)
+_INT8, _INT4 = _Form("int8", 8, 255, 255.0), _Form("int4", 128, 15, 15.9)
 
 
 @dataclass(frozen=True)
@@ -161,9 +161,9 @@ def _quantize_groups(groups: torch.Tensor, steps: _Steps, form: _Form) -> tuple[
     room = form.greatest / torch.maximum(steps.count, steps.farthest / size).clamp_min(1)
     halved = torch.minimum(room, size / _LEAST_NORMAL).clamp_min(1).log2().floor()
     size = size / halved.exp2()
-    scales = size.half().clamp_min(_LEAST_SCALE).abs()  # of NaN too: the kernels add to its bits
-    has_room = ~(scales.float() < size * (1 - 2**-10))  # not where float16 has few digits and went down
-    scales = torch.where(has_room, scales, _next(scales))
+    scales = size.half().abs()  # of NaN too: the kernels add to its bits
+    too_small = scales.float() < size * (1 - 2**-10)  # where float16 has few digits
+    scales = torch.where(too_small, _next(scales), scales)
     size = scales.float()
     bases = (steps.least / size * form.parts).round()
     values = ((groups - (bases * size / form.parts)[..., None]) / size[..., None]).round().clamp(0, form.greatest)

@@ -83,19 +83,20 @@ static void unpack_row(const kvf_matrix *matrix, long row, long n, float *to)
     const char *panel = panel_of(matrix, row / NR, &scales);
     const int format = (int)matrix->format;
     const long lane = row % NR, vector = lane / VL * VL;
+    const int parts = num_parts(format);
     float scale = 0;
     int base = 0;
     for (long i = 0; i < n; i++) {
         long pair = i / 2 * 2 * NR + lane * 2 + i % 2, four = i / 8 * 2 * NR + lane * 2 + i % 2;
         if (scales && i % GROUP == 0) {
             const uint16_t *group = scales + i / GROUP * 2 * NR;
-            scale = from_f16(group + vector)[lane % VL] / (format == INT4 ? 128 : 8);
+            scale = from_f16(group + vector)[lane % VL] / parts;
             base = (int16_t)group[NR + lane];
         }
         if (format == F32) to[i] = ((const float *)panel)[i * NR + lane];
         if (format == BF16) to[i] = as_float((uint32_t)((const uint16_t *)panel)[pair] << 16);
-        if (format == INT8) to[i] = (8 * ((const int8_t *)panel)[pair] + base) * scale;
-        if (format == INT4) to[i] = (128 * (((const uint16_t *)panel)[four] >> i / 2 % 4 * 4 & 15) + base) * scale;
+        if (format == INT8) to[i] = (parts * ((const int8_t *)panel)[pair] + base) * scale;
+        if (format == INT4) to[i] = (parts * (((const uint16_t *)panel)[four] >> i / 2 % 4 * 4 & 15) + base) * scale;
     }
 }
 

@@ -69,7 +69,6 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     char *room = step->room + thread * step->row_stride * 2 * NR;
     attending attention;
     int is_told = 0;
-    const int64_t began_ns = kvf_now_ns();
 #define EACH(i, count) \
     for (long i = 0, i##_end = 0; i < i##_end || (i = kvf_claim(pool, count, &i##_end)) < (count); i++)
 
@@ -80,7 +79,7 @@ void KVF_STEP(void *argument, kvf_pool *pool, int thread)
     kvf_barrier(pool);
     for (long number = 0; number < model->num_layers; number++) {
         const kvf_layer *layer = &model->layers[number];
-        if (thread == 0 && !is_told && is_near_end(step, number, kvf_now_ns() - began_ns)) {
+        if (thread == 0 && !is_told && is_near_end(step, number, kvf_now_ns() - batch->began_ns)) {
             step->nearly(step->engine);
             is_told = 1;
         }
