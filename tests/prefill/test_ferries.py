@@ -48,7 +48,7 @@ async def assert_arrives(two: TwoWorkers, prompt: list[int]) -> int:
         assert torch.equal(pool[others].view(torch.uint8), was[others].view(torch.uint8))
     assert committed.transfer.num_blocks == len(ticket.blocks)
     assert committed.prefill.num_prompt_tokens == len(prompt)
-    two.assert_quiet()
+    await two.quiet()
     return num_had
 
 
@@ -123,7 +123,7 @@ async def test_many_prompts_share_little_memory_to_convert_in() -> None:
         for prompt, (ticket, _) in zip(prompts, tickets, strict=True):
             expected = expected_kv(prompt, (ours.dtype, theirs.dtype))
             assert torch.equal(two.owner.kv(ticket.blocks, len(prompt)), expected)
-        two.assert_quiet()
+        await two.quiet()
 
 
 class Gate:
@@ -168,7 +168,7 @@ async def test_stopping_waits_for_the_conversion_under_way(monkeypatch: pytest.M
         gate.open.set()
         await asyncio.wait_for(stopping, 10)
         assert torch.equal(two.owner.pool.view(torch.uint8), before.view(torch.uint8)), "written after the stop"
-        two.writer.assert_quiet()
+        await two.writer.quiet()
     assert all(name.startswith("convert") for name in gate.threads)
 
 
@@ -186,7 +186,7 @@ async def test_a_write_that_waits_for_room_is_stopped_at_once(monkeypatch: pytes
         assert not gate.open.is_set()
         gate.open.set()
         await asyncio.wait_for(first, 10)
-        two.assert_quiet()
+        await two.quiet()
 
 
 async def test_scratch_memory_is_held_until_its_write_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,7 +211,7 @@ async def test_scratch_memory_is_held_until_its_write_has_ended(monkeypatch: pyt
         may_write.set()
         await asyncio.wait_for(stopping, 10)
         await steps.aclose()
-        two.writer.assert_quiet()
+        await two.writer.quiet()
 
 
 async def test_a_conversion_that_fails_fails_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,7 @@ async def test_a_ticket_that_cannot_be_used_is_refused_before_anything_is_comput
         assert refused.value.reason == "TICKET_REFUSED"
         assert two.writer.worker.engine.work.prefill_tokens == 0
         assert torch.equal(two.owner.pool.view(torch.uint8), before.view(torch.uint8))
-        two.writer.assert_quiet()
+        await two.writer.quiet()
 
 
 async def test_a_ticket_expires_by_its_receipt_however_long_opening_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +269,7 @@ async def test_a_ticket_expires_by_its_receipt_however_long_opening_takes(monkey
         monkeypatch.setattr(LoopbackTransport, "open", slowly)
         with pytest.raises(ConflictError, match=r"expired 0\.\d+ s before the first write"):
             await anext(two.ferries.run(prompt, sampling(), ticket, SALT))
-        two.writer.assert_quiet()
+        await two.writer.quiet()
 
 
 @pytest.mark.parametrize("how", ["expired", "left"])
@@ -295,7 +295,7 @@ async def test_a_request_that_expires_or_is_left_writes_no_more_and_its_owner_is
         with pytest.raises(AbortedError, match="the writer gave up"):
             await call.next()
         assert torch.equal(two.owner.pool.view(torch.uint8), before.view(torch.uint8))
-        two.assert_quiet()
+        await two.quiet()
 
 
 @pytest.mark.parametrize("change", [{"owner_id": "decode-9"}, {"owner_incarnation": 9}, {"epoch": 9}])
@@ -329,7 +329,7 @@ async def test_who_asks_to_stop_hears_in_time_that_a_write_hangs_and_may_ask_aga
         monkeypatch.setattr("services.prefill.ferries.STOP_WAIT_S", 10.0)
         await two.ferries.stop_transfer(stop_request(ticket))
         await steps.aclose()
-        two.writer.assert_quiet()
+        await two.writer.quiet()
 
 
 async def test_what_a_broken_connection_may_still_bring_keeps_the_owner_waiting(
@@ -351,7 +351,7 @@ async def test_what_a_broken_connection_may_still_bring_keeps_the_owner_waiting(
                 await two.ferries.stop_transfer(stop_request(ticket))
         on_its_way.clear()
         await two.ferries.stop_transfer(stop_request(ticket))
-        two.writer.assert_quiet()
+        await two.writer.quiet()
 
 
 async def test_a_passage_that_fails_to_clean_up_has_stopped_nonetheless(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ async def test_a_chunk_is_written_when_it_is_in_memory_and_before_the_next_is_co
             assert torch.equal(workers.owner.kv(ticket.blocks, len(PROMPT)), expected)
             assert (await call.read()).token.id == 7
             assert (await call.read()).HasField("finished")
-        workers.assert_quiet()
+        await workers.quiet()
 
 
 async def test_what_the_device_fails_with_fails_the_write() -> None:

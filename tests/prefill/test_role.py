@@ -37,4 +37,4 @@ async def test_the_least_memory_to_convert_in_will_do() -> None:
             grpc.aio.server(), prefill.worker, channels, Puller(prefill.worker, channels), config
         ) as stop_transfer:
             await stop_transfer(worker_pb2.StopTransferRequest(transfer_id="never heard of"))
-        prefill.assert_quiet()
+        await prefill.quiet()

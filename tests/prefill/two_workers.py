@@ -52,6 +52,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 NUM_BLOCKS = 60
 SALT = b"salt"
+QUIET_TIMEOUT_S = 10.0
 
 
 def layout(dtype: str, block_size: int, tp: int = 1) -> KvLayout:
@@ -117,14 +118,13 @@ class Side:
     async def cache(self, prompt: Sequence[int]) -> None:
         """Leaves the prompt's full blocks in the prefix cache."""
         self.worker.add(self.alone(prompt))
-        changed = self.worker.router.changed
-        while not self.worker.is_idle():
-            changed.clear()
-            await changed.wait()
+        await self.worker.idle()
 
-    def assert_quiet(self) -> None:
+    async def quiet(self) -> None:
+        """Nothing is held, or no longer once the step under way has ended."""
+        async with asyncio.timeout(QUIET_TIMEOUT_S):
+            await self.worker.idle()
         assert self.worker.integrity_ok()
-        assert self.worker.is_idle()
         with self.worker.engine.exclusive(wake=False) as scheduler:
             assert scheduler.pool.counts().active == 0
 
@@ -202,9 +202,9 @@ class TwoWorkers:
             assert (await call.next()).HasField("finished")
             return ticket, committed
 
-    def assert_quiet(self) -> None:
-        self.writer.assert_quiet()
-        self.owner.assert_quiet()
+    async def quiet(self) -> None:
+        await self.writer.quiet()
+        await self.owner.quiet()
 
 
 @asynccontextmanager

@@ -108,12 +108,8 @@ class Two:
 
     async def quiet(self) -> None:
         """All is given back, on both sides."""
-        async with asyncio.timeout(LONG_S):
-            for each in (self.ours, self.holder):
-                while not each.worker.is_idle():
-                    each.worker.router.changed.clear()
-                    await asyncio.wait((asyncio.ensure_future(each.worker.router.changed.wait()),), timeout=0.1)
-                each.assert_quiet()
+        for each in (self.ours, self.holder):
+            await each.quiet()
 
 
 @asynccontextmanager
