@@ -216,7 +216,7 @@ static void attend_head(attending *a, long begin, long end, long slot)
     for (long at = 0; at < count; at += NR) {
         pack_keys(a, at, end - begin, dim >> half);
         target scores = {a->scores + at, CHUNK, NULL, 0};
-        multiply_panel(half ? BF16 : F32, num_queries, queries, (char *)a->panel, NULL, scores, (upcoming){0}, NULL);
+        multiply_panel(half ? BF16 : F32, num_queries, queries, (char *)a->panel, NULL, scores, 0, NULL);
     }
     float scale = 1.44269504f / sqrtf((float)dim); /* of log2(e) */
     long stride = dim + PARTIAL_HEAD;
@@ -237,7 +237,7 @@ static void attend_head(attending *a, long begin, long end, long slot)
         ask(a, VALUES_ADDED);
         target sums = {a->results + PARTIAL_HEAD + d, stride, NULL, 0};
         const char *panel = (char *)(a->values + d * (count >> half));
-        multiply_panel(half ? BF16 : F32, num_queries, weights, panel, NULL, sums, (upcoming){0}, NULL);
+        multiply_panel(half ? BF16 : F32, num_queries, weights, panel, NULL, sums, 0, NULL);
     }
     for (long i = 0; i < num_queries; i++)
         if (a->results[i * stride + 1] != 0) merge(partial_of(step, a->tile, slot, a->head, i), a->results + i * stride, dim);

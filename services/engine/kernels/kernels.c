@@ -114,7 +114,7 @@ static size_t lay_out(kvf_step *step, char *memory, int num_threads)
     step->last_hidden = take(memory, &at, step->batch->num_sampled * padded(model->hidden_size, 32) * sizeof(float));
     step->wide = take(memory, &at, (rows * widest + 16) * sizeof(float));
     step->inputs = take(memory, &at, rows * inputs * sizeof(uint32_t));
-    step->groups = take(memory, &at, rows * inputs / GROUP * sizeof(int32_t));
+    step->groups = take(memory, &at, rows * inputs / GROUP * 2 * sizeof(int32_t));
     step->rows = take(memory, &at, num_threads * inputs * sizeof(float));
     step->room = take(memory, &at, num_threads * inputs / 2 * 4 * 32);
     step->turns = take(memory, &at, rows * model->head_dim * sizeof(float));

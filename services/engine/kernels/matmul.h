@@ -25,7 +25,7 @@
 
 typedef struct {
     const uint32_t *units; /* [rows][stride] */
-    const int32_t *groups; /* INT8, INT4: [rows][group_stride], scales, see pack_group */
+    const int32_t *groups; /* INT8, INT4: [rows][group_stride], see pack_group */
     long stride, group_stride, num_units;
 } operand;
 
@@ -37,16 +37,23 @@ typedef struct {
     int add;
 } target;
 
+/* What a processor asks for by itself ends where a page does, and between two pages it would wait. */
+#define AHEAD 8192
+static ALWAYS_INLINE void fetch_ahead(const char *panel, long nbytes, long distance)
+{
+    UNROLL for (long i = 0; i < nbytes; i += 64) __builtin_prefetch(panel + distance + i);
+}
+
 /* The sums of rows rows and nv vectors of outputs, the panel and its scales pointing to the first of them.  Where these are
  * not all of the panel, the rest is asked for as well: it comes next, and memory gives whole stretches faster. */
 static ALWAYS_INLINE void sum_floats(const int format, const int rows, const int nv, operand x, const char *panel,
-                                     vf acc[][NV])
+                                     long ahead, vf acc[][NV])
 {
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
     for (long u = 0; u < x.num_units; u++, panel += 4 * NR) {
         vf weights[NV];
-        if (nv < NV) __builtin_prefetch(panel + 16 * 4 * NR), __builtin_prefetch(panel + 16 * 4 * NR + 64);
+        fetch_ahead(panel, 4 * NR, ahead);
         UNROLL for (int v = 0; v < nv; v++) weights[v] = load(panel + 4 * VL * v);
         UNROLL for (int r = 0; r < rows; r++) {
             uint32_t unit = x.units[r * x.stride + u];
@@ -61,8 +68,8 @@ static ALWAYS_INLINE void sum_floats(const int format, const int rows, const int
 #define FEW_ROWS(format) (BLOCK_ROWS(format) / 6) /* for more it is made in memory, once */
 #define AT_ONCE 4 /* units: as many INT4 has in 32 bits */
 
-/* Of a step, that bases of INT8 and INT4 count in. */
-static ALWAYS_INLINE int num_parts(int format) { return format == INT4 ? 128 : 8; }
+/* The parts of a step, in which bases of INT8 and INT4 count, are 2 to the power of so many. */
+static ALWAYS_INLINE int parts_bits(int format) { return format == INT4 ? 7 : 3; }
 
 /* Bytes of a unit of a panel, all NR outputs. */
 static ALWAYS_INLINE long unit_nbytes(int format) { return format == INT8 ? 2 * NR : format == INT4 ? NR : 4 * NR; }
@@ -74,36 +81,51 @@ static ALWAYS_INLINE vi bases(const uint16_t *from)
     return (vi)(base | base << 16);
 }
 
-/* Vector v of unit k, below AT_ONCE, of those at panel: pairs of int16. */
-static ALWAYS_INLINE vi weights_of(const int format, const char *panel, int k, int v, vi base)
+/* Vector v of unit k, below AT_ONCE, of those at a panel of INT8 or INT4: pairs of what is stored, from bit number bit on. */
+static ALWAYS_INLINE vi stored(const int format, const char *panel, int k, int v, int bit)
+{
+    if (format == INT8) return (vi)((vs2)widen_pairs(panel + 2 * NR * k + 2 * VL * v) << bit);
+    vu four = (vu)load(panel + 4 * VL * v);
+    return (vi)((4 * k < bit ? four << (bit - 4 * k) : four >> (4 * k - bit)) & 0x000f000f << bit);
+}
+
+/* The same of any format of integers: pairs of weights. */
+static ALWAYS_INLINE vi weight(const int format, const char *panel, int k, int v, vi base)
 {
     if (format == WIDE) return (vi)load(panel + 4 * NR * k + 4 * VL * v);
-    if (format == INT8) return (vi)(((vs2)widen_pairs(panel + 2 * NR * k + 2 * VL * v) << 3) + (vs2)base);
-    vu four = (vu)load(panel + 4 * VL * v);
-    return (vi)((vs2)((k < 2 ? four << ((7 - 4 * k) & 31) : four >> ((4 * k - 7) & 31)) & 0x07800780) + (vs2)base);
+    return (vi)((vs2)stored(format, panel, k, v, parts_bits(format)) + (vs2)base);
 }
+
+/* Of few rows of INT8 and INT4 a group's sum is that of what is stored, and the base's share is added to it: that spares an
+ * addition for each product, and costs a multiplication for each group and row.  What INT4 stores is left at the bits where it
+ * lies, as far as the sums fit, which are of so many kinds: that spares the shifts. */
+#define KINDS(format) ((format) == INT4 ? 3 : 1)
 
 /* unit_scale: of an input that is 1 and a weight that is one part of a step, as far as neither row nor group say. */
 static ALWAYS_INLINE void sum_ints(const int format, const int rows, const int nv, operand x, const char *panel,
-                                   const uint16_t *scales, float unit_scale, vf acc[][NV])
+                                   const uint16_t *scales, float unit_scale, long ahead, vf acc[][NV])
 {
+    const int as_stored = format != WIDE && rows <= STORED_ROWS, kinds = as_stored ? KINDS(format) : 1;
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < nv; v++) acc[r][v] = splat(0);
     for (long group = 0; group < x.num_units / (GROUP / 2); group++, scales += 2 * NR) {
-        vi sums[MOST_ROWS][NV], base[NV]; /* 32 * 2048 * 32767 fits */
+        if (format != WIDE) fetch_ahead((const char *)scales, 4 * NR, ahead / 4);
+        vi sums[3][MOST_ROWS][NV]; /* 32 * 2048 * 32767 fits, and 16 * 15 * 256 * 32767 */
+        vi base[NV];
         UNROLL for (int v = 0; v < nv; v++) base[v] = format == WIDE ? splat_bits(0) : bases(scales + NR + VL * v);
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int v = 0; v < nv; v++) sums[r][v] = splat_bits(0);
+        UNROLL for (int kind = 0; kind < kinds; kind++)
+            UNROLL for (int r = 0; r < rows; r++)
+                UNROLL for (int v = 0; v < nv; v++) sums[kind][r][v] = splat_bits(0);
         for (long u = group * (GROUP / 2); u < (group + 1) * (GROUP / 2); u += AT_ONCE) {
-            if (nv < NV)
-                UNROLL for (long i = 0; i < AT_ONCE * unit_nbytes(format); i += 64)
-                    __builtin_prefetch(panel + 16 * unit_nbytes(format) + i);
+            if (format != WIDE) fetch_ahead(panel, AT_ONCE * unit_nbytes(format), ahead);
             UNROLL for (int k = 0; k < AT_ONCE; k++) {
+                const int kind = k < kinds ? k : kinds - 1;
                 vi weights[NV];
-                UNROLL for (int v = 0; v < nv; v++) weights[v] = weights_of(format, panel, k, v, base[v]);
+                UNROLL for (int v = 0; v < nv; v++)
+                    weights[v] = as_stored ? stored(format, panel, k, v, 4 * kind) : weight(format, panel, k, v, base[v]);
                 UNROLL for (int r = 0; r < rows; r++) {
                     vi unit = splat_bits(x.units[r * x.stride + u + k]);
-                    UNROLL for (int v = 0; v < nv; v++) sums[r][v] = dot_i16(sums[r][v], unit, weights[v]);
+                    UNROLL for (int v = 0; v < nv; v++) sums[kind][r][v] = dot_i16(sums[kind][r][v], unit, weights[v]);
                 }
             }
             panel += AT_ONCE * unit_nbytes(format);
@@ -111,9 +133,13 @@ static ALWAYS_INLINE void sum_ints(const int format, const int rows, const int n
         vf scale[NV];
         UNROLL for (int v = 0; v < nv; v++) scale[v] = from_f16(scales + VL * v) * unit_scale;
         UNROLL for (int r = 0; r < rows; r++) {
-            vi common = splat_bits(x.groups[r * x.group_stride + group]);
-            UNROLL for (int v = 0; v < nv; v++)
-                acc[r][v] += __builtin_convertvector(sums[r][v], vf) * scaled_by(scale[v], common);
+            const int32_t *of_row = x.groups + r * x.group_stride + 2 * group;
+            UNROLL for (int v = 0; v < nv; v++) {
+                vi sum = sums[0][r][v];
+                UNROLL for (int kind = 1; kind < kinds; kind++) sum += sums[kind][r][v] >> 4 * kind;
+                if (as_stored) sum = (sum << parts_bits(format)) + (base[v] >> 16) * of_row[1];
+                acc[r][v] += __builtin_convertvector(sum, vf) * scaled_by(scale[v], splat_bits(of_row[0]));
+            }
         }
     }
 }
@@ -127,7 +153,7 @@ static ALWAYS_INLINE void widen_panel(const int format, long num_units, const ch
         for (int four = 0; four < GROUP / 2 / AT_ONCE; four++) {
             UNROLL for (int k = 0; k < AT_ONCE; k++)
                 UNROLL for (int v = 0; v < NV; v++)
-                    store(to + 4 * NR * k + 4 * VL * v, (vf)weights_of(format, panel, k, v, base[v]));
+                    store(to + 4 * NR * k + 4 * VL * v, (vf)weight(format, panel, k, v, base[v]));
             panel += AT_ONCE * unit_nbytes(format);
             to += AT_ONCE * 4 * NR;
         }
@@ -135,16 +161,16 @@ static ALWAYS_INLINE void widen_panel(const int format, long num_units, const ch
 }
 
 static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operand x, const char *panel,
-                                        const uint16_t *scales, float unit_scale, target y)
+                                        const uint16_t *scales, float unit_scale, target y, long ahead)
 {
     const int nv = rows <= WHOLE(format) ? NV : PART;
     vf acc[MOST_ROWS][NV];
     for (int first = 0; first < NV; first += nv) {
         const char *part = panel + first * (format == INT8 ? 2 * VL : 4 * VL);
         if (format == F32 || format == BF16)
-            sum_floats(format, rows, nv, x, part, acc);
+            sum_floats(format, rows, nv, x, part, ahead, acc);
         else
-            sum_ints(format, rows, nv, x, part, scales + first * VL, unit_scale, acc);
+            sum_ints(format, rows, nv, x, part, scales + first * VL, unit_scale, ahead, acc);
         UNROLL for (int r = 0; r < rows; r++)
             UNROLL for (int v = 0; v < nv; v++) {
                 float *to = y.to + r * y.stride + VL * (first + v);
@@ -158,31 +184,21 @@ static ALWAYS_INLINE void multiply_tile(const int format, const int rows, operan
 
 #define ROWS(n)                                                                                              \
     case n:                                                                                                  \
-        if (n <= MR(format)) multiply_tile(format, n <= MR(format) ? n : MR(format), x, panel, scales, unit_scale, y); \
+        if (n <= MR(format)) multiply_tile(format, n <= MR(format) ? n : MR(format), x, panel, scales, unit_scale, y, \
+                                        ahead);                                                              \
         break;
 
-/* What is multiplied next and asked for meanwhile: memory is far away, and the first tile would wait for every line. */
-typedef struct {
-    const char *at;
-    long nbytes; /* 0: nothing */
-} upcoming;
-
-/* Asks for the first of so many parts. */
-static ALWAYS_INLINE void fetch_part(upcoming *next, long parts)
-{
-    long nbytes = next->nbytes / parts;
-    for (long i = 0; i < nbytes; i += 64) __builtin_prefetch(next->at + i, 0, 2);
-    next->at += nbytes;
-    next->nbytes -= nbytes;
-}
-
-/* rows rows with one panel.  Tiles are of nearly equal height: 13 rows are 7 and 6, not 12 and 1. */
+/* rows rows with one panel, and while INT8 and INT4 are multiplied as WIDE the next num_next bytes are asked for, in as many
+ * parts as there are tiles.  Tiles are of nearly equal height: 13 rows are 7 and 6, not 12 and 1. */
 static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, const char *panel,
-                                        const uint16_t *scales, float unit_scale, target y, upcoming next)
+                                        const uint16_t *scales, float unit_scale, target y, long ahead, const char *next,
+                                        long num_next)
 {
     for (long num_tiles = (rows + MR(format) - 1) / MR(format); num_tiles; num_tiles--) {
-        long height = (rows + num_tiles - 1) / num_tiles;
-        fetch_part(&next, num_tiles);
+        long height = (rows + num_tiles - 1) / num_tiles, part = num_next / num_tiles;
+        for (long i = 0; i < part; i += 64) __builtin_prefetch(next + i, 0, 2);
+        next += part;
+        num_next -= part;
         switch (height) {
             ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
         }
@@ -196,32 +212,38 @@ static ALWAYS_INLINE void multiply_rows(const int format, long rows, operand x, 
 /* Functions of their own, for the sake of their registers. */
 #define FORMAT_ROWS(name, format)                                                                             \
     static __attribute__((noinline)) void name(long rows, operand x, const char *panel, const uint16_t *scales, \
-                                               float unit_scale, target y, upcoming next)                     \
+                                               float unit_scale, target y, long ahead)                        \
     {                                                                                                         \
-        multiply_rows(format, rows, x, panel, scales, unit_scale, y, next);                                   \
+        multiply_rows(format, rows, x, panel, scales, unit_scale, y, ahead, NULL, 0);                         \
     }
 FORMAT_ROWS(multiply_f32, F32)
 FORMAT_ROWS(multiply_bf16, BF16)
 FORMAT_ROWS(multiply_int8, INT8)
 FORMAT_ROWS(multiply_int4, INT4)
-FORMAT_ROWS(multiply_wide, WIDE)
 
-/* room: for the panel as WIDE. */
-static void multiply_panel(int format, long rows, operand x, const char *panel, const uint16_t *scales, target y,
-                           upcoming next, char *room)
+static __attribute__((noinline)) void multiply_wide(long rows, operand x, const char *panel, const uint16_t *scales,
+                                                    float unit_scale, target y, const char *next, long num_next)
 {
-    const float unit_scale = LEAST_SCALE / num_parts(format);
-    if (format == F32) multiply_f32(rows, x, panel, NULL, 0, y, next);
-    if (format == BF16) multiply_bf16(rows, x, panel, NULL, 0, y, next);
+    multiply_rows(WIDE, rows, x, panel, scales, unit_scale, y, 0, next, num_next);
+}
+
+/* ahead: how far, in bytes, to ask for what is behind; 0 for a panel that is not in memory alone.  room: for the panel as WIDE. */
+static void multiply_panel(int format, long rows, operand x, const char *panel, const uint16_t *scales, target y, long ahead,
+                           char *room)
+{
+    const float unit_scale = LEAST_SCALE / (1 << parts_bits(format));
+    const long nbytes = x.num_units * unit_nbytes(format);
+    if (format == F32) multiply_f32(rows, x, panel, NULL, 0, y, ahead);
+    if (format == BF16) multiply_bf16(rows, x, panel, NULL, 0, y, ahead);
     if (format == F32 || format == BF16) return;
     if (rows > FEW_ROWS(format)) {
         if (format == INT8) widen_panel(INT8, x.num_units, panel, scales, room);
         if (format == INT4) widen_panel(INT4, x.num_units, panel, scales, room);
-        multiply_wide(rows, x, room, scales, unit_scale, y, next);
+        multiply_wide(rows, x, room, scales, unit_scale, y, panel + nbytes, nbytes);
     } else if (format == INT8) {
-        multiply_int8(rows, x, panel, scales, unit_scale, y, next);
+        multiply_int8(rows, x, panel, scales, unit_scale, y, ahead);
     } else {
-        multiply_int4(rows, x, panel, scales, unit_scale, y, next);
+        multiply_int4(rows, x, panel, scales, unit_scale, y, ahead);
     }
 }
 
@@ -233,16 +255,6 @@ static const char *panel_of(const kvf_matrix *matrix, long number, const uint16_
     const int format = (int)matrix->format;
     *scales = matrix->scales ? matrix->scales + number * (matrix->num_columns / GROUP) * 2 * NR : NULL;
     return (const char *)matrix->values + number * (matrix->num_columns / unit_inputs(format)) * unit_nbytes(format);
-}
-
-/* What to ask for while so many rows are multiplied with panel number number: the one behind it.  Few rows are done with a
- * panel before another would arrive. */
-static upcoming next_panel(long rows, const kvf_matrix *matrix, long number)
-{
-    const uint16_t *scales;
-    if (rows <= MR(matrix->format) || number + 1 >= matrix->num_rows / NR) return (upcoming){NULL, 0};
-    const char *next = panel_of(matrix, number + 1, &scales);
-    return (upcoming){next, next - panel_of(matrix, number, &scales)};
 }
 
 /* Within kvf_work: every thread takes part, each with room of its own, see multiply_panel.  bias is [outputs, padded] or
@@ -267,6 +279,6 @@ static void multiply(kvf_pool *pool, char *room, long rows, operand x, const kvf
             part.units += begin * x.stride;
             part.groups += begin * x.group_stride;
             target to = {y.to + begin * y.stride + number * NR, y.stride, y.bias ? y.bias + number * NR : NULL, y.add};
-            multiply_panel(format, count, part, panel, scales, to, next_panel(count, matrix, number), room);
+            multiply_panel(format, count, part, panel, scales, to, AHEAD, room);
         }
 }

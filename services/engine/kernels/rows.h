@@ -45,21 +45,26 @@ static ALWAYS_INLINE vi power_of_two(vf x)
     return least_of(most_of(bits, (vi)splat(LEAST_SCALE)), (vi)splat(0x1p96f));
 }
 
-/* Pairs of int16 from GROUP numbers; returns their scale, a power of two, as how much more its bits are than LEAST_SCALE's,
- * or NO_NUMBER where one is not finite or not below 2^111.  All lanes say the same: nothing goes by way of the scalar side,
- * which is slow. */
-static int32_t pack_group(const float *x, int16_t *to)
+/* Pairs of int16 from GROUP numbers.  group: their scale, a power of two, as how much more its bits are than LEAST_SCALE's,
+ * or NO_NUMBER where one is not finite or not below 2^111; then their sum.  All lanes say the same: nothing goes by way of the
+ * scalar side, which is slow. */
+static void pack_group(const float *x, int16_t *to, int32_t *group)
 {
     vi top = splat_bits(0);
     for (long i = 0; i < GROUP; i += VL) top = most_of((vi)load(x + i) & 0x7fffffff, top); /* bits have floats' order */
     REDUCE(top, most_of);
     vi scale = power_of_two((vf)top * (1 / 32767.0f));
     vf inverse = (vf)(0x7f000000 - scale); /* of a power of two */
+    vi sum = splat_bits(0);
     for (long i = 0; i < GROUP; i += VL) {
-        vh low = __builtin_convertvector((vu)(load(x + i) * inverse + MAGIC), vh);
+        vi number = (vi)(load(x + i) * inverse + MAGIC);
+        vh low = __builtin_convertvector((vu)number, vh);
         memcpy(to + i, &low, sizeof low);
+        sum += number - (vi)splat(MAGIC);
     }
-    return ((vi)where_above(splat(0x1p111f), (vf)top, (vf)(scale - (vi)splat(LEAST_SCALE)), (vf)splat_bits(NO_NUMBER)))[0];
+    REDUCE(sum, PLUS);
+    group[0] = ((vi)where_above(splat(0x1p111f), (vf)top, (vf)(scale - (vi)splat(LEAST_SCALE)), (vf)splat_bits(NO_NUMBER)))[0];
+    group[1] = sum[0];
 }
 
 /* Row number row of an operand for products with a matrix of num_columns: x has n numbers, and zeros up to num_columns
@@ -72,8 +77,8 @@ static void prepare(int format, float *x, long n, long num_columns, const operan
     if (format == BF16) pack_bf16(x, num_columns, units);
     if (format == INT8)
         for (long group = 0; group < num_columns / GROUP; group++)
-            ((int32_t *)inputs->groups)[row * inputs->group_stride + group] =
-                pack_group(x + group * GROUP, (int16_t *)units + group * GROUP);
+            pack_group(x + group * GROUP, (int16_t *)units + group * GROUP,
+                       (int32_t *)inputs->groups + row * inputs->group_stride + 2 * group);
 }
 
 /* A row of a packed matrix as numbers: a token's embedding. */
@@ -83,7 +88,7 @@ static void unpack_row(const kvf_matrix *matrix, long row, long n, float *to)
     const char *panel = panel_of(matrix, row / NR, &scales);
     const int format = (int)matrix->format;
     const long lane = row % NR, vector = lane / VL * VL;
-    const int parts = num_parts(format);
+    const int parts = 1 << parts_bits(format);
     float scale = 0;
     int base = 0;
     for (long i = 0; i < n; i++) {

@@ -11,7 +11,7 @@
 static operand inputs_of(const kvf_step *step, int format, long num_columns)
 {
     long num_units = num_columns / unit_inputs(format);
-    return (operand){step->inputs, step->groups, num_units, num_columns / GROUP, num_units};
+    return (operand){step->inputs, step->groups, num_units, 2 * (num_columns / GROUP), num_units};
 }
 
 static void append(const kvf_step *step, long layer, long row)

@@ -108,7 +108,7 @@ typedef struct {
     float *last_hidden;    /* [num_sampled, hidden, padded]: of the last layer */
     float *wide;           /* [num_tokens, greatest number of outputs of a projection, padded] */
     uint32_t *inputs;      /* [num_tokens, greatest number of inputs of a projection, padded], in the matrices' format */
-    int32_t *groups;       /* [num_tokens, the same / GROUP]: scales, see matmul.h */
+    int32_t *groups;       /* [num_tokens, the same / GROUP, 2]: see pack_group */
     int64_t row_stride;
     float *rows;           /* [threads, row_stride]: a row on its way into inputs */
     char *room;            /* [threads, row_stride * 2 * NR]: a panel as pairs of int16 */

@@ -13,13 +13,14 @@
 
 /* VL: lanes of 32 bits.  A tile of a matmul is MR rows times PART vectors, of which the format's numbers and some operands
  * fit the registers; up to WHOLE rows it is as wide as a panel.  BLOCK_ROWS: as many as are multiplied with one panel after the
- * other, so that they stay in a thread's own cache. */
+ * other, so that they stay in a thread's own cache.  STORED_ROWS: see KINDS. */
 #if defined(__AVX512F__)
 #define VL 16
 #define MR(format) ((format) == F32 || (format) == BF16 ? 12 : 6)
 #define BLOCK_ROWS(format) 144
 #define PART 2
 #define WHOLE(format) MR(format)
+#define STORED_ROWS 3
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h), \
                     F(8, h), F(9, h), F(10, h), F(11, h), F(12, h), F(13, h), F(14, h), F(15, h)
 #elif defined(__AVX2__)
@@ -28,6 +29,7 @@
 #define BLOCK_ROWS(format) (12 * MR(format))
 #define PART 2
 #define WHOLE(format) ((format) == F32 ? 3 : 2)
+#define STORED_ROWS 1
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h), F(4, h), F(5, h), F(6, h), F(7, h)
 #else
 #define VL 4
@@ -35,6 +37,7 @@
 #define BLOCK_ROWS(format) 12
 #define PART 8
 #define WHOLE(format) 1
+#define STORED_ROWS 1
 #define LANES(F, h) F(0, h), F(1, h), F(2, h), F(3, h)
 #endif
 
