@@ -355,7 +355,9 @@ def _worker(message: directory_pb2.WorkerState) -> types.Worker:
 
 
 def _step_sums(message: directory_pb2.StepSums) -> types.StepSums:
-    return types.StepSums(message.seconds, tuple(message.shares), tuple(message.ratios), tuple(message.products))
+    return types.StepSums(
+        message.seconds, tuple(message.shares), tuple(message.ratios), tuple(message.products), tuple(message.scatter)
+    )
 
 
 def _phases(messages: Iterable[directory_pb2.PhaseLoad]) -> types.Phases:

@@ -290,12 +290,14 @@ class StepSums:
     """Of the steps that a worker computed since it started: what ``kvferry calibrate --live`` fits costs to.  A step that
     took t seconds has shares x: 1, its prompt tokens, pairs of a prompt token and one that it attends to, sequences that
     decode, tokens of their context.  ``ratios`` sums x/t, ``products`` the upper triangle of its outer product with itself,
-    row by row."""
+    row by row.  ``scatter``, of steps that decode and nothing else: how many, their seconds, and the sums of ln(t / what
+    was expected by the steps before) and of its square; empty of workers of before."""
 
     seconds: float
     shares: tuple[float, ...]
     ratios: tuple[float, ...]
     products: tuple[float, ...]
+    scatter: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ def _combined(operation: Callable[[float, float], float], one: StepSums, other: 
             tuple(map(operation, mine, theirs))
             for mine, theirs in (
                 (one.shares, other.shares), (one.ratios, other.ratios), (one.products, other.products),
+                (one.scatter, other.scatter),
             )
         ),
     )  # fmt: skip

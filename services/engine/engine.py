@@ -260,6 +260,9 @@ class Engine:
             work.prefill_tokens_per_s = _blend(work.prefill_tokens_per_s, prefill / elapsed_s, weight)
         elif decode and not prefill:
             work.decode_tokens_per_s = _blend(work.decode_tokens_per_s, decode / elapsed_s, weight)
+            expected_s = self.step_times.expected_s(plan.num_decode_tokens)
+            if expected_s and not plan.num_draft_tokens:
+                self.step_sums.observe_decode(elapsed_s, expected_s)
             self.step_times.observe(plan.num_decode_tokens, elapsed_s)
 
     def _run(self) -> None:

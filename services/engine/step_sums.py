@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from services.engine.phases import Piece
@@ -11,18 +12,21 @@ from services.engine.phases import Piece
 Shares = tuple[float, float, float, float, float]
 NUM_SHARES = 5
 NUM_PRODUCTS = NUM_SHARES * (NUM_SHARES + 1) // 2
+NUM_SCATTER = 4
 
 
 class StepSums:
     """Since start, so that the difference of two looks is what happened between them.  With x the shares of a step that
     took t: ``seconds`` sums t, ``shares`` x, ``ratios`` x/t, and ``products`` the upper triangle, row by row, of the
-    outer product of x/t with itself."""
+    outer product of x/t with itself.  ``scatter``, of steps that decode and nothing else: how many, the seconds they took,
+    and the sums of ln(t / what was expected) and of its square."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.shares = [0.0] * NUM_SHARES
         self.ratios = [0.0] * NUM_SHARES
         self.products = [0.0] * NUM_PRODUCTS
+        self.scatter = [0.0] * NUM_SCATTER
 
     def observe(self, prefill: Iterable[Piece], decode: Iterable[Piece], elapsed_s: float) -> None:
         """``elapsed_s`` is positive."""
@@ -36,6 +40,12 @@ class StepSums:
             for other in ratios[i:]:
                 self.products[at] += ratio * other
                 at += 1
+
+    def observe_decode(self, elapsed_s: float, expected_s: float) -> None:
+        """Of a step that decodes alone.  Both are positive."""
+        deviation = math.log(elapsed_s / expected_s)
+        for i, value in enumerate((1.0, elapsed_s, deviation, deviation * deviation)):
+            self.scatter[i] += value
 
 
 def shares_of(prefill: Iterable[Piece], decode: Iterable[Piece]) -> Shares:

@@ -5,6 +5,8 @@ from __future__ import annotations
 # What a step weighs when so many more have been seen.
 HALF_LIFE_STEPS = 200
 _KEEP = 0.5 ** (1 / HALF_LIFE_STEPS)
+# From as many on the line is worth comparing the next step with.
+NUM_EXPECTING = 20
 
 
 class StepTimes:
@@ -21,6 +23,11 @@ class StepTimes:
         self._t = self._t * _KEEP + elapsed_s
         self._bb = self._bb * _KEEP + num_sequences**2
         self._bt = self._bt * _KEEP + num_sequences * elapsed_s
+
+    def expected_s(self, num_sequences: int) -> float | None:
+        """By the steps before; None before there were some."""
+        base_s, per_sequence_s = self.line()
+        return base_s + per_sequence_s * num_sequences if self._w >= NUM_EXPECTING else None
 
     def line(self) -> tuple[float, float]:
         """Seconds of a step without sequences, and for each sequence; zeros before the first step."""

@@ -14,6 +14,7 @@ from services.engine.ready import Ready
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Event, Sequence, SequenceId, StepFailed, TokenDrawn
+from services.engine.step_times import NUM_EXPECTING
 from services.engine.steps import Blocking, Draws, Outcome
 from tests.engine.fake_device import FakeMark
 
@@ -156,6 +157,34 @@ def test_accepted_drafts_are_counted() -> None:
     work = e.work
     assert (work.prefill_tokens, work.decode_tokens, work.steps) == (8, 7, 3)
     assert (work.drafted_tokens, work.accepted_tokens) == (5, 5)
+
+
+def test_steps_that_decode_alone_are_compared_with_those_before() -> None:
+    e = engine(Recorder())
+    stream(e, "a", 40)
+    while not e.step_sums.scatter[0]:
+        assert e.step()
+    assert NUM_EXPECTING < e.work.decode_tokens <= NUM_EXPECTING + 2
+    for _ in range(3):
+        e.step()
+    assert e.step_sums.scatter[0] == 4
+    stream(e, "b", 1)
+    e.step()  # of both
+    assert e.step_sums.scatter[0] == 4
+    e.step()
+    assert e.step_sums.scatter[0] == 5
+
+
+def test_a_step_with_drafts_is_compared_with_none() -> None:
+    e = engine(Recorder())
+    for _ in range(2 * NUM_EXPECTING):
+        e.step_times.observe(1, 0.001)
+    with e.exclusive() as scheduler:
+        scheduler.add(Sequence(SequenceId("a"), [1] * 8, Sampling(), 8, frozenset(), [b"root"], drafter=Drafter()))
+    while e.step():
+        pass
+    assert e.work.drafted_tokens
+    assert e.step_sums.scatter[0] == 0
 
 
 class Ahead(Recorder):

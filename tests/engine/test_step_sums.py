@@ -33,3 +33,11 @@ def test_the_sums_are_those_of_the_steps(steps: list[tuple[list[Piece], list[Pie
     assert sums.shares == pytest.approx(shares.sum(axis=0))
     assert sums.ratios == pytest.approx(ratios.sum(axis=0))
     assert sums.products == pytest.approx((ratios.T @ ratios)[np.triu_indices(NUM_SHARES)])
+    assert sums.scatter == [0, 0, 0, 0]
+
+
+def test_how_far_decode_steps_were_from_what_was_expected() -> None:
+    sums = StepSums()
+    for taken_s in (0.010, 0.020, 0.005):
+        sums.observe_decode(taken_s, 0.010)
+    assert sums.scatter == pytest.approx([3, 0.035, 0, 2 * np.log(2) ** 2])

@@ -34,6 +34,13 @@ def test_a_worker_that_became_slower_says_so() -> None:
     assert times.line() == pytest.approx((0.05, 0.002), rel=0.02)
 
 
+def test_what_the_next_step_takes_is_expected_once_there_were_some() -> None:
+    times = observed(*((n, 0.02 + 0.003 * n) for n in (1, 4, 2, 8, 16) * 4))
+    assert times.expected_s(5) is None
+    times.observe(1, 0.023)
+    assert times.expected_s(5) == pytest.approx(0.035)
+
+
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-4, 10)), min_size=1))
 def test_neither_number_is_negative(steps: list[tuple[int, float]]) -> None:
     base, slope = observed(*steps).line()

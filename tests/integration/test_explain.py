@@ -12,6 +12,7 @@ import pytest
 
 from kvferry import Client, NotFoundError
 from kvferry.api.directory.v1 import directory_pb2
+from services.planner.calibrate.fit import SumsFit, spread_of
 from services.planner.simulator.cost_model import CostModel
 from tests.integration.conftest import Running, started
 
@@ -88,7 +89,7 @@ def test_what_was_served_is_told_for_plans(reckoning: Running) -> None:
 
 def test_costs_come_from_the_steps_that_clients_asked_for(reckoning: Running, tmp_path: Path) -> None:
     with Client(reckoning.address) as client:
-        client.generate(range(3000, 3300), max_tokens=16, temperature=0, ignore_eos=True).result()
+        client.generate(range(3000, 3300), max_tokens=40, temperature=0, ignore_eos=True).result()
     told = [reckoning.stats(name).state.load.step_sums for name in ("prefill-0", "decode-0", "decode-1")]
     sums = [each for each in told if each.shares]
     reckoning.wait_until(lambda: _sums(reckoning) == sums, 20, "the workers report their steps")
@@ -96,13 +97,16 @@ def test_costs_come_from_the_steps_that_clients_asked_for(reckoning: Running, tm
     command = [sys.executable, "-m", "kvferry.cli", "calibrate", "--live", reckoning.address, "--json", str(out)]
     subprocess.run([*command, "--seconds", "0"], capture_output=True, text=True, timeout=60, check=True)
     read = json.loads(out.read_text())
-    assert read["steps"] == sum(each.shares[0] for each in sums) >= 15
+    assert read["steps"] == sum(each.shares[0] for each in sums) >= 39
+    scatter = [sum(each) for each in zip(*(s.scatter for s in sums), strict=True)]
+    assert scatter[0] >= 10
     costs = CostModel(**read["costs"])
     prices = (
         costs.step_s, costs.prefill_token_s, costs.attention_pair_s, costs.decode_sequence_s, costs.decode_context_token_s,
     )  # fmt: skip
     predicted = sum(n * price for s in sums for n, price in zip(s.shares, prices, strict=True))
     assert predicted == pytest.approx(sum(s.seconds for s in sums), rel=0.01)
+    assert costs.spread == spread_of(scatter, SumsFit(prices, read["rms_error"]))
     assert read["transfer_measured"]
     assert read["block_size"] == 16
     idle = subprocess.run([*command, "--seconds", "0.1"], capture_output=True, text=True, timeout=60, check=False)

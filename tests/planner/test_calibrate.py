@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from kvferry.cli import make_app
 from services.engine.step_sums import Shares
-from services.planner.calibrate.fit import fit, fit_sums
+from services.planner.calibrate.fit import SumsFit, fit, fit_sums, spread_of
 from services.planner.simulator.cost_model import CostModel, shares
 from tests.tiny_model import save_tiny_model
 
@@ -72,6 +73,23 @@ def test_what_never_was_in_a_step_has_no_price() -> None:
     step_s, token_s, pair_s, sequence_s, context_s = fit_sums(*sums_of(decodes, times)).prices
     assert (token_s, pair_s) == (0, 0)
     assert (step_s, sequence_s, context_s) == pytest.approx((0.01, 0.002, 1e-6))
+
+
+def test_simulated_steps_scatter_as_those_that_decoded() -> None:
+    found = SumsFit((0.01, 0.0, 0.0, 0.002, 0.0), 0.1)
+    costs = CostModel(*found.prices, 0.0, 1.0, spread_of([4, 4 * 0.02, 4 * -0.03, 4 * (0.03**2 + 0.3**2)], found))
+    random = Random(1)
+    taken = np.log([costs.scattered_s(0.02, random) for _ in range(20000)])
+    assert taken.std() == pytest.approx(0.3, rel=0.03)
+
+
+@pytest.mark.parametrize("scatter", [(), (0, 0, 0, 0), (1, 0.01, 0.1, 0.01)])
+def test_where_steps_did_not_tell_they_scatter_by_the_error_of_the_fit(scatter: tuple[float, ...]) -> None:
+    assert spread_of(scatter, SumsFit((0.01, 0.0, 0.0, 0.002, 0.0), 0.1)) == 0.1
+
+
+def test_without_a_price_of_the_step_they_scatter_by_the_error_of_the_fit() -> None:
+    assert spread_of((9, 0.09, 0.0, 0.9), SumsFit((0.0, 0.0, 0.0, 0.002, 0.0), 0.1)) == 0.1
 
 
 @pytest.mark.parametrize("sums", [(0.0, [0.0] * 5, [0.0] * 5, [0.0] * 15), (1.0, [1.0] * 5, [1.0] * 5, [1.0] * 9)])

@@ -13,7 +13,7 @@ from typing import Any
 from services.engine.checkpoint import DEFAULT_MODEL
 from services.engine.model_config import ModelError
 from services.engine.runners import AUTO
-from services.planner.calibrate.fit import fit_sums
+from services.planner.calibrate.fit import fit_sums, spread_of
 from services.planner.calibrate.steps import ROUND_TRIP_S, TRANSFER_BYTES_PER_S, calibrate
 from services.planner.simulator.cost_model import CostModel
 from services.runtime import logs
@@ -46,7 +46,7 @@ def in_service(heard: dict[str, Any]) -> dict[str, Any]:
     found = fit_sums(sums["seconds"], sums["shares"], sums["ratios"], sums["products"])
     costs = CostModel(
         *found.prices, heard["round_trip_s"] or ROUND_TRIP_S, heard["transfer_bytes_per_s"] or TRANSFER_BYTES_PER_S,
-        found.rms_error,
+        spread_of(sums["scatter"], found),
     )  # fmt: skip
     told = {key: heard[key] for key in ("block_nbytes", "block_size", "model", "dtype")}
     return {

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from services.engine.step_sums import NUM_PRODUCTS, NUM_SHARES, Shares
+from services.engine.step_sums import NUM_PRODUCTS, NUM_SCATTER, NUM_SHARES, Shares
+from services.planner.simulator.cost_model import of_length
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,6 +61,16 @@ def fit_sums(seconds: float, shares: Sequence[float], ratios: Sequence[float], p
     found *= seconds / float(found @ total)
     square = float(found @ gram @ found - 2 * found @ wanted + total[0]) / total[0]
     return SumsFit(_shares(found), max(0.0, square) ** 0.5)
+
+
+def spread_of(scatter: Sequence[float], found: SumsFit) -> float:
+    """``CostModel.spread`` by how far the steps that only decoded were from those before them (``StepSums.scatter``): what
+    delays one in ten makes much of that, and little of the error of a fit.  The fit's error where that was not told."""
+    count, seconds, sum_, squares = scatter or (0.0,) * NUM_SCATTER
+    if count < 2 or not found.prices[0]:
+        return found.rms_error
+    deviation = math.sqrt(max(0.0, squares / count - (sum_ / count) ** 2))
+    return deviation / of_length(found.prices[0], seconds / count)
 
 
 def _gram(products: Sequence[float]) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
@@ -13,8 +14,8 @@ from services.engine.step_sums import Shares
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Seconds: of a step, of each prompt token in it, of each pair of a prompt token and one that it attends to, of each
-    sequence that decodes and each token of its context; of a message to another worker and back.  ``spread``: root of the
-    mean squared relative error of the steps that this was fitted to; in service they vary by what else runs there."""
+    sequence that decodes and each token of its context; of a message to another worker and back.  ``spread``: standard
+    deviation of the logarithm of what a short step takes; in service they vary by what else runs there."""
 
     step_s: float
     prefill_token_s: float
@@ -37,12 +38,17 @@ class CostModel:
         variance grows with their length."""
         if not self.spread or not mean_s:
             return mean_s
-        spread = self.spread * min(1.0, self.step_s / mean_s) ** 0.5
+        spread = self.spread * of_length(self.step_s, mean_s)
         return mean_s * random.lognormvariate(-spread * spread / 2, spread)
 
     def transfer_s(self, num_bytes: int) -> float:
         """From the last chunk's end to the answer to the commit: two messages and back, and the bytes still to move."""
         return 2 * self.round_trip_s + num_bytes / self.transfer_bytes_per_s
+
+
+def of_length(step_s: float, mean_s: float) -> float:
+    """The share of ``CostModel.spread`` that a step has which takes ``mean_s``, more than 0, on the average."""
+    return math.sqrt(min(1.0, step_s / mean_s))
 
 
 def shares(entries: Iterable[tuple[int, int]]) -> Shares:

@@ -19,7 +19,7 @@ from kvferry.bench.record import Record
 from kvferry.bench.runner import Runner
 from kvferry.bench.workload import Ask
 from kvferry.cli.step_sums import between, sums_of, workers_of
-from services.planner.calibrate.fit import fit_sums
+from services.planner.calibrate.fit import fit_sums, spread_of
 from services.planner.calibrate.steps import ROUND_TRIP_S, TRANSFER_BYTES_PER_S
 from services.planner.hardware import Measured
 from services.planner.simulator.cost_model import CostModel
@@ -116,7 +116,7 @@ async def in_service(address: str, work: Awaitable[T]) -> tuple[T, CostModel]:
     found = fit_sums(sums.seconds, sums.shares, sums.ratios, sums.products)
     rates = [worker.transfer_bytes_per_s for worker in workers if worker.transfer_bytes_per_s]
     return done, CostModel(
-        *found.prices, ROUND_TRIP_S, max(rates, default=TRANSFER_BYTES_PER_S), found.rms_error
+        *found.prices, ROUND_TRIP_S, max(rates, default=TRANSFER_BYTES_PER_S), spread_of(sums.scatter, found)
     )  # fmt: skip
 
 

@@ -429,6 +429,7 @@ class StepSums(google.protobuf.message.Message):
     SHARES_FIELD_NUMBER: builtins.int
     RATIOS_FIELD_NUMBER: builtins.int
     PRODUCTS_FIELD_NUMBER: builtins.int
+    SCATTER_FIELD_NUMBER: builtins.int
     seconds: builtins.float
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
@@ -442,6 +443,12 @@ class StepSums(google.protobuf.message.Message):
     def products(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Of the outer product of x/t with itself: the upper triangle, row by row."""
 
+    @property
+    def scatter(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Of steps that decode and nothing else: how many, the seconds they took, and the sums of ln(t / what was expected by the
+        steps before) and of its square. Left out by workers of before.
+        """
+
     def __init__(
         self,
         *,
@@ -449,8 +456,9 @@ class StepSums(google.protobuf.message.Message):
         shares: collections.abc.Iterable[builtins.float] | None = ...,
         ratios: collections.abc.Iterable[builtins.float] | None = ...,
         products: collections.abc.Iterable[builtins.float] | None = ...,
+        scatter: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["products", b"products", "ratios", b"ratios", "seconds", b"seconds", "shares", b"shares"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["products", b"products", "ratios", b"ratios", "scatter", b"scatter", "seconds", b"seconds", "shares", b"shares"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StepSums: typing_extensions.TypeAlias = StepSums
