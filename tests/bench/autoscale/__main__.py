@@ -2,7 +2,8 @@
 
 The same arrivals, with the real model: halves of long prompts with short answers, then of short prompts with long answers.
 A half's goodput counts all that was due in it, from its first second on, while roles are still those of the half before.
-The goal is nine tenths of what the best static split of as many workers has in that half.
+The goal is nine tenths of what the best static split of as many workers has in that half.  Each worker has a part of the
+processors to itself, see quota.py.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import math
 import os
 import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,7 @@ from kvferry.bench.slo import Slo
 from kvferry.bench.workload import Ask
 from tests.bench.autoscale.fleets import Fleet, measure, saturate
 from tests.bench.autoscale.load import Half, Turn
+from tests.bench.autoscale.quota import NoQuota, limited
 from tests.bench.system.systems import ROOT
 from tests.bench.terminal import say
 from tests.bench.transport.report import table, write_json
@@ -60,14 +63,15 @@ def found_in(records: Sequence[Record], objectives: Slo, seconds: float) -> Foun
 def main() -> None:
     options = parse()
     console, workers = Console(), options.workers
+    cores = quota(console, workers) if options.cores is None else options.cores or None
     prompt, answer = Ask(0.0, options.prompt_tokens, 16), Ask(0.0, 48, options.answer_tokens)
     statics = [Fleet(f"{n}+{workers - n}", n, workers - n) for n in range(1, workers)]
     prompt_rate, answer_rate, gap_s = options.prompt_rate, options.answer_rate, options.tpot_s
     if prompt_rate is None or answer_rate is None or gap_s is None:
-        with statics[-1].running() as address:
+        with statics[-1].running(cores) as address:
             done = saturate(address, prompt, 2 * workers, options.look_seconds)
             prompt_rate = options.load * served(done, prompt) / options.look_seconds
-        with statics[0].running() as address:
+        with statics[0].running(cores) as address:
             done = saturate(address, answer, options.streams, options.look_seconds)
             answer_rate = options.load * served(done, answer) / options.look_seconds
             gap_s = options.slack * statistics.median(gap for record in done for gap in record.gaps_s)
@@ -82,7 +86,7 @@ def main() -> None:
             continue
         found[fleet.name] = []
         for seed in range(options.seed, options.seed + options.rounds):
-            with fleet.running() as address:
+            with fleet.running(cores) as address:
                 records = measure(address, turn, seed)
             first, second = (found_in(turn.of(half, records), objectives, turn.half_s) for half in turn.halves)
             found[fleet.name].append((first, second))
@@ -93,6 +97,23 @@ def main() -> None:
         console.print(table(rows))
         write_json(rows, OUT)
         say(console, f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; wrote {OUT.relative_to(ROOT)}")
+
+
+def quota(console: Console, workers: int) -> float | None:
+    """Of each worker: four fifths of the processors, the rest for gateway, directory and clients."""
+    cores = 0.8 * len(os.sched_getaffinity(0)) / workers
+    somebody = subprocess.Popen(["sleep", "60"])
+    try:
+        with limited([somebody.pid], cores):
+            pass
+    except NoQuota as error:
+        say(console, f"workers share all processors: {error}")
+        return None
+    finally:
+        somebody.kill()
+        somebody.wait()
+    say(console, f"each worker has {cores:.2f} cores")
+    return cores
 
 
 def served(records: Sequence[Record], ask: Ask) -> float:
@@ -132,7 +153,10 @@ def figures(found: dict[str, list[tuple[Found, Found]]]) -> Table:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench-autoscale", description=__doc__)
-    parser.add_argument("--workers", type=int, default=3, help="of both roles together (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="of both roles together (default: %(default)s)")
+    parser.add_argument(
+        "--cores", type=float, help="of each worker; 0: all share all (default: 0.8 of them, shared out)"
+    )
     parser.add_argument("--begin-with", type=int, default=2, help="prefill workers at first (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=768, help="of the first half (default: %(default)s)")
     parser.add_argument("--answer-tokens", type=int, default=128, help="of the second half (default: %(default)s)")

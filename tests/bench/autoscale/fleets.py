@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -17,6 +17,7 @@ from kvferry.bench.workload import Ask, Prompts
 from kvferry.cli.cluster import LocalCluster
 from kvferry.cli.members import Autoscale, ClusterConfig, Role, clone_root, plan
 from tests.bench.autoscale.load import Turn
+from tests.bench.autoscale.quota import limited
 from tests.bench.system.systems import ROOT
 
 TIMEOUT_S = 60.0
@@ -33,8 +34,8 @@ class Fleet:
     follows: tuple[float, float, tuple[str, ...]] | None = None  # TTFT, gap, flags
 
     @contextmanager
-    def running(self) -> Iterator[str]:
-        """Its address.  Raises ClusterError."""
+    def running(self, cores: float | None) -> Iterator[str]:
+        """Its address.  ``cores``: what each worker gets once it has started.  Raises ClusterError, NoQuota."""
         log_dir = ROOT / "build/logs/bench-autoscale" / self.name
         config = ClusterConfig(
             grpc_port=0, http_port=0, threads=1, pin=False, kv_memory="512MiB", num_prefill=self.num_prefill,
@@ -47,11 +48,13 @@ class Fleet:
         planned = plan(config, clone_root())
         members = [replace(m, command=(*m.command, *flags)) if m.role is Role.PLANNER else m for m in planned.members]
         cluster = LocalCluster(members, log_dir, restart=False)
-        cluster.start()
-        try:
+        with ExitStack() as stack:
+            stack.callback(cluster.stop)
+            cluster.start()
+            if cores is not None:
+                pids = [cluster.pid(m.name) for m in members if m.role in (Role.PREFILL, Role.DECODE)]
+                stack.enter_context(limited([pid for pid in pids if pid is not None], cores))
             yield planned.grpc_address
-        finally:
-            cluster.stop()
 
 
 def measure(address: str, turn: Turn, seed: int) -> tuple[Record, ...]:
