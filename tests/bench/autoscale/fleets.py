@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -48,13 +48,14 @@ class Fleet:
         planned = plan(config, clone_root())
         members = [replace(m, command=(*m.command, *flags)) if m.role is Role.PLANNER else m for m in planned.members]
         cluster = LocalCluster(members, log_dir, restart=False)
-        with ExitStack() as stack:
-            stack.callback(cluster.stop)
-            cluster.start()
-            if cores is not None:
-                pids = [cluster.pid(m.name) for m in members if m.role in (Role.PREFILL, Role.DECODE)]
-                stack.enter_context(limited([pid for pid in pids if pid is not None], cores))
-            yield planned.grpc_address
+        cluster.start()
+        try:
+            names = [m.name for m in members if m.role in (Role.PREFILL, Role.DECODE)]
+            pids = [pid for name in names if (pid := cluster.pid(name)) is not None]
+            with nullcontext() if cores is None else limited(pids, cores):
+                yield planned.grpc_address
+        finally:
+            cluster.stop()
 
 
 def measure(address: str, turn: Turn, seed: int) -> tuple[Record, ...]:

@@ -22,7 +22,8 @@ class NoQuota(Exception):
 
 @contextmanager
 def limited(pids: Sequence[int], cores: float) -> Iterator[None]:
-    """Each of these processes gets ``cores``, and afterwards goes on without a limit.  Raises NoQuota."""
+    """Each of these processes gets ``cores``, and afterwards goes on without a limit.  Raises NoQuota.  Seen to work with
+    version 1 of control groups; with version 2 it was never run."""
     old = ROOT / "cpu"  # version 1 of control groups has a tree for each resource
     folder = old if (old / "cpu.cfs_quota_us").exists() else ROOT
     groups = [folder / f"kvferry-bench-{os.getpid()}-{pid}" for pid in pids]
