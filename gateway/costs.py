@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from math import inf
 
@@ -47,18 +47,20 @@ class Terms:
     """Seconds.  ``queue_s`` until the prompt's turn, ``pull_s`` for cached blocks that are read from another worker first,
     ``prefill_s`` for what is then not cached, and for copying what the host has, ``ship_s`` for the handover and
     the bytes that the decode worker lacks, ``stall_s`` that the requests of a decode worker lose while it computes the
-    prompt itself, as they are weighed, ``decode_s`` for the answer's first steps in the batch as it is."""
+    prompt itself, as they are weighed, ``evict_s`` that others will wait for what made room for pulled blocks,
+    ``decode_s`` for the answer's first steps in the batch as it is."""
 
     queue_s: float
     pull_s: float
     prefill_s: float
     ship_s: float
     stall_s: float
+    evict_s: float
     decode_s: float
 
     @property
     def total_s(self) -> float:
-        return self.queue_s + self.pull_s + self.prefill_s + self.ship_s + self.stall_s + self.decode_s
+        return self.queue_s + self.pull_s + self.prefill_s + self.ship_s + self.stall_s + self.evict_s + self.decode_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ class Option:
         return (self.full, self.terms.total_s, self.decode.num_requests, self.decode.key.worker_id, prefill_id)
 
     def __str__(self) -> str:
-        ms = [f"{s * 1000:.1f}" for s in (*_each(self.terms), self.terms.total_s)]
+        ms = [f"{s * 1000:.1f}" for s in (*astuple(self.terms), self.terms.total_s)]
         prefill = f"{self.prefill.key.worker_id}>" if self.prefill else ""
         pull = f"{self.pull.holder.key.worker_id}:" if self.pull else ""
         full = " full" if self.full else ""
@@ -94,6 +96,7 @@ class _Writing:
     pull: Pull | None
     pull_s: float
     prefill_s: float
+    evict_s: float
     place: Place
     ways: Sequence[tuple[float, float]]  # by distance: seconds of the handover, bytes a second
 
@@ -142,6 +145,7 @@ class Costs:
             prefill_s=prefill_s,
             ship_s=0.0,
             stall_s=prefill_s * max(1.0, self._stall_weight * decode.num_requests),
+            evict_s=pull.evict_s if pull else 0.0,
             decode_s=self._decode_s(decode),
         )
         return Option(decode, None, terms, self.is_full(decode), pull)
@@ -154,6 +158,7 @@ class Costs:
             prefill_s=writing.prefill_s,
             ship_s=writing.ship_s(self._num_missing_bytes(decode), decode.place),
             stall_s=0.0,
+            evict_s=writing.evict_s,
             decode_s=self._decode_s(decode),
         )
         return Option(decode, prefill, terms, self.is_full(decode), writing.pull)
@@ -179,7 +184,8 @@ class Costs:
             # The same additions in the same order as a total's, so that rounding makes no other order.
             if w.computed_s + 0.0 + decode_s > least[0]:
                 break
-            rank = (w.computed_s + w.ship_s(num_bytes, decode.place) + 0.0 + decode_s, writer.key.worker_id)
+            total_s = w.computed_s + w.ship_s(num_bytes, decode.place) + 0.0 + w.evict_s + decode_s
+            rank = (total_s, writer.key.worker_id)
             if rank < least:
                 chosen, least = writer, rank
         return alone if chosen is None else self.split(decode, chosen)
@@ -204,6 +210,7 @@ class Costs:
             pull=pull,
             pull_s=pull.pull_s if pull else 0.0,
             prefill_s=self._prefill_s(prefill, rates, pull),
+            evict_s=pull.evict_s if pull else 0.0,
             place=prefill.place,
             ways=self._ways.of(prefill, rates),
         )
@@ -211,10 +218,6 @@ class Costs:
     def _decode_s(self, decode: Candidate) -> float:
         rates = self._rates[decode.key]
         return self._num_steps * (rates.step_base_s + (decode.num_requests + 1) * rates.step_per_sequence_s)
-
-
-def _each(terms: Terms) -> tuple[float, ...]:
-    return (terms.queue_s, terms.pull_s, terms.prefill_s, terms.ship_s, terms.stall_s, terms.decode_s)
 
 
 # Of one worker, whose rates are the same object from one report to the next.

@@ -38,6 +38,7 @@ def _to_option_proto(option: Option, chosen: bool, num_prompt_tokens: int) -> in
         prefill_s=terms.prefill_s,
         ship_s=terms.ship_s,
         stall_s=terms.stall_s,
+        evict_s=terms.evict_s,
         decode_s=terms.decode_s,
         pull_worker=pull.holder.key.worker_id if pull else "",
         num_pulled_tokens=pull.num_blocks * (prefill or decode).block_size if pull else 0,

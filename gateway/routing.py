@@ -76,10 +76,11 @@ class Route:
         where = self.decode.key.worker_id
         what = f"prefill on {self.prefill.key.worker_id}, decode on {where}" if self.prefill else f"all on {where}"
         t = self.chosen.terms
+        pull = f"; {self.pull_reason}" if self.pull_reason else ""
         return (
             f"{what}, by {self.policy.value} of {len(self.options)} options: about {t.total_s:.3f} s = "
             f"queue {t.queue_s:.3f} + pull {t.pull_s:.3f} + prefill {t.prefill_s:.3f} + ship {t.ship_s:.3f} + "
-            f"stall {t.stall_s:.3f} + decode {t.decode_s:.3f}{f'; {self.pull_reason}' if self.pull_reason else ''}"
+            f"stall {t.stall_s:.3f} + evict {t.evict_s:.3f} + decode {t.decode_s:.3f}{pull}"
         )
 
 

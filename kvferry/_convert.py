@@ -199,7 +199,8 @@ def route_decision(message: inference_pb2.RouteDecision) -> types.RouteDecision:
 
 
 def _route_option(message: inference_pb2.RouteOption) -> types.RouteOption:
-    terms = (message.queue_s, message.pull_s, message.prefill_s, message.ship_s, message.stall_s, message.decode_s)
+    terms = (message.queue_s, message.pull_s, message.prefill_s, message.ship_s, message.stall_s, message.evict_s,
+             message.decode_s)  # fmt: skip
     return types.RouteOption(
         decode_worker=message.decode_worker,
         prefill_worker=message.prefill_worker,
@@ -216,6 +217,7 @@ def _route_option(message: inference_pb2.RouteOption) -> types.RouteOption:
         pull_worker=message.pull_worker,
         num_pulled_tokens=message.num_pulled_tokens,
         pull_s=message.pull_s,
+        evict_s=message.evict_s,
     )
 
 

@@ -384,7 +384,7 @@ class RouteOption:
     first tokens.  Without a ``prefill_worker`` (empty) the decode worker computes the prompt.  ``full`` ones, whose
     decode worker has too few blocks to begin, come last.  The cached tokens are those of the prompt, on either side.
     Where there is a ``pull_worker``, whoever computes the prompt reads that many tokens' blocks from it first, in
-    ``pull_s``."""
+    ``pull_s``, and others will wait ``evict_s`` for the cached blocks that made room for them."""
 
     decode_worker: str
     prefill_worker: str
@@ -401,6 +401,7 @@ class RouteOption:
     pull_worker: str = ""
     num_pulled_tokens: int = 0
     pull_s: float = 0.0
+    evict_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from kvferry.client import DEFAULT_ADDRESS, Client
 from kvferry.types import RouteDecision, RouteOption
 
 # Narrow enough for 80 columns.
-HEADINGS = ("", "prefill", "decode", "cache", "queue", "pull", "fill", "ship", "stall", "decode", "total")
+HEADINGS = ("", "prefill", "decode", "cache", "queue", "pull", "fill", "ship", "lost", "decode", "total")
 _NUMERIC = frozenset(range(3, len(HEADINGS)))
 
 
@@ -28,10 +28,10 @@ def explain(
 
     One table for each attempt, the cheapest option first, the chosen one marked *: milliseconds predicted from what workers
     measured. Queue is until the prompt's turn, pull for cached blocks that are read from another worker, fill (prefill)
-    for what is then not cached, ship for the handover and the bytes that the decode worker lacks, stall what its other
-    requests lose while it computes the prompt itself (no prefill worker: -), times --stall-weight, decode for the
-    answer's first tokens. Cache counts prompt tokens on the prefill/decode worker. Each process of the gateway
-    remembers its last 1000 requests.
+    for what is then not cached, ship for the handover and the bytes that the decode worker lacks, lost what others lose:
+    the decode worker's while it computes the prompt itself (no prefill worker: -), times --stall-weight, and who would have
+    found the cached blocks that make room for pulled ones; decode for the answer's first tokens. Cache counts prompt
+    tokens on the prefill/decode worker. Each process of the gateway remembers its last 1000 requests.
 
     \b
     Example:
@@ -63,7 +63,7 @@ def _row(option: RouteOption) -> tuple[str, ...]:
         option.pull_s,
         option.prefill_s,
         option.ship_s,
-        option.stall_s,
+        option.stall_s + option.evict_s,
         option.decode_s,
         option.total_s,
     )

@@ -51,7 +51,7 @@ from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
 from services.worker.labels import parse_labels
 from services.worker.metrics import publish_metrics
-from services.worker.pins import PinBook
+from services.worker.pins import MAX_PINS, PINNED_SHARE, PinBook
 from services.worker.puller import Puller
 from services.worker.pulse import watched
 from services.worker.ranks import RankLostError
@@ -72,9 +72,6 @@ SERVER_GRACE_S = 2.0
 FENCED_STATUS = 75
 # Of one whose transport moves nothing any more (EX_SOFTWARE).
 STUCK_STATUS = 70
-# Pins may hold one block in so many: the others are enough to serve.
-PINNED_SHARE = 4
-MAX_PINS = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from services.engine.blocks import BlockPool
 
+# Pins may hold one block in so many: the others are enough to serve.
+PINNED_SHARE = 4
+MAX_PINS = 1024
+
 
 class PinRefusedError(Exception):
     """The message is from a process that may not send it; nothing was changed."""

@@ -18,6 +18,9 @@ from enum import Enum, auto
 
 from services.engine.blocks import BlockPool
 
+# Reads that copy within one host's memory: more at once make each slower and none sooner.
+MAX_PULLS = 8
+
 
 class PullState(Enum):
     ASKING = auto()

@@ -36,7 +36,7 @@ from services.worker.convert import (
 from services.worker.events import EventRouter
 from services.worker.pins import PinBook
 from services.worker.pull_times import PullTimes
-from services.worker.pulls import PullBook
+from services.worker.pulls import MAX_PULLS, PullBook
 from services.worker.transfer_times import TransferTimes
 from transport import Region, Transport
 from transport.reach import Reach
@@ -44,8 +44,6 @@ from transport.reach import Reach
 log = structlog.get_logger(__name__)
 
 RETRY_AFTER_S = 0.5
-# Reads that copy within one host's memory: more at once make each slower and none sooner.
-MAX_PULLS = 8
 
 
 @dataclass(frozen=True, slots=True)

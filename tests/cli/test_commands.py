@@ -148,7 +148,7 @@ def test_explain_shows_every_option_of_every_attempt(gateway: FakeGateway) -> No
     assert title == "attempt 1, 4.2 s ago, view 0.3 s old then, 512 prompt tokens, times in ms"
     assert reason == "prefill on prefill-0, decode on decode-0"
     assert heading.split() == [
-        "prefill", "decode", "cache", "queue", "pull", "fill", "ship", "stall", "decode", "total",
+        "prefill", "decode", "cache", "queue", "pull", "fill", "ship", "lost", "decode", "total",
     ]  # fmt: skip
     assert chosen.split() == [
         "*",
@@ -159,9 +159,9 @@ def test_explain_shows_every_option_of_every_attempt(gateway: FakeGateway) -> No
         "35.0",
         "500.0",
         "12.5",
-        "0.0",
+        "15.0",
         "1500",
-        "2298",
+        "2312",
     ]
     assert full.split() == ["full", "-", "decode-1", "0/0", "0.0", "0.0", "500.0", "0.0", "2500", "1500", "4500"]
     assert passed == "not decode-2: draining"
@@ -173,7 +173,7 @@ def test_explain_shows_every_option_of_every_attempt(gateway: FakeGateway) -> No
 def test_explain_json(gateway: FakeGateway) -> None:
     value = json.loads(CliRunner().invoke(APP, ["explain", "r-1", "--json"]).stdout)
     first, second = value["decisions"]
-    assert first["options"][0]["total_s"] == 2.2975
+    assert first["options"][0]["total_s"] == 2.3125
     assert [first["options"][0][key] for key in ("pull_worker", "num_pulled_tokens")] == ["decode-0", 160]
     assert first["passed_over"] == {"decode-2": "draining"}
     assert second["options"] == []

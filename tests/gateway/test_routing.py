@@ -134,7 +134,8 @@ def test_the_terms_add_up() -> None:
     assert terms.total_s == pytest.approx(terms.queue_s + terms.prefill_s + terms.ship_s + terms.decode_s)
     alone = next(option for option in found.options if option.prefill is None)
     assert alone.terms.prefill_s == alone.terms.stall_s == pytest.approx((500 - 16) / 1000)
-    assert str(alone) == "d0 0.0+0.0+484.0+0.0+484.0+1408.0=2376.0ms"
+    assert terms.evict_s == alone.terms.evict_s == 0.0, "nothing is pulled"
+    assert str(alone) == "d0 0.0+0.0+484.0+0.0+484.0+0.0+1408.0=2376.0ms"
 
 
 def test_a_hit_on_the_host_costs_a_copy_and_room() -> None:
@@ -336,11 +337,25 @@ def test_a_prefix_is_pulled_where_that_is_quicker_than_computing_it() -> None:
     assert terms.prefill_s == terms.stall_s == pytest.approx(0.048)
     assert found.num_uncached_tokens == 48
     assert pull.compute_s == pytest.approx(2.0)
-    assert found.pull_reason == "pulls 125 blocks from d0, in 0.035 s instead of computing them in 2.000 s"
+    assert terms.evict_s == pull.evict_s == pytest.approx(0.2 * 2.0)
+    assert terms.total_s == pytest.approx(terms.pull_s + 2 * terms.prefill_s + terms.evict_s + terms.decode_s)
+    assert (
+        found.pull_reason
+        == "pulls 125 blocks from d0, in 0.035 s and 0.400 s for their room instead of computing them in 2.000 s"
+    )
     assert str(found.chosen).startswith("d0:d1 0.0+35.2+48.0+")
     slow = replace(idle, rates=replace(RATES, pull_bytes_per_s=1e7))
     found = route([busy, slow], num_tokens=2048)
     assert found.chosen.pull is None
+
+
+def test_a_copy_is_made_where_it_saves_more_than_its_room_is_worth() -> None:
+    """d0 holds it and has the queue of a prompt; reading it takes 35 ms, and its room is worth 400."""
+    holder, idle = holding(P0, 125), holding(P1, 0)
+    for queued, chosen in ((400, "p0"), (500, "p1")):
+        assert names([replace(holder, num_queued_prefill_tokens=queued), idle, D0], num_tokens=2048) == ("d0", chosen)
+    slow = replace(RATES, pull_overhead_s=1.7)
+    assert route([holding(D0, 125, num_requests=40), holding(D1, 0, rates=slow)], num_tokens=2048).chosen.pull is None
 
 
 def test_a_prefill_worker_pulls_too_also_from_who_will_decode() -> None:
@@ -349,6 +364,7 @@ def test_a_prefill_worker_pulls_too_also_from_who_will_decode() -> None:
     pull = found.chosen.pull
     assert pull is not None
     assert (found.prefill, pull.holder, pull.num_blocks, pull.total_blocks) == (holding(P0, 10), decoder, 50, 60)
+    assert found.chosen.terms.evict_s == pull.evict_s == pytest.approx(0.2 * 50 * 16 / 1000)
 
 
 def test_the_longest_prefix_that_may_be_pinned_is_pulled() -> None:
@@ -381,7 +397,8 @@ def test_why_nothing_is_pulled() -> None:
     assert route([holding(D0, 20, **full), holding(D1, 20)]).pull_reason == ""
     hasty = holding(D1, 0, rates=replace(RATES, prefill_tokens_per_s=1e6))
     assert (
-        "does not pull 20 blocks from d0 in 0.009 s instead of" in route([holding(D0, 20, **full), hasty]).pull_reason
+        "does not pull 20 blocks from d0 in 0.009 s and 0.000 s for their room instead of"
+        in route([holding(D0, 20, **full), hasty]).pull_reason
     )
     for policy in (Policy.LEAST_LOADED, Policy.RANDOM, Policy.ROUND_ROBIN):
         found = route([holding(D0, 20, **full), holding(D1, 0)], policy=policy)

@@ -7,11 +7,12 @@ import pytest
 from gateway.admission import Objectives
 from gateway.candidates import Role
 from gateway.routing import Policy
+from services.engine.hashing import extend_chain
 from services.engine.scheduler import Limits
 from services.planner.simulator.arrivals import Arrival, Served
 from services.planner.simulator.cluster import IN_LINE, Cluster, ViewDelays
 from services.planner.simulator.cost_model import CostModel
-from services.planner.simulator.worker import WorkerSpec
+from services.planner.simulator.worker import ROOT, WorkerSpec
 from tests.bench.routing.loads import Chats, SystemPrompts
 from tests.bench.routing.oracle import Oracle
 
@@ -94,6 +95,51 @@ def test_what_workers_have_no_room_for_waits_in_the_line(shape: tuple[int, int],
     first = served[f"20.{6 - num_waiting}"]
     assert first.num_prompt == tokens
     assert first.first_s - served["20.0"].first_s == pytest.approx(tokens * COSTS.prefill_token_s, rel=0.5)
+
+
+@pytest.mark.parametrize(("host", "cached"), [("one", [0, 0, 992, 992]), ("", [0, 0, 0, 992])])
+def test_a_prefix_is_read_from_a_busy_worker_of_the_same_host(host: str, cached: list[int]) -> None:
+    """The first has the prompt and computes another; the second, which is idle, reads the prompt's blocks from it: two
+    calls and 62 blocks at 1 GB/s, then a step for the last 8 tokens."""
+    limits = Limits(block_size=16, context_length=4096, max_pinned=100)
+    specs = [WorkerSpec(f"w{n}", Role.DECODE, 400, 300_000, limits, host) for n in range(2)]
+    simulated = Cluster(specs, COSTS, Policy.KV_AWARE)
+    prompt, other = tuple(range(1000)), tuple(range(5000, 7000))
+    load = [Arrival("a", 0.0, prompt, 2), Arrival("b", 10.0, other, 2), Arrival("c", 10.1, prompt, 2),
+            Arrival("d", 20.0, prompt, 2)]  # fmt: skip
+    served = {s.id: s for s in simulated.run(load)}
+    simulated.check_integrity()
+    assert [served[id_].num_cached for id_ in "abcd"] == cached
+    if host:
+        assert served["c"].ttft_s == pytest.approx(
+            2 * 0.001 + 62 * 300_000 / 1e9 + 0.01 + 8 * 0.001 + 8 * 996 * 1e-7, abs=1e-6
+        )
+
+
+def test_who_asks_for_blocks_on_their_way_waits_for_them() -> None:
+    limits = Limits(block_size=16, context_length=4096, max_pinned=100)
+    specs = [WorkerSpec(f"w{n}", Role.DECODE, 400, 300_000, limits, "one") for n in range(2)]
+    simulated = Cluster(specs, COSTS, Policy.KV_AWARE)
+    holder, puller = simulated.workers
+    chain = extend_chain(ROOT, tuple(range(160)), 16)
+    (served,) = simulated.run([Arrival("a", 0.0, tuple(range(160)), 2)])
+    assert served.num_cached == 0
+    came: list[tuple[str, float]] = []
+    for name in ("first", "second"):
+        simulated._pulling.pull(puller, holder, chain, lambda name=name: came.append((name, simulated.queue.now_s)))  # type: ignore[misc]
+    assert (puller.pulls.num_pulls, holder.pins.num_pins) == (1, 1)
+    began_s = simulated.queue.now_s
+    simulated.queue.run()
+    took_s = COSTS.pull_s(10 * 300_000)
+    assert came == [("first", began_s + took_s), ("second", began_s + took_s)]
+    assert len(puller.scheduler.pool.match(chain)) == 10
+    simulated.check_integrity()
+    simulated._pulling.pull(puller, holder, chain, lambda: came.append(("at once", simulated.queue.now_s)))
+    assert came[-1] == ("at once", simulated.queue.now_s), "nothing is lacking"
+    gone = extend_chain(ROOT, tuple(range(500, 660)), 16)
+    simulated._pulling.pull(puller, holder, gone, lambda: came.append(("gone", simulated.queue.now_s)))
+    assert came[-1] == ("gone", simulated.queue.now_s)
+    simulated.check_integrity()
 
 
 def test_a_cache_that_is_not_seen_yet_draws_nobody() -> None:

@@ -163,7 +163,7 @@ def explain_route() -> inference_pb2.ExplainRouteResponse:
     split = inference_pb2.RouteOption(
         decode_worker="decode-0", prefill_worker="prefill-0", chosen=True, queue_s=0.25, prefill_s=0.5, ship_s=0.0125,
         decode_s=1.5, num_prefill_cached_tokens=32, num_decode_cached_tokens=16, pull_worker="decode-0",
-        num_pulled_tokens=160, pull_s=0.035,
+        num_pulled_tokens=160, pull_s=0.035, evict_s=0.015,
     )  # fmt: skip
     alone = inference_pb2.RouteOption(
         decode_worker="decode-1", full=True, prefill_s=0.5, stall_s=2.5, decode_s=1.5

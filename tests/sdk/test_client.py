@@ -441,8 +441,9 @@ def test_a_route_is_explained_in_full(client: kvferry.Client, gateway: FakeGatew
     assert (first.policy, first.age_s, first.view_age_s) == ("kv-aware", 4.2, 0.3)
     assert [option.chosen for option in first.options] == [True, False]
     assert first.options[1].full
-    assert first.options[0].total_s == 2.2975
+    assert first.options[0].total_s == 2.3125
     assert (first.options[0].pull_worker, first.options[0].pull_s) == ("decode-0", 0.035)
+    assert first.options[0].evict_s == 0.015
     assert first.passed_over == {"decode-2": "draining"}
     assert (second.policy, second.options) == ("", ())
 

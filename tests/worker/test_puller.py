@@ -22,8 +22,8 @@ from services.worker import puller as puller_module
 from services.worker.holdings import Holdings
 from services.worker.pull_terms import Outcome, PullReport, Source
 from services.worker.puller import MAX_PULL_S, Puller
+from services.worker.pulls import MAX_PULLS
 from services.worker.servicer import WorkerServicer
-from services.worker.worker import MAX_PULLS
 from tests.prefill.two_workers import NUM_BLOCKS, Side, layout, side, token_kv
 from transport import Op, Path, PeerLost, RemoteRegion, Transfer, TransferCancelled, TransferResult
 

@@ -1,8 +1,8 @@
 """A cluster in virtual time: simulated workers, and a gateway that routes with the real rules.  Pure.
 
 ``Cluster.run`` is the whole story: a request arrives, waits in the gateway's line until a worker has room, is routed by a
-view that is as old as ``ViewDelays`` say, is computed where that says, moves to its decode worker where it was computed
-elsewhere, and ends; then its caller may ask again.
+view that is as old as ``ViewDelays`` say, is computed where that says, behind cached blocks that are read from a third
+worker first, moves to its decode worker where it was computed elsewhere, and ends; then its caller may ask again.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from gateway.routing import Policy, Route, choose_route
 from services.engine.blocks import CacheChange, OutOfBlocksError
 from services.engine.hashing import extend_chain
 from services.engine.scheduler import QueueFullError
-from services.engine.sequence import Event, Started, TokenDrawn
+from services.engine.sequence import Event, SequenceId, Started, TokenDrawn
 from services.planner.simulator.arrivals import Arrival, Served
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.events import EventQueue
+from services.planner.simulator.pulling import Pulling
 from services.planner.simulator.worker import ROOT, Load, SimulatedWorker, WorkerSpec
 
 # After a worker had no room: what it asks its callers to wait (services/worker/worker.py).
@@ -106,6 +107,7 @@ class Cluster:
         self._pending = PendingBook(lambda: self.queue.now_s, self._look_soon)
         self._objectives = objectives
         self._line: deque[_Request] = deque()
+        self._pulling = Pulling(self.queue, costs)
         self._looks_soon = False
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Served]:
@@ -143,6 +145,7 @@ class Cluster:
         """After a run: raises AssertionError where something is still held or counted."""
         for worker in self.workers:
             worker.scheduler.check_integrity()
+            assert worker.pins.num_pins == worker.pulls.num_pulls == 0, f"{worker.spec.worker_id} still pulls"
             assert worker.scheduler.num_sequences == 0, f"{worker.spec.worker_id} still has requests"
             assert self._pending.of(worker.key) == Pending(), "the gateway still counts requests"
         assert not self._line, "requests still wait in the line"
@@ -187,35 +190,52 @@ class Cluster:
 
     def _send(self, request: _Request, route: Route) -> None:
         arrival = request.arrival
-        decode = self._by_key[route.decode.key]
-        prefill = self._by_key[route.prefill.key] if route.prefill else None
-        answering = decode.sequence(arrival.id, arrival.prompt, arrival.num_output)
-        try:
-            if prefill is None:
-                decode.scheduler.add(answering)
-            else:
-                _, request.lent = decode.scheduler.reserve(answering)
-                try:
-                    prefill.scheduler.add(prefill.sequence(arrival.id, arrival.prompt, 1, prefill_only=True))
-                except QueueFullError:
-                    decode.scheduler.abort(answering.id)
-                    decode.scheduler.pool.quarantine(request.lent)
-                    decode.scheduler.pool.restore(request.lent)  # nobody has begun to write
-                    raise
-        except (OutOfBlocksError, QueueFullError):
-            request.served.num_retries += 1
-            self.queue.after(RETRY_S, lambda: self._send(request, self._route(request)))
-            return
+        decode = request.decode = self._by_key[route.decode.key]
+        prefill = request.prefill = self._by_key[route.prefill.key] if route.prefill else None
+        if prefill is not None:
+            try:
+                reserved = decode.sequence(arrival.id, arrival.prompt, arrival.num_output)
+                _, request.lent = decode.scheduler.reserve(reserved)
+            except (OutOfBlocksError, QueueFullError):
+                self._try_later(request)
+                return
         if isinstance(self._choose, ByPolicy):
             self._choose.turn += 1
-        request.decode, request.prefill = decode, prefill
         num_tokens, num_blocks = route.num_uncached_tokens, num_needed_blocks(route.decode, route.demand)
         request.pending = [(decode.key, self._pending.add(decode.key, 0 if prefill else num_tokens, num_blocks))]
         if prefill is not None:
             request.pending.append((prefill.key, self._pending.add(prefill.key, num_tokens)))
+        if (pull := route.chosen.pull) is None:
+            self._compute(request)
+            return
+        holder, chain = self._by_key[pull.holder.key], request.hashes[: pull.total_blocks]
+        self._pulling.pull(prefill or decode, holder, chain, lambda: self._compute(request))
+
+    def _compute(self, request: _Request) -> None:
+        """What is to be pulled is there."""
+        arrival, decode, prefill = request.arrival, request.decode, request.prefill
+        assert decode is not None
+        try:
+            if prefill is None:
+                decode.scheduler.add(decode.sequence(arrival.id, arrival.prompt, arrival.num_output))
+            else:
+                prefill.scheduler.add(prefill.sequence(arrival.id, arrival.prompt, 1, prefill_only=True))
+        except (OutOfBlocksError, QueueFullError):
+            if prefill is not None:
+                decode.scheduler.abort(SequenceId(arrival.id))
+                decode.scheduler.pool.quarantine(request.lent)
+                decode.scheduler.pool.restore(request.lent)  # nobody has begun to write
+            while request.pending:
+                self._pending.remove(*request.pending.pop())
+            self._try_later(request)
+            return
         for worker in filter(None, (decode, prefill)):
             self._touch(worker)
             worker.wake()
+
+    def _try_later(self, request: _Request) -> None:
+        request.served.num_retries += 1
+        self.queue.after(RETRY_S, lambda: self._send(request, self._route(request)))
 
     def _candidate(self, worker: SimulatedWorker, hashes: Sequence[bytes]) -> Candidate:
         seen = self._seen[worker.key]

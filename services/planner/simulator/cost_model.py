@@ -45,6 +45,10 @@ class CostModel:
         """From the last chunk's end to the answer to the commit: two messages and back, and the bytes still to move."""
         return 2 * self.round_trip_s + num_bytes / self.transfer_bytes_per_s
 
+    def pull_s(self, num_bytes: int) -> float:
+        """To read another worker's cached blocks: a call to pin them, one to release them, and the bytes."""
+        return 2 * self.round_trip_s + num_bytes / self.transfer_bytes_per_s
+
 
 def of_length(step_s: float, mean_s: float) -> float:
     """The share of ``CostModel.spread`` that a step has which takes ``mean_s``, more than 0, on the average."""

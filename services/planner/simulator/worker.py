@@ -17,6 +17,8 @@ from services.engine.sequence import Event, Sequence, SequenceId, Started
 from services.engine.step_times import StepTimes
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.events import EventQueue
+from services.worker.pins import MAX_PINS, PinBook
+from services.worker.pulls import MAX_PULLS, PullBook
 
 ROOT = chain_root("simulated")
 VOCABULARY = 2**16
@@ -27,13 +29,15 @@ _RATE_HALF_LIFE_S = 5.0
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
     """``role``, which it has at first: DECODE also computes prompts itself, where there is nobody else or routing says
-    so."""
+    so.  Workers of one ``host`` read each other's cached blocks, as far as ``limits`` let them be pinned; those without
+    one do not."""
 
     worker_id: str
     role: Role
     num_blocks: int
     block_nbytes: int
     limits: Limits
+    host: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class Load:
     num_queued_prefill_tokens: int
     num_free_blocks: int
     num_expected_answer_tokens: int
+    num_pinnable_blocks: int
     rates: Rates
 
 
@@ -59,6 +64,8 @@ class SimulatedWorker:
         self.key = WorkerKey(spec.worker_id, 1)
         self.draining = False
         self.scheduler = Scheduler(BlockPool(spec.num_blocks), spec.limits)
+        self.pins = PinBook(self.scheduler.pool, max_blocks=spec.limits.max_pinned, max_pins=MAX_PINS)
+        self.pulls = PullBook(self.scheduler.pool, max_pulls=MAX_PULLS)
         self._costs = costs
         self._random = random.Random(spec.worker_id)  # the same every time
         self._queue = queue
@@ -66,7 +73,7 @@ class SimulatedWorker:
         self._on_cache_changes = on_cache_changes
         self._step_times = StepTimes()
         self._prefill_rate = 0.0
-        self._has_written = False
+        self._has_written = self._has_pulled = False
         self._busy = False
         self.role = spec.role
         self.prefill_s = self.decode_s = 0.0  # that it computed either
@@ -80,6 +87,10 @@ class SimulatedWorker:
     def wrote(self) -> None:
         """From now on it knows what transfers take."""
         self._has_written = True
+
+    def pulled(self) -> None:
+        """From now on it knows what pulls take."""
+        self._has_pulled = True
 
     def wake(self) -> None:
         """The scheduler was given something: the next step begins now unless one is under way."""
@@ -105,25 +116,28 @@ class SimulatedWorker:
             num_queued_prefill_tokens=self.scheduler.num_queued_prefill_tokens,
             num_free_blocks=max(0, counts.free + counts.cached - self.scheduler.num_growth_blocks),
             num_expected_answer_tokens=self.scheduler.num_expected_answer_tokens,
+            num_pinnable_blocks=self.pins.num_pinnable,
             rates=Rates(
                 prefill_tokens_per_s=self._prefill_rate,
                 step_base_s=base_s,
                 step_per_sequence_s=per_sequence_s,
                 transfer_bytes_per_s=self._costs.transfer_bytes_per_s if self._has_written else 0.0,
                 transfer_round_trip_s=self._costs.round_trip_s if self._has_written else 0.0,
+                pull_bytes_per_s=self._costs.transfer_bytes_per_s if self._has_pulled else 0.0,
+                pull_overhead_s=self._costs.pull_s(0) if self._has_pulled else 0.0,
             ),
         )
 
     def candidate(self, load: Load, there: Pending, num_prefix_blocks: int) -> Candidate:
-        """As the gateway sees it: what it reported, and what is there by the gateway's book (gateway/worker_state.py).  No
-        host is named, so nothing is pulled."""
+        """As the gateway sees it: what it reported, and what is there by the gateway's book (gateway/worker_state.py)."""
         return Candidate(
             key=self.key, role=self.role, draining=self.draining, address=self.spec.worker_id,
-            content_fingerprint="simulated",
+            content_fingerprint="simulated", fingerprint="simulated", host=self.spec.host,
             block_size=self.spec.limits.block_size, block_nbytes=self.spec.block_nbytes,
             num_requests=there.num_requests, num_queued_prefill_tokens=there.prefill_tokens,
             num_free_blocks=max(0, load.num_free_blocks - there.num_blocks),
             num_expected_answer_tokens=load.num_expected_answer_tokens,
+            num_pinnable_blocks=load.num_pinnable_blocks,
             num_prefix_blocks=num_prefix_blocks, rates=load.rates,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 The gateway's rules, the schedulers and the pools are the real ones; how long a step takes is a line through measured steps
 of the real engine on this machine.  ``informed`` is kv-aware with a view that is never old; ``oracle`` tries every option
 of every request on the future as it will be, and takes the one with which callers wait least for first tokens (oracle.py).
+It cares for nothing else; nor does ``soon``, which is kv-aware with a --stall-weight of 1.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ from gateway.routing import Policy
 from services.engine.checkpoint import DEFAULT_MODEL
 from services.engine.scheduler import Limits
 from services.planner.simulator.arrivals import Served
-from services.planner.simulator.cluster import Cluster, ViewDelays
+from services.planner.simulator.cluster import ByPolicy, Cluster, ViewDelays
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.worker import WorkerSpec
+from services.worker.pins import PINNED_SHARE
 from tests.bench.routing.loads import LOADS
 from tests.bench.routing.oracle import Oracle
 from tests.bench.terminal import say
 
-INFORMED, ORACLE = "informed", "oracle"
-NAMES = [*(policy.value for policy in Policy), INFORMED]
+# kv-aware with a view that is never old; with a stall weight of 1; one that knows everything.
+INFORMED, SOON, ORACLE = "informed", "soon", "oracle"
+NAMES = [*(policy.value for policy in Policy), INFORMED, SOON]
 SHAPES = {"2+2": (2, 2), "0+4": (0, 4)}  # prefill and decode workers
 HIT_GOAL, TTFT_GOAL, ORACLE_GOAL = 2.0, 0.6, 1.05
 HORIZON_S = 15.0
@@ -46,9 +49,9 @@ class Figures:
 
 
 def specs(shape: str, num_blocks: int, block_nbytes: int) -> list[WorkerSpec]:
-    limits = Limits(block_size=16, context_length=8192)
+    limits = Limits(block_size=16, context_length=8192, max_pinned=num_blocks // PINNED_SHARE)
     roles = [Role.PREFILL] * SHAPES[shape][0] + [Role.DECODE] * SHAPES[shape][1]
-    return [WorkerSpec(f"w{n}", role, num_blocks, block_nbytes, limits) for n, role in enumerate(roles)]
+    return [WorkerSpec(f"w{n}", role, num_blocks, block_nbytes, limits, host="one") for n, role in enumerate(roles)]
 
 
 def figures(served: Sequence[Served]) -> Figures:
@@ -71,6 +74,9 @@ def simulate(name: str, load: str, rate: float, seed: int, workers: Sequence[Wor
     elif name == INFORMED:
         cluster = Cluster(workers, costs, Policy.KV_AWARE, fresh, objectives=None)
         served = cluster.run(arrivals)
+    elif name == SOON:
+        cluster = Cluster(workers, costs, ByPolicy(Policy.KV_AWARE, stall_weight=1.0), objectives=None)
+        served = cluster.run(arrivals)
     else:
         cluster = Cluster(workers, costs, Policy(name), objectives=None)
         served = cluster.run(arrivals)
@@ -88,8 +94,10 @@ def interval(values: Sequence[float]) -> str:
 def rows(where: str, found: dict[str, list[Figures]]) -> list[dict[str, object]]:
     """Ratios within a seed, then their mean."""
 
-    def row(work: str, peer: str, quantity: str, goal: float, unit: str) -> dict[str, object]:
-        ours = [getattr(f, quantity) for f in found[Policy.KV_AWARE.value]]
+    def row(
+        work: str, peer: str, quantity: str, goal: float, unit: str, who: str = Policy.KV_AWARE.value
+    ) -> dict[str, object]:
+        ours = [getattr(f, quantity) for f in found[who]]
         theirs = [getattr(f, quantity) for f in found[peer]]
         ours = ours[: len(theirs)]  # the oracle is asked of fewer seeds
         ratio = statistics.fmean(a / max(b, 1e-9) for a, b in zip(ours, theirs, strict=True))
@@ -104,6 +112,7 @@ def rows(where: str, found: dict[str, list[Figures]]) -> list[dict[str, object]]
     ]
     if ORACLE in found:
         told.append(row("TTFT to the oracle's", ORACLE, "ttft_s", ORACLE_GOAL, "s"))
+        told.append(row("TTFT to the oracle's, with a stall weight of 1", ORACLE, "ttft_s", ORACLE_GOAL, "s", SOON))
         told.append(row("hit rate to the oracle's", ORACLE, "hit_rate", 1 / ORACLE_GOAL, "share"))
     return told
 
@@ -112,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bench-routing", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="of each step that is measured")
     parser.add_argument("--seeds", type=int, default=3, choices=sorted(T_95))
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.0, 2.0], help="requests/s")
+    parser.add_argument("--rates", type=float, nargs="+", default=[4.0], help="requests/s")
     parser.add_argument(
         "--oracle", type=int, default=0, metavar="SEEDS", help="ask the oracle of so many seeds: about a minute each"
     )

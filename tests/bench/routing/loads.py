@@ -70,4 +70,8 @@ class SystemPrompts:
 
 
 Load = Callable[[float, int], Iterator[Arrival]]
-LOADS: dict[str, Load] = {"chats": Chats().arrivals, "system prompts": SystemPrompts().arrivals}
+LOADS: dict[str, Load] = {
+    "chats of 3 turns": Chats(num_chats=80, num_turns=3).arrivals,
+    "chats of 6 turns": Chats().arrivals,
+    "system prompts": SystemPrompts().arrivals,
+}

@@ -2,8 +2,9 @@
 
 Each option of each request is tried: the process forks, the child takes the option and goes on for ``horizon_s`` of virtual
 time with whatever arrives meanwhile, and tells how long callers waited.  The option with the shortest waits is taken.  (A
-rollout, after Bertsekas and Tsitsiklis: the requests to come are routed by kv-aware with a fresh view.)  It is for clusters
-without the gateway's line: an option that is taken is taken at once.
+rollout, after Bertsekas and Tsitsiklis: the requests to come are routed by kv-aware with a fresh view and, as short
+waits are all that is wanted, a --stall-weight of 1.)  It is for clusters without the gateway's line: an option that is
+taken is taken at once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Oracle:
     waits: Waits
     horizon_s: float
     _cluster: Cluster = field(init=False)
-    _usual: ByPolicy = field(default_factory=lambda: ByPolicy(Policy.KV_AWARE))
+    _usual: ByPolicy = field(default_factory=lambda: ByPolicy(Policy.KV_AWARE, stall_weight=1.0))
     _pipe: int | None = None  # in a child: where it tells what it found
 
     def run(self, cluster: Cluster, arrivals: Iterable[Arrival]) -> list[Served]:
@@ -70,11 +71,15 @@ class Oracle:
 
 
 def _options(candidates: Sequence[Candidate], demand: Demand) -> list[Option]:
+    """With cached blocks pulled where that pays, and without."""
     usable = sorted(candidates, key=lambda c: c.key.worker_id)
-    costs = Costs(usable, demand)
     decoders = [c for c in usable if c.role is Role.DECODE]
     writers = [c for c in usable if c.role is Role.PREFILL]
-    return [option for d in decoders for option in (costs.alone(d), *(costs.split(d, w) for w in writers))]
+    found = []
+    for costs in (Costs(usable, demand), Costs(usable, demand, pulls=False)):
+        for decode in decoders:
+            found += [costs.alone(decode), *(costs.split(decode, writer) for writer in writers)]
+    return [option for n, option in enumerate(found) if n < len(found) // 2 or option not in found[: len(found) // 2]]
 
 
 def _route(option: Option, demand: Demand) -> Route:

@@ -592,6 +592,7 @@ class RouteOption(google.protobuf.message.Message):
     PULL_WORKER_FIELD_NUMBER: builtins.int
     NUM_PULLED_TOKENS_FIELD_NUMBER: builtins.int
     PULL_S_FIELD_NUMBER: builtins.int
+    EVICT_S_FIELD_NUMBER: builtins.int
     decode_worker: builtins.str
     prefill_worker: builtins.str
     """Empty: the decode worker computes the prompt itself."""
@@ -618,6 +619,8 @@ class RouteOption(google.protobuf.message.Message):
     num_pulled_tokens: builtins.int
     pull_s: builtins.float
     """For the pull. prefill_s and stall_s are for what it leaves to compute."""
+    evict_s: builtins.float
+    """What others will wait for cached blocks that made room for the pulled ones."""
     def __init__(
         self,
         *,
@@ -635,8 +638,9 @@ class RouteOption(google.protobuf.message.Message):
         pull_worker: builtins.str = ...,
         num_pulled_tokens: builtins.int = ...,
         pull_s: builtins.float = ...,
+        evict_s: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chosen", b"chosen", "decode_s", b"decode_s", "decode_worker", b"decode_worker", "full", b"full", "num_decode_cached_tokens", b"num_decode_cached_tokens", "num_prefill_cached_tokens", b"num_prefill_cached_tokens", "num_pulled_tokens", b"num_pulled_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "pull_s", b"pull_s", "pull_worker", b"pull_worker", "queue_s", b"queue_s", "ship_s", b"ship_s", "stall_s", b"stall_s"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["chosen", b"chosen", "decode_s", b"decode_s", "decode_worker", b"decode_worker", "evict_s", b"evict_s", "full", b"full", "num_decode_cached_tokens", b"num_decode_cached_tokens", "num_prefill_cached_tokens", b"num_prefill_cached_tokens", "num_pulled_tokens", b"num_pulled_tokens", "prefill_s", b"prefill_s", "prefill_worker", b"prefill_worker", "pull_s", b"pull_s", "pull_worker", b"pull_worker", "queue_s", b"queue_s", "ship_s", b"ship_s", "stall_s", b"stall_s"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___RouteOption: typing_extensions.TypeAlias = RouteOption
