@@ -357,8 +357,10 @@ def _worker(message: directory_pb2.WorkerState) -> types.Worker:
 
 
 def _step_sums(message: directory_pb2.StepSums) -> types.StepSums:
+    shares = tuple(message.shares)
+    squares = message.squares or (shares[0] if shares else 0.0)
     return types.StepSums(
-        message.seconds, tuple(message.shares), tuple(message.ratios), tuple(message.products), tuple(message.scatter)
+        message.seconds, shares, tuple(message.ratios), tuple(message.products), tuple(message.scatter), squares
     )
 
 

@@ -288,16 +288,18 @@ class TransportPath:
 @dataclass(frozen=True, slots=True)
 class StepSums:
     """Of the steps that a worker computed since it started: what ``kvferry calibrate --live`` fits costs to.  A step that
-    took t seconds has shares x: 1, its prompt tokens, pairs of a prompt token and one that it attends to, sequences that
-    decode, tokens of their context.  ``ratios`` sums x/t, ``products`` the upper triangle of its outer product with itself,
-    row by row.  ``scatter``, of steps that decode and nothing else: how many, their seconds, and the sums of ln(t / what
-    was expected by the steps before) and of its square; empty of workers of before."""
+    took t seconds, where e were expected by the steps before, has shares x: 1, its prompt tokens, pairs of a prompt token
+    and one that it attends to, sequences that decode, tokens of their context.  ``ratios`` sums x t / e², ``products`` the
+    upper triangle of the outer product of x/e with itself, row by row, ``squares`` (t/e)².  ``scatter``, of steps that
+    decode and nothing else: how many, their seconds, and the sums of ln(t/e) and of its square; empty of workers of
+    before."""
 
     seconds: float
     shares: tuple[float, ...]
     ratios: tuple[float, ...]
     products: tuple[float, ...]
     scatter: tuple[float, ...] = ()
+    squares: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

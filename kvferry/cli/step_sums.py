@@ -39,13 +39,13 @@ def between(before: dict[Key, StepSums], after: dict[Key, StepSums]) -> StepSums
 
 
 def _combined(operation: Callable[[float, float], float], one: StepSums, other: StepSums) -> StepSums:
-    return StepSums(
-        operation(one.seconds, other.seconds),
-        *(
-            tuple(map(operation, mine, theirs))
-            for mine, theirs in (
-                (one.shares, other.shares), (one.ratios, other.ratios), (one.products, other.products),
-                (one.scatter, other.scatter),
-            )
-        ),
+    shares, ratios, products, scatter = (
+        tuple(map(operation, mine, theirs))
+        for mine, theirs in (
+            (one.shares, other.shares), (one.ratios, other.ratios), (one.products, other.products),
+            (one.scatter, other.scatter),
+        )
     )  # fmt: skip
+    return StepSums(
+        operation(one.seconds, other.seconds), shares, ratios, products, scatter, operation(one.squares, other.squares)
+    )

@@ -179,7 +179,7 @@ class Engine:
             # The first of several that leave their work behind has waited for no other.
             known = outcome is not None and (outcome.ready is None or before is not None)
             if known and time_.elapsed_s and not flight.plan.num_draft_tokens:
-                self.step_sums.observe(*pieces, flight.gap_s + time_.elapsed_s)
+                self.step_sums.observe(*pieces, flight.gap_s + time_.elapsed_s, self._expected_s(flight.plan))
             self._account(flight.plan, _num_accepted(events), time_.elapsed_s if known else None)
             self._listener.on_events(events, time_)
             self._settle()
@@ -240,6 +240,20 @@ class Engine:
         except BaseException as e:  # a bug: whoever waits for copies would wait for ever
             log.exception("engine_died")
             self._listener.on_death(e)
+
+    def _expected_s(self, plan: Plan) -> float | None:
+        """By the steps before; None where there were none of the kind."""
+        expected_s = 0.0
+        if plan.num_prefill_tokens:
+            if not self.work.prefill_tokens_per_s:
+                return None
+            expected_s = plan.num_prefill_tokens / self.work.prefill_tokens_per_s
+        if plan.num_decode_tokens:
+            decode_s = self.step_times.expected_s(plan.num_decode_tokens)
+            if not decode_s:
+                return None
+            expected_s += decode_s
+        return expected_s
 
     def _account(self, plan: Plan, accepted: int, elapsed_s: float | None) -> None:
         """``elapsed_s`` None: nobody knows how long it takes."""

@@ -13,30 +13,39 @@ Shares = tuple[float, float, float, float, float]
 NUM_SHARES = 5
 NUM_PRODUCTS = NUM_SHARES * (NUM_SHARES + 1) // 2
 NUM_SCATTER = 4
+# A step that took longer than so many times what was expected counts as one of its own length.
+MOST_DELAY = 10.0
 
 
 class StepSums:
     """Since start, so that the difference of two looks is what happened between them.  With x the shares of a step that
-    took t: ``seconds`` sums t, ``shares`` x, ``ratios`` x/t, and ``products`` the upper triangle, row by row, of the
-    outer product of x/t with itself.  ``scatter``, of steps that decode and nothing else: how many, the seconds they took,
-    and the sums of ln(t / what was expected) and of its square."""
+    took t where e was expected: ``seconds`` sums t, ``shares`` x, ``ratios`` x t / e², ``products`` the upper triangle, row
+    by row, of the outer product of x/e with itself, and ``squares`` (t/e)².  So a step counts by what such steps take: by
+    what it took itself, those that were not delayed would count most, and a fit would be too low.  ``scatter``, of steps
+    that decode and nothing else: how many, the seconds they took, and the sums of ln(t/e) and of its square."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self.shares = [0.0] * NUM_SHARES
         self.ratios = [0.0] * NUM_SHARES
         self.products = [0.0] * NUM_PRODUCTS
+        self.squares = 0.0
         self.scatter = [0.0] * NUM_SCATTER
 
-    def observe(self, prefill: Iterable[Piece], decode: Iterable[Piece], elapsed_s: float) -> None:
-        """``elapsed_s`` is positive."""
+    def observe(
+        self, prefill: Iterable[Piece], decode: Iterable[Piece], elapsed_s: float, expected_s: float | None = None
+    ) -> None:
+        """``elapsed_s`` and ``expected_s`` are positive; None: nobody knows yet what to expect."""
         shares = shares_of(prefill, decode)
+        expected_s = elapsed_s if expected_s is None else max(expected_s, elapsed_s / MOST_DELAY)
+        late = elapsed_s / expected_s
         self.seconds += elapsed_s
-        ratios = [share / elapsed_s for share in shares]
+        self.squares += late * late
+        ratios = [share / expected_s for share in shares]
         at = 0
         for i, ratio in enumerate(ratios):
             self.shares[i] += shares[i]
-            self.ratios[i] += ratio
+            self.ratios[i] += ratio * late
             for other in ratios[i:]:
                 self.products[at] += ratio * other
                 at += 1

@@ -12,6 +12,7 @@
 #define BUCKETS_FROM_S 1e-5
 #define BUCKET_GROWTH 1.02
 #define NUM_KEYS 4
+#define MOST_SPREAD 0.95 // as cost_model.py's
 #define NOBODY (-1)
 
 typedef struct {
@@ -179,17 +180,17 @@ static double step_s(const Cost *cost, const double *terms) {
     return additive + fmax(compute, memory);
 }
 
-// What a step takes that takes mean_s on the average: lognormal, by four even draws of 16 bits each, which are together near
-// enough to normal.  What delays steps comes at any time, so its variance grows with their length.  SplitMix64 (Steele, Lea,
-// Flood 2014), from a state of the run's own: the same every time.
+// What a step takes that takes mean_s on the average, as cost_model.py has it: by four even draws of 16 bits each, which are
+// together near enough to normal.  SplitMix64 (Steele, Lea, Flood 2014), from a state of the run's own: the same every time.
 static double scattered_s(Run *run, const Cost *cost, double mean_s) {
-    double spread = cost->spread * sqrt(fmin(1, cost->additive[0] / mean_s));
+    double times = fmin(1, cost->additive[0] / mean_s) / 9;
     uint64_t bits = run->random += 0x9e3779b97f4a7c15;
     bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
     bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
     bits ^= bits >> 31;
     double sum = (double)((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
-    return mean_s * exp(spread * (sum / 65535 - 2) * 1.7320508 - spread * spread / 2);
+    double root = fmax(0, 1 - times + (sum / 65535 - 2) * 1.7320508 * sqrt(times));
+    return mean_s * (1 + fmin(cost->spread, MOST_SPREAD) * (root * root * root - 1));
 }
 
 static void count_gap(Run *run, double gap_s, double times) {

@@ -205,5 +205,6 @@ def to_phase_loads(book: PhaseBook) -> list[directory_pb2.PhaseLoad]:
 
 def to_step_sums(sums: StepSums) -> directory_pb2.StepSums:
     return directory_pb2.StepSums(
-        seconds=sums.seconds, shares=sums.shares, ratios=sums.ratios, products=sums.products, scatter=sums.scatter
-    )
+        seconds=sums.seconds, shares=sums.shares, ratios=sums.ratios, products=sums.products, scatter=sums.scatter,
+        squares=sums.squares,
+    )  # fmt: skip

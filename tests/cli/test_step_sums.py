@@ -7,13 +7,14 @@ from kvferry.types import StepSums
 
 
 def sums(num_steps: float) -> StepSums:
-    return StepSums(num_steps / 10, (num_steps,) * 5, (num_steps * 2,) * 5, (num_steps * 3,) * 15, (num_steps * 4,) * 4)
+    each = (num_steps,) * 5, (num_steps * 2,) * 5, (num_steps * 3,) * 15, (num_steps * 4,) * 4
+    return StepSums(num_steps / 10, *each, num_steps * 5)
 
 
 def test_what_was_before_does_not_count() -> None:
     before = {("prefill-0", 1): sums(10), ("decode-0", 2): sums(100)}
     after = {("prefill-0", 1): sums(15), ("decode-0", 2): sums(120)}
-    assert between(before, after) == StepSums(2.5, (25,) * 5, (50,) * 5, (75,) * 15, (100,) * 4)
+    assert between(before, after) == StepSums(2.5, (25,) * 5, (50,) * 5, (75,) * 15, (100,) * 4, 125)
 
 
 def test_a_successor_counts_from_its_start_and_who_is_gone_does_not() -> None:

@@ -43,7 +43,7 @@ def main() -> int:
 def in_service(heard: dict[str, Any]) -> dict[str, Any]:
     """What ``Calibration.content`` says, of steps that workers computed for clients."""
     sums = heard["sums"]
-    found = fit_sums(sums["seconds"], sums["shares"], sums["ratios"], sums["products"])
+    found = fit_sums(sums["seconds"], sums["shares"], sums["ratios"], sums["products"], sums["squares"])
     costs = CostModel(
         *found.prices, heard["round_trip_s"] or ROUND_TRIP_S, heard["transfer_bytes_per_s"] or TRANSFER_BYTES_PER_S,
         spread_of(sums["scatter"], found),

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
 from services.engine.step_sums import NUM_PRODUCTS, NUM_SCATTER, NUM_SHARES, Shares
-from services.planner.simulator.cost_model import of_length
+from services.planner.simulator.cost_model import MOST_SPREAD, delay
 
 Floats = npt.NDArray[np.float64]
 
 # Of a term against what is left of it beside the others: below, they say the same.
 _RANK = 1e-10
+NORMAL = NormalDist()
+_RANKS = [(n + 0.5) / 1000 for n in range(1000)]
+_HALVINGS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +52,12 @@ class SumsFit:
     rms_error: float
 
 
-def fit_sums(seconds: float, shares: Sequence[float], ratios: Sequence[float], products: Sequence[float]) -> SumsFit:
-    """The same from the sums over steps that workers keep (``StepSums``), and then all prices by what makes the whole time
-    that which was measured: relative errors alone make little of the steps that took long.  Raises ValueError of what are
-    no such sums, or none of anything."""
+def fit_sums(
+    seconds: float, shares: Sequence[float], ratios: Sequence[float], products: Sequence[float], squares: float
+) -> SumsFit:
+    """The same from the sums over steps that workers keep (``StepSums``), errors being relative to what was expected, and
+    then all prices by what makes the whole time that which was measured: relative errors alone make little of the steps
+    that took long.  Raises ValueError of what are no such sums, or none of anything."""
     gram, wanted, total = _gram(products), np.array(ratios), np.array(shares)
     if not (wanted.shape == total.shape == (NUM_SHARES,) and seconds > 0 and (gram.diagonal()[total > 0] > 0).all()):
         raise ValueError("there are no steps in these sums")
@@ -59,18 +65,24 @@ def fit_sums(seconds: float, shares: Sequence[float], ratios: Sequence[float], p
     even, target = gram / np.outer(scale, scale), wanted / scale
     found = _non_negative(lambda kept: np.linalg.lstsq(even[np.ix_(kept, kept)], target[kept], rcond=_RANK)[0]) / scale
     found *= seconds / float(found @ total)
-    square = float(found @ gram @ found - 2 * found @ wanted + total[0]) / total[0]
+    square = float(found @ gram @ found - 2 * found @ wanted + squares) / total[0]
     return SumsFit(_shares(found), max(0.0, square) ** 0.5)
 
 
 def spread_of(scatter: Sequence[float], found: SumsFit) -> float:
-    """``CostModel.spread`` by how far the steps that only decoded were from those before them (``StepSums.scatter``): what
-    delays one in ten makes much of that, and little of the error of a fit.  The fit's error where that was not told."""
+    """The ``CostModel.spread`` with which simulated steps are as far from their mean as the steps that only decoded were
+    from those before them, in the logarithm (``StepSums.scatter``), of which one that was stopped for long makes little.
+    The fit's error where that was not told."""
     count, seconds, sum_, squares = scatter or (0.0,) * NUM_SCATTER
     if count < 2 or not found.prices[0]:
         return found.rms_error
-    deviation = math.sqrt(max(0.0, squares / count - (sum_ / count) ** 2))
-    return deviation / of_length(found.prices[0], seconds / count)
+    wanted = math.sqrt(max(0.0, squares / count - (sum_ / count) ** 2))
+    delays = np.array([delay(found.prices[0], seconds / count, NORMAL.inv_cdf(rank)) for rank in _RANKS])
+    low, high = 0.0, MOST_SPREAD
+    for _ in range(_HALVINGS):
+        spread = (low + high) / 2
+        low, high = (spread, high) if np.log1p(spread * (delays - 1)).std() < wanted else (low, spread)
+    return high
 
 
 def _gram(products: Sequence[float]) -> Floats:

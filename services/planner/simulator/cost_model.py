@@ -10,12 +10,15 @@ from random import Random
 from services.engine.scheduler import Plan
 from services.engine.step_sums import Shares
 
+# Delays are no more than so much of what a step takes: something is its own.
+MOST_SPREAD = 0.95
+
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Seconds: of a step, of each prompt token in it, of each pair of a prompt token and one that it attends to, of each
     sequence that decodes and each token of its context; of a message to another worker and back.  ``spread``: standard
-    deviation of the logarithm of what a short step takes; in service they vary by what else runs there."""
+    deviation of what a short step takes, as a share of its mean; in service they vary by what else runs there."""
 
     step_s: float
     prefill_token_s: float
@@ -34,12 +37,10 @@ class CostModel:
         )
 
     def scattered_s(self, mean_s: float, random: Random) -> float:
-        """What a step takes that takes ``mean_s`` on the average: lognormal.  What delays steps comes at any time, so its
-        variance grows with their length."""
-        if not self.spread or not mean_s:
+        """What a step takes that takes ``mean_s`` on the average: something at least, and delays on top."""
+        if not self.spread or not mean_s or not self.step_s:
             return mean_s
-        spread = self.spread * of_length(self.step_s, mean_s)
-        return mean_s * random.lognormvariate(-spread * spread / 2, spread)
+        return mean_s * (1 + min(self.spread, MOST_SPREAD) * (delay(self.step_s, mean_s, random.gauss()) - 1))
 
     def transfer_s(self, num_bytes: int) -> float:
         """From the last chunk's end to the answer to the commit: two messages and back, and the bytes still to move."""
@@ -50,9 +51,12 @@ class CostModel:
         return 2 * self.round_trip_s + num_bytes / self.transfer_bytes_per_s
 
 
-def of_length(step_s: float, mean_s: float) -> float:
-    """The share of ``CostModel.spread`` that a step has which takes ``mean_s``, more than 0, on the average."""
-    return math.sqrt(min(1.0, step_s / mean_s))
+def delay(step_s: float, mean_s: float, normal: float) -> float:
+    """What a step of ``mean_s`` is delayed, over what such steps are on the average, for a draw from the standard normal
+    distribution.  Delays come at any time: those of a short step are exponential, those of a longer one a gamma's, the sum
+    of more of them, here by Wilson and Hilferty (PNAS 1931)."""
+    times = 1 / (9 * max(1.0, mean_s / step_s))
+    return max(0.0, 1 - times + normal * math.sqrt(times)) ** 3
 
 
 def shares(entries: Iterable[tuple[int, int]]) -> Shares:

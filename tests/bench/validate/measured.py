@@ -113,7 +113,7 @@ async def in_service(address: str, work: Awaitable[T]) -> tuple[T, CostModel]:
         workers = workers_of(await client.cluster(), ())
     sums = between(before, sums_of(workers))
     assert sums is not None, "somebody computed"
-    found = fit_sums(sums.seconds, sums.shares, sums.ratios, sums.products)
+    found = fit_sums(sums.seconds, sums.shares, sums.ratios, sums.products, sums.squares)
     rates = [worker.transfer_bytes_per_s for worker in workers if worker.transfer_bytes_per_s]
     return done, CostModel(
         *found.prices, ROUND_TRIP_S, max(rates, default=TRANSFER_BYTES_PER_S), spread_of(sums.scatter, found)

@@ -420,7 +420,8 @@ class StepSums(google.protobuf.message.Message):
     """From which the price of each thing in a step can be fitted; those of several workers add up, and the difference of two
     looks is what happened between them. A step has shares x: 1 for itself, its prompt tokens, pairs of a prompt token and one
     that it attends to, sequences that decode, and tokens of their context. It took t seconds, with the wait since the step
-    before where there was something to compute.
+    before where there was something to compute; e were expected by the steps before. (Of workers of before, and of first
+    steps, e is t.)
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -430,18 +431,21 @@ class StepSums(google.protobuf.message.Message):
     RATIOS_FIELD_NUMBER: builtins.int
     PRODUCTS_FIELD_NUMBER: builtins.int
     SCATTER_FIELD_NUMBER: builtins.int
+    SQUARES_FIELD_NUMBER: builtins.int
     seconds: builtins.float
+    squares: builtins.float
+    """Of (t/e)^2. Left out by workers of before, of which it is the number of steps."""
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Of x; the first is the number of steps."""
 
     @property
     def ratios(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Of x/t."""
+        """Of x t / e^2."""
 
     @property
     def products(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Of the outer product of x/t with itself: the upper triangle, row by row."""
+        """Of the outer product of x/e with itself: the upper triangle, row by row."""
 
     @property
     def scatter(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
@@ -457,8 +461,9 @@ class StepSums(google.protobuf.message.Message):
         ratios: collections.abc.Iterable[builtins.float] | None = ...,
         products: collections.abc.Iterable[builtins.float] | None = ...,
         scatter: collections.abc.Iterable[builtins.float] | None = ...,
+        squares: builtins.float = ...,
     ) -> None: ...
-    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["products", b"products", "ratios", b"ratios", "scatter", b"scatter", "seconds", b"seconds", "shares", b"shares"]
+    _ClearFieldArgType: typing_extensions.TypeAlias = typing.Literal["products", b"products", "ratios", b"ratios", "scatter", b"scatter", "seconds", b"seconds", "shares", b"shares", "squares", b"squares"]
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
 
 Global___StepSums: typing_extensions.TypeAlias = StepSums
