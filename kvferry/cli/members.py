@@ -74,7 +74,8 @@ class Autoscale:
 
 @dataclass(frozen=True, slots=True)
 class ClusterConfig:
-    """What to start.  Ports 0 are picked free; ``prefill_tp`` is the ranks of each prefill worker;
+    """What to start.  Ports 0 are picked free; ``devices`` are given out to workers in turn, prefill workers first;
+    ``prefill_tp`` is the ranks of each prefill worker;
     ``gateway_processes`` those of each gateway that share its ports; ``threads`` per rank,
     None shares the machine's cores out; ``pin`` gives each worker's threads cores of their own, None only where one is left
     over; ``tls`` is a folder of ``kvferry certs init``, and ``insecure`` allows a ``host`` beyond the loopback without; a
@@ -84,6 +85,7 @@ class ClusterConfig:
 
     model: str = DEFAULT_MODEL
     dtype: str | None = None
+    devices: tuple[str, ...] = ()
     prefill_dtype: str | None = None
     decode_dtype: str | None = None
     prefill_block_size: int | None = None
@@ -206,6 +208,9 @@ def plan(config: ClusterConfig, root: Path) -> Plan:
         }
         if cpus:
             flags["--cpus"] = cpus
+        if config.devices:
+            number = index if role is Role.PREFILL else config.num_prefill + index
+            flags["--device"] = config.devices[number % len(config.devices)]
         if dtype is not None:
             flags["--dtype"] = dtype
         if block_size is not None:

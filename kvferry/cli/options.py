@@ -116,6 +116,16 @@ Dtype = Annotated[
         rich_help_panel=_RUN,
     ),
 ]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--device",
+        help="What workers compute on: cpu (the default), cuda or cuda:N. Given several times, they go to the workers in "
+        "turn, prefill workers first.",
+        show_default=False,
+        rich_help_panel=_RUN,
+    ),
+]
 RoleDtype = Annotated[
     str | None, typer.Option(help="Type for this role alone.", show_default=False, rich_help_panel=_RUN)
 ]

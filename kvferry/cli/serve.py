@@ -23,6 +23,7 @@ from kvferry.client import DEFAULT_ADDRESS, Client
 def serve(
     model: options.ServedModel = DEFAULT_MODEL,
     dtype: options.Dtype = None,
+    device: options.Devices = None,
     prefill_dtype: options.RoleDtype = None,
     decode_dtype: options.RoleDtype = None,
     prefill_block_size: options.RoleBlockSize = None,
@@ -84,6 +85,7 @@ def serve(
       kvferry serve --tls certs --host 0.0.0.0
       kvferry serve --model ./model.gguf --dtype bfloat16 --http-port 8000
       kvferry serve --prefill-dtype float32 --decode-dtype bfloat16 --decode-block-size 32
+      kvferry serve --device cuda:0 --device cuda:1 --model ./Llama-3.1-8B-Instruct
     """
     if grpc_port == http_port != 0:
         raise typer.BadParameter(f"gRPC and HTTP cannot both have port {grpc_port}", param_hint="--http-port")
@@ -97,6 +99,7 @@ def serve(
     config = ClusterConfig(
         model=model,
         dtype=dtype,
+        devices=tuple(device or ()),
         prefill_dtype=prefill_dtype,
         decode_dtype=decode_dtype,
         prefill_block_size=prefill_block_size,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from services.engine.model_files import ModelFiles
+from tests.bench.gpu import transfer
 from tests.bench.gpu.floors import (
     LLAMA_8B,
     SMOLLM2_135M,
@@ -17,6 +18,7 @@ from tests.bench.gpu.floors import (
     num_matrix_weights,
     prefill_flops,
 )
+from tests.bench.gpu.phases import within
 from tests.bench.gpu.rows import Row, write_json, write_svg
 from tests.bench.gpu.steps import decode_batch, prefill_batch
 
@@ -42,6 +44,21 @@ def test_steps_are_what_they_are_called() -> None:
     assert step.positions.tolist() == [39, 39, 39]
     assert sorted(step.kv_indices.tolist()) == list(range(9))
     assert prefill_batch(33).num_tokens == 33
+
+
+def test_gaps_count_while_all_streams_run() -> None:
+    assert within([[1.0, 2.0, 3.0, 5.0], [1.5, 2.5, 4.5]]) == [1.0, 1.0, 2.0]
+    with pytest.raises(ValueError, match="longer answers"):
+        within([[1.0, 2.0], [3.0, 4.0]])
+
+
+@pytest.mark.timeout(120)
+def test_blocks_move_between_two_processes_in_both_directions() -> None:
+    rows = transfer.measure(None, num_blocks=4, rounds=1)
+    assert [row.name for row in rows] == [
+        "write 8 MiB to another process (mapped)", "read 8 MiB to another process (mapped)",
+    ]  # fmt: skip
+    assert all(0 < row.measured_s < 30 and 0 < row.floor_s < 30 for row in rows)
 
 
 def test_rows_are_told_written_and_drawn(tmp_path: Path) -> None:

@@ -319,6 +319,7 @@ def test_plan_wires_the_members_to_each_other() -> None:
         kv_memory="64MiB",
         host_kv_memory="1GiB",
         speculate="auto",
+        devices=("cuda:0", "cuda:1"),
     )
     planned = plan(config, ROOT)
     names = [m.name for m in planned.members]
@@ -330,6 +331,9 @@ def test_plan_wires_the_members_to_each_other() -> None:
     assert flags["prefill-1"]["--speculate"] == flags["decode-0"]["--speculate"] == "auto"
     assert (flags["decode-0"]["--dtype"], flags["decode-0"]["--kv-memory"]) == ("bfloat16", "64MiB")
     assert flags["prefill-0"]["--host-kv-memory"] == "1GiB"
+    workers = ("prefill-0", "prefill-1", "decode-0")
+    assert [flags[name]["--device"] for name in workers] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert not {"--device"} & (flags["gateway"].keys() | flags["directory"].keys())
     assert "--dtype" not in flags["gateway"]
     assert planned.members[-1].command[1:3] == ("-m", "gateway")
     assert planned.members[1].command[1:3] == ("-m", "services.prefill")

@@ -1,20 +1,28 @@
-"""Decode steps against the time that their bytes take, prefill against the time of its sums, on one NVIDIA GPU."""
+"""make bench-gpu, on one NVIDIA GPU: decode steps against the time that their bytes take, prefill against the time of its
+sums, KV between two processes against a copy, and in clusters of real processes TTFT split against one worker, and the gaps
+of streams beside long prompts against without.
+
+With --rehearse what needs no kernels runs on the CPU, with shorter prompts: to see that it runs, not to measure.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
 from services.engine.model_config import ModelConfig
-from tests.bench.gpu import steps
+from tests.bench.gpu import phases, steps, transfer
 from tests.bench.gpu.floors import SHAPES, decode_nbytes, prefill_flops
 from tests.bench.gpu.rows import Row, write_json, write_svg
 from tests.gpu.conftest import why_not
 
 BATCHES, CONTEXTS, PROMPTS = (1, 16, 64, 256), (512, 4096), (512, 2048, 8192)
+NUM_BLOCKS = 128
+REHEARSED = phases.Load(num_streams=4, num_prompt=32, num_answer=256, num_long=400)
 MOST_KV_SHARE = 0.6  # of the GPU's memory; combinations beyond are left out, and named
 
 
@@ -41,24 +49,43 @@ def measure(config: ModelConfig, rounds: int, rates: tuple[float, float], place:
     return rows
 
 
+def measure_processes(devices: tuple[str, ...], arguments: argparse.Namespace) -> Iterator[Row]:
+    device = None if arguments.rehearse else 0
+    load = REHEARSED if arguments.rehearse else phases.Load()
+    yield from transfer.measure(device, NUM_BLOCKS, arguments.rounds)
+    yield phases.first_tokens(devices, load.num_long, arguments.rounds)
+    yield from phases.gaps(devices, load)
+
+
+def told(rows: Iterable[Row]) -> Iterator[Row]:
+    for row in rows:
+        print(row, flush=True)
+        yield row
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__)
     parser.add_argument("--rounds", type=int, default=20, help="steps of each kind; medians are told")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, what needs no GPU")
     parser.add_argument("--out", type=Path, default=Path("build/bench-gpu"), help="folder for rows.json and rows.svg")
     arguments = parser.parse_args()
-    if reason := why_not():
+    rows: list[Row] = []
+    if arguments.rehearse:
+        device, devices = "a rehearsal on the CPU", ("cpu",)
+    elif reason := why_not():
         print(f"bench-gpu skipped: {reason}")
         return 0
-    place = torch.device("cuda", 0)
-    device = torch.cuda.get_device_name(place)
-    rates = steps.bytes_per_s(arguments.rounds, place), steps.flops_per_s(arguments.rounds, place)
-    print(f"{device}: {rates[0] / 1e9:.0f} GB/s copied (read and written), {rates[1] / 1e12:.0f} TFLOP/s")
-    rows: list[Row] = []
-    for name in arguments.shapes:
-        for row in measure(SHAPES[name], arguments.rounds, rates, place):
-            print(row, flush=True)
-            rows.append(row)
+    else:
+        place = torch.device("cuda", 0)
+        device = torch.cuda.get_device_name(place)
+        devices = tuple(f"cuda:{n}" for n in range(min(2, torch.cuda.device_count())))
+        rates = steps.bytes_per_s(arguments.rounds, place), steps.flops_per_s(arguments.rounds, place)
+        print(f"{device}: {rates[0] / 1e9:.0f} GB/s copied (read and written), {rates[1] / 1e12:.0f} TFLOP/s")
+        for name in arguments.shapes:
+            rows += told(measure(SHAPES[name], arguments.rounds, rates, place))
+        torch.cuda.empty_cache()  # the processes that follow need room
+    rows += told(measure_processes(devices, arguments))
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "rows.json", device, rows)
     write_svg(arguments.out / "rows.svg", device, rows)

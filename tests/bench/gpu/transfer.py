@@ -1,0 +1,87 @@
+"""KV blocks between the pools of two processes, against a copy within the device's memory (the host's, without a GPU)."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+import transport
+from tests.bench.gpu.rows import Row
+from tests.bench.system.systems import ROOT
+from transport import Op
+
+BLOCK_NBYTES = 2 << 20  # 16 tokens of an 8B model's
+TIMEOUT_S = 60.0
+
+_OWNER = """
+import sys, transport
+device = None if sys.argv[1] == "host" else int(sys.argv[1])
+with transport.create("ucx") as t, t.allocate(int(sys.argv[2]), device) as region:
+    print(region.descriptor.hex(), flush=True)
+    sys.stdin.readline()
+"""
+
+
+def measure(device: int | None, num_blocks: int, rounds: int) -> list[Row]:
+    """``device``: the GPU of both pools; None: the host.  Blocks lie in another order on either side."""
+    nbytes = num_blocks * BLOCK_NBYTES
+    here = [n * BLOCK_NBYTES for n in range(num_blocks)]
+    there = here[::-1]
+    copy_s = _copy_s(device, nbytes, rounds)
+    rows = []
+    with (
+        _owner(device, nbytes) as descriptor,
+        transport.create("ucx") as t,
+        t.allocate(nbytes, device) as local,
+        t.open(descriptor) as remote,
+    ):
+        for op in (Op.WRITE, Op.READ):
+            took_s = _median_s(
+                lambda op=op: t.post(op, local, remote, here, there, BLOCK_NBYTES).wait(TIMEOUT_S), rounds
+            )
+            name = f"{op.name.lower()} {nbytes >> 20} MiB to another process ({remote.path.value})"
+            rows.append(Row(name, took_s, copy_s))
+    return rows
+
+
+@contextmanager
+def _owner(device: int | None, nbytes: int) -> Iterator[bytes]:
+    """A process with a pool that is described; it ends with the context."""
+    command = [sys.executable, "-c", _OWNER, "host" if device is None else str(device), str(nbytes)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdin is not None
+        assert owner.stdout is not None
+        try:
+            if not (line := owner.stdout.readline()):
+                raise RuntimeError("the other process has no pool; its words are above")
+            yield bytes.fromhex(line)
+        finally:
+            owner.stdin.close()
+
+
+def _copy_s(device: int | None, nbytes: int, rounds: int) -> float:
+    place = torch.device("cpu") if device is None else torch.device("cuda", device)
+    source, target = (torch.ones(nbytes, dtype=torch.uint8, device=place) for _ in range(2))
+
+    def copy() -> None:
+        target.copy_(source)
+        if device is not None:
+            torch.cuda.synchronize(place)
+
+    return _median_s(copy, rounds)
+
+
+def _median_s(run: Callable[[], object], rounds: int) -> float:
+    """Of ``rounds``, after one that does not count."""
+    times = []
+    for _ in range(rounds + 1):
+        began_s = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began_s)
+    return statistics.median(times[1:])
