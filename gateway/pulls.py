@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from gateway.candidates import Candidate, Rates, WorkerKey
 
-# A copy takes the room of other cached blocks, of which so many would have been asked for again and are then computed.
-# What is computed takes room too, but nobody has it yet.
+# A copy takes the room of other cached blocks, of which so many would have been asked for again and are then computed.  So
+# who has the blocks already is to be preferred for a while.
 ASKED_AGAIN = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Pull:
     """``num_blocks`` that the worker lacks on its device, and ``holder`` has on its; ``total_blocks`` of the prompt in the
-    end.  Reading them takes ``pull_s``, and costs others ``evict_s`` for the room; computing them, or copying what the host
-    has, would take ``compute_s``."""
+    end.  Reading them takes ``pull_s``; computing them, or copying what the host has, would take ``compute_s``.
+    ``evict_s``: what others will wait for cached blocks that make room for what neither its device nor its host has."""
 
     holder: Candidate
     num_blocks: int
@@ -24,10 +24,6 @@ class Pull:
     pull_s: float
     evict_s: float
     compute_s: float
-
-    @property
-    def pays(self) -> bool:
-        return self.pull_s + self.evict_s < self.compute_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +54,17 @@ class Pulls:
                 self._by_place.setdefault(_place(holder), []).append(holder)
 
     def best(self, worker: Candidate) -> Pull | None:
-        """None where nobody has more of the prompt that could be read, or computing it costs no more."""
+        """None where nobody has more of the prompt that could be read, or computing it is at least as quick."""
         longest = self._longest(worker)
-        return longest if longest is not None and longest.pays else None
+        return longest if longest is not None and longest.pull_s < longest.compute_s else None
 
     def explain(self, worker: Candidate) -> str:
         """In words; empty where nobody has more of the prompt."""
         longest = self._longest(worker)
         if longest is not None:
             what = f"{longest.num_blocks} blocks from {longest.holder.key.worker_id}"
-            room = f"and {longest.evict_s:.3f} s for their room"
-            times = f"in {longest.pull_s:.3f} s {room} instead of computing them in {longest.compute_s:.3f} s"
-            return f"pulls {what}, {times}" if longest.pays else f"does not pull {what} {times}"
+            times = f"in {longest.pull_s:.3f} s instead of computing them in {longest.compute_s:.3f} s"
+            return f"pulls {what}, {times}" if longest.pull_s < longest.compute_s else f"does not pull {what} {times}"
         tokens = worker.num_prefix_blocks * worker.block_size
         with_more = (h for h in self._holders if h.num_prefix_device_blocks * h.block_size > tokens)
         reasons = ((h.key.worker_id, _why_not(worker, h)) for h in with_more if h.key != worker.key)
@@ -98,7 +93,7 @@ class Pulls:
             num_blocks=most,
             total_blocks=on_device + most,
             pull_s=rates.pull_overhead_s + most * worker.block_nbytes / rates.pull_bytes_per_s,
-            evict_s=ASKED_AGAIN * most * worker.block_size / rates.prefill_tokens_per_s,
+            evict_s=ASKED_AGAIN * computed / rates.prefill_tokens_per_s,
             compute_s=computed / rates.prefill_tokens_per_s + copied / rates.host_load_bytes_per_s,
         )
 

@@ -155,7 +155,10 @@ def _show(found: dict[str, Any]) -> None:
     )
     output.show_table(whose, ("", ""), rows, frozenset({1}))
     if "rms_error" in found:
-        print(f"{found['steps']} steps of clients' requests; relative error {found['rms_error']:.1%} (rms)", flush=True)
+        print(
+            f"{found['steps']} steps of clients' requests; error {found['rms_error']:.1%} of what was expected (rms)",
+            flush=True,
+        )
         return
     print(
         f"of {found['steps']} measured steps the median is predicted within {found['median_error']:.1%}, "

@@ -108,6 +108,7 @@ class Engine:
         self.work = Work()
         self.gaps = Gaps()
         self.step_times = StepTimes()
+        self._prompt_times = StepTimes()  # of steps that only compute prompts, against their tokens
         self.step_sums = StepSums()
         self._scheduler = scheduler
         self._runner = runner
@@ -242,18 +243,10 @@ class Engine:
             self._listener.on_death(e)
 
     def _expected_s(self, plan: Plan) -> float | None:
-        """By the steps before; None where there were none of the kind."""
-        expected_s = 0.0
-        if plan.num_prefill_tokens:
-            if not self.work.prefill_tokens_per_s:
-                return None
-            expected_s = plan.num_prefill_tokens / self.work.prefill_tokens_per_s
-        if plan.num_decode_tokens:
-            decode_s = self.step_times.expected_s(plan.num_decode_tokens)
-            if not decode_s:
-                return None
-            expected_s += decode_s
-        return expected_s
+        """By the steps before; None where there were too few of the kind."""
+        kinds = ((self._prompt_times, plan.num_prefill_tokens), (self.step_times, plan.num_decode_tokens))
+        parts = [times.expected_s(count) for times, count in kinds if count]
+        return sum(part for part in parts if part) if all(parts) else None
 
     def _account(self, plan: Plan, accepted: int, elapsed_s: float | None) -> None:
         """``elapsed_s`` None: nobody knows how long it takes."""
@@ -272,6 +265,7 @@ class Engine:
         # A mixed step says little about either phase alone.
         if prefill and not decode:
             work.prefill_tokens_per_s = _blend(work.prefill_tokens_per_s, prefill / elapsed_s, weight)
+            self._prompt_times.observe(prefill, elapsed_s)
         elif decode and not prefill:
             work.decode_tokens_per_s = _blend(work.decode_tokens_per_s, decode / elapsed_s, weight)
             expected_s = self.step_times.expected_s(plan.num_decode_tokens)

@@ -13,7 +13,8 @@ Shares = tuple[float, float, float, float, float]
 NUM_SHARES = 5
 NUM_PRODUCTS = NUM_SHARES * (NUM_SHARES + 1) // 2
 NUM_SCATTER = 4
-# A step that took longer than so many times what was expected counts as one of its own length.
+# A step counts as if at least one in so many parts of what it took had been expected, lest one that was stopped is all that
+# counts.
 MOST_DELAY = 10.0
 
 
@@ -22,7 +23,8 @@ class StepSums:
     took t where e was expected: ``seconds`` sums t, ``shares`` x, ``ratios`` x t / e², ``products`` the upper triangle, row
     by row, of the outer product of x/e with itself, and ``squares`` (t/e)².  So a step counts by what such steps take: by
     what it took itself, those that were not delayed would count most, and a fit would be too low.  ``scatter``, of steps
-    that decode and nothing else: how many, the seconds they took, and the sums of ln(t/e) and of its square."""
+    that decode and nothing else: how many, the seconds that they took themselves, and the sums of ln(t/e), of these, and of
+    its square."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

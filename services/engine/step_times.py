@@ -1,4 +1,4 @@
-"""How long a decode step takes against its batch, as measured.  Pure."""
+"""How long a step takes against how many sequences decode in it, or prompt tokens are computed, as measured.  Pure."""
 
 from __future__ import annotations
 

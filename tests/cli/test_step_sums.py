@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvferry._convert import _step_sums
+from kvferry.api.directory.v1 import directory_pb2
 from kvferry.cli.step_sums import between
 from kvferry.types import StepSums
 
@@ -9,6 +11,14 @@ from kvferry.types import StepSums
 def sums(num_steps: float) -> StepSums:
     each = (num_steps,) * 5, (num_steps * 2,) * 5, (num_steps * 3,) * 15, (num_steps * 4,) * 4
     return StepSums(num_steps / 10, *each, num_steps * 5)
+
+
+def test_workers_of_before_weighed_steps_by_what_they_took() -> None:
+    told = directory_pb2.StepSums(seconds=1, shares=[7] * 5, ratios=[1] * 5, products=[1] * 15)
+    assert _step_sums(told).squares == 7
+    told.squares = 9
+    assert _step_sums(told).squares == 9
+    assert _step_sums(directory_pb2.StepSums()).squares == 0
 
 
 def test_what_was_before_does_not_count() -> None:

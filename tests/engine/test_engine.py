@@ -175,6 +175,27 @@ def test_steps_that_decode_alone_are_compared_with_those_before() -> None:
     assert e.step_sums.scatter[0] == 5
 
 
+def test_steps_count_by_what_those_of_their_kind_took_before() -> None:
+    e = engine(Recorder())
+    stream(e, "a", 1)
+    assert e.step(), "a prompt, of which nobody knows what to expect"
+    assert e.step_sums.squares == e.step_sums.shares[0] == 1
+    for _ in range(2 * NUM_EXPECTING):
+        e.step_times.observe(1, 1e3)
+    stream(e, "b", 4)
+    e.step()
+    assert e.step_sums.squares == e.step_sums.shares[0] == 2, "still a prompt"
+    e.step()
+    assert e.step_sums.shares[0] == 3
+    assert 2 < e.step_sums.squares < 2.1, "it took next to nothing of the thousand seconds expected"
+    before = e.step_sums.squares
+    for _ in range(2 * NUM_EXPECTING):
+        e._prompt_times.observe(8, 1e3)
+    stream(e, "c", 1)
+    e.step()  # both kinds at once
+    assert before < e.step_sums.squares < before + 0.1
+
+
 def test_a_step_with_drafts_is_compared_with_none() -> None:
     e = engine(Recorder())
     for _ in range(2 * NUM_EXPECTING):

@@ -39,7 +39,7 @@ def test_the_sums_are_those_of_the_steps(steps: list[tuple[list[Piece], list[Pie
     assert sums.scatter == [0, 0, 0, 0]
 
 
-def test_a_step_that_was_stopped_counts_as_one_of_its_length() -> None:
+def test_a_step_that_was_stopped_counts_for_no_more_than_ten_times() -> None:
     stopped, usual = StepSums(), StepSums()
     stopped.observe([], [Piece(1, 10, 1)], 5.0, 0.01)
     usual.observe([], [Piece(1, 10, 1)], 5.0, 0.5)

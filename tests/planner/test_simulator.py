@@ -10,9 +10,10 @@ from gateway.routing import Policy
 from services.engine.hashing import extend_chain
 from services.engine.scheduler import Limits
 from services.planner.simulator.arrivals import Arrival, Served
-from services.planner.simulator.cluster import IN_LINE, Cluster, ViewDelays
+from services.planner.simulator.cluster import IN_LINE, ByPolicy, Cluster, ViewDelays
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.worker import ROOT, WorkerSpec
+from services.worker.pulls import MAX_PULLS
 from tests.bench.routing.loads import Chats, SystemPrompts
 from tests.bench.routing.oracle import Oracle
 
@@ -139,6 +140,37 @@ def test_who_asks_for_blocks_on_their_way_waits_for_them() -> None:
     gone = extend_chain(ROOT, tuple(range(500, 660)), 16)
     simulated._pulling.pull(puller, holder, gone, lambda: came.append(("gone", simulated.queue.now_s)))
     assert came[-1] == ("gone", simulated.queue.now_s)
+    simulated.check_integrity()
+
+
+def test_who_finds_a_prefill_worker_full_comes_again_and_its_blocks_are_given_back() -> None:
+    limits = Limits(block_size=16, context_length=4096, max_running=1, max_waiting=1)
+    specs = [WorkerSpec("p", Role.PREFILL, 400, 300_000, limits), WorkerSpec("d", Role.DECODE, 400, 300_000, limits)]
+    always_split = ByPolicy(Policy.KV_AWARE, stall_weight=1e9)
+    simulated = Cluster(specs, COSTS, always_split, objectives=None)
+    served = simulated.run([Arrival(f"{n}", 0.01 * n, tuple(range(1000 * n, 1000 * n + 400)), 4) for n in range(6)])
+    simulated.check_integrity()
+    assert len(served) == 6
+    assert sum(s.num_retries for s in served) > 0
+
+
+def test_nothing_is_pulled_where_there_is_no_room_or_too_much_is_on_its_way() -> None:
+    limits = Limits(block_size=16, context_length=4096, max_pinned=100)
+    specs = [WorkerSpec(f"w{n}", Role.DECODE, 400, 300_000, limits, "one") for n in range(2)]
+    simulated = Cluster(specs, COSTS, Policy.KV_AWARE)
+    holder, puller = simulated.workers
+    prompts = [tuple(range(1000 * n, 1000 * n + 32)) for n in range(MAX_PULLS + 1)]
+    simulated.run([Arrival(f"{n}", float(n), prompt, 1) for n, prompt in enumerate(prompts)])
+    came: list[int] = []
+    taken = puller.scheduler.pool.allocate(400)
+    simulated._pulling.pull(puller, holder, extend_chain(ROOT, prompts[0], 16), lambda: came.append(-1))
+    assert came == [-1], "no room"
+    puller.scheduler.pool.release(taken)
+    for n, prompt in enumerate(prompts):
+        simulated._pulling.pull(puller, holder, extend_chain(ROOT, prompt, 16), lambda n=n: came.append(n))  # type: ignore[misc]
+    assert (came, puller.pulls.num_pulls) == ([-1, MAX_PULLS], MAX_PULLS)
+    simulated.queue.run()
+    assert came == [-1, MAX_PULLS, *range(MAX_PULLS)]
     simulated.check_integrity()
 
 

@@ -46,7 +46,7 @@ def fit(steps: Sequence[Shares], seconds: Sequence[float]) -> Fit:
 
 @dataclass(frozen=True, slots=True)
 class SumsFit:
-    """``rms_error``: root of the mean squared relative error of the steps."""
+    """``rms_error``: root of the mean squared error of the steps, each as a share of what was expected of it."""
 
     prices: Shares
     rms_error: float

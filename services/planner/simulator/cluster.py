@@ -107,7 +107,7 @@ class Cluster:
         self._pending = PendingBook(lambda: self.queue.now_s, self._look_soon)
         self._objectives = objectives
         self._line: deque[_Request] = deque()
-        self._pulling = Pulling(self.queue, costs)
+        self._pulling = Pulling(self.queue, costs, self._touch)
         self._looks_soon = False
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Served]:
@@ -125,7 +125,7 @@ class Cluster:
         self._look_again_after_change(worker, role, then)
 
     def _look_again_after_change(self, worker: SimulatedWorker, role: Role, then: Callable[[], None]) -> None:
-        if worker.scheduler.num_sequences:
+        if worker.scheduler.num_sequences or worker.pulls.num_pulls:
             self.queue.after(ROLE_LOOK_S, lambda: self._look_again_after_change(worker, role, then))
             return
         worker.role, worker.draining = role, False
@@ -196,9 +196,11 @@ class Cluster:
             try:
                 reserved = decode.sequence(arrival.id, arrival.prompt, arrival.num_output)
                 _, request.lent = decode.scheduler.reserve(reserved)
-            except (OutOfBlocksError, QueueFullError):
+            except OutOfBlocksError:
                 self._try_later(request)
                 return
+            self._touch(decode)
+            decode.wake()
         if isinstance(self._choose, ByPolicy):
             self._choose.turn += 1
         num_tokens, num_blocks = route.num_uncached_tokens, num_needed_blocks(route.decode, route.demand)
@@ -220,11 +222,13 @@ class Cluster:
                 decode.scheduler.add(decode.sequence(arrival.id, arrival.prompt, arrival.num_output))
             else:
                 prefill.scheduler.add(prefill.sequence(arrival.id, arrival.prompt, 1, prefill_only=True))
-        except (OutOfBlocksError, QueueFullError):
+        except QueueFullError:
             if prefill is not None:
                 decode.scheduler.abort(SequenceId(arrival.id))
                 decode.scheduler.pool.quarantine(request.lent)
                 decode.scheduler.pool.restore(request.lent)  # nobody has begun to write
+                self._touch(decode)
+                decode.wake()
             while request.pending:
                 self._pending.remove(*request.pending.pop())
             self._try_later(request)

@@ -20,9 +20,11 @@ Then = Callable[[], None]
 
 
 class Pulling:
-    def __init__(self, queue: EventQueue, costs: CostModel) -> None:
+    def __init__(self, queue: EventQueue, costs: CostModel, on_changed: Callable[[SimulatedWorker], None]) -> None:
+        """``on_changed``: of a worker whose load is another than it was."""
         self._queue = queue
         self._costs = costs
+        self._on_changed = on_changed
         self._waiting: dict[Pull, list[Then]] = {}
         self._num_pins = 0
 
@@ -55,6 +57,7 @@ class Pulling:
             puller.pulls.stop(pull)
             return False
         puller.pulls.lend(pull, count)
+        puller.wake()  # what made room is told
         self._waiting[pull] = [then]
 
         def read() -> None:
@@ -62,6 +65,8 @@ class Pulling:
             holder.pins.release(pin_id, reader, now_s=self._queue.now_s)
             puller.pulls.conclude(pull)
             puller.pulled()
+            for worker in (puller, holder):
+                self._on_changed(worker)
             holder.wake()
             for waiting in self._waiting.pop(pull):
                 waiting()

@@ -420,8 +420,8 @@ class StepSums(google.protobuf.message.Message):
     """From which the price of each thing in a step can be fitted; those of several workers add up, and the difference of two
     looks is what happened between them. A step has shares x: 1 for itself, its prompt tokens, pairs of a prompt token and one
     that it attends to, sequences that decode, and tokens of their context. It took t seconds, with the wait since the step
-    before where there was something to compute; e were expected by the steps before. (Of workers of before, and of first
-    steps, e is t.)
+    before where there was something to compute; e were expected by the steps before, t/10 at least. Where there were too few
+    of the kind e is t, as for all steps of workers of before.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
