@@ -319,7 +319,7 @@ def test_plan_wires_the_members_to_each_other() -> None:
         kv_memory="64MiB",
         host_kv_memory="1GiB",
         speculate="auto",
-        devices=("cuda:0", "cuda:1"),
+        devices=("cuda:0", "cuda:1", "cuda:2"),
     )
     planned = plan(config, ROOT)
     names = [m.name for m in planned.members]
@@ -332,7 +332,12 @@ def test_plan_wires_the_members_to_each_other() -> None:
     assert (flags["decode-0"]["--dtype"], flags["decode-0"]["--kv-memory"]) == ("bfloat16", "64MiB")
     assert flags["prefill-0"]["--host-kv-memory"] == "1GiB"
     workers = ("prefill-0", "prefill-1", "decode-0")
-    assert [flags[name]["--device"] for name in workers] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [flags[name]["--device"] for name in workers] == ["cuda:0", "cuda:1", "cuda:2"]
+    shared = plan(
+        ClusterConfig(num_prefill=1, num_decode=2, grpc_port=0, http_port=0, devices=("cuda:0", "cuda:1")), ROOT
+    )
+    given = [m.command[m.command.index("--device") + 1] for m in shared.members if "--device" in m.command]
+    assert given == ["cuda:0", "cuda:1", "cuda:0"]
     assert not {"--device"} & (flags["gateway"].keys() | flags["directory"].keys())
     assert "--dtype" not in flags["gateway"]
     assert planned.members[-1].command[1:3] == ("-m", "gateway")

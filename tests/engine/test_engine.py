@@ -196,6 +196,19 @@ def test_steps_count_by_what_those_of_their_kind_took_before() -> None:
     assert before < e.step_sums.squares < before + 0.1
 
 
+def test_prompts_tell_what_to_expect_of_prompts() -> None:
+    e = engine(Recorder())
+    for number in range(NUM_EXPECTING + 2):
+        assert e.step_sums.squares == number, "too few were seen"
+        stream(e, f"{number}", 1)
+        e.step()
+        if number >= NUM_EXPECTING:
+            break
+    stream(e, "last", 1)
+    e.step()
+    assert e.step_sums.squares != e.step_sums.shares[0]
+
+
 def test_a_step_with_drafts_is_compared_with_none() -> None:
     e = engine(Recorder())
     for _ in range(2 * NUM_EXPECTING):

@@ -165,10 +165,14 @@ def test_nothing_is_pulled_where_there_is_no_room_or_too_much_is_on_its_way() ->
     taken = puller.scheduler.pool.allocate(400)
     simulated._pulling.pull(puller, holder, extend_chain(ROOT, prompts[0], 16), lambda: came.append(-1))
     assert came == [-1], "no room"
+    for block in taken:
+        puller.scheduler.pool.remember(block, b"%16d" % block)
     puller.scheduler.pool.release(taken)
+    puller.wake()
     for n, prompt in enumerate(prompts):
         simulated._pulling.pull(puller, holder, extend_chain(ROOT, prompt, 16), lambda n=n: came.append(n))  # type: ignore[misc]
     assert (came, puller.pulls.num_pulls) == ([-1, MAX_PULLS], MAX_PULLS)
+    assert puller.scheduler.take_cache_changes() == [], "what made room is told at once"
     simulated.queue.run()
     assert came == [-1, MAX_PULLS, *range(MAX_PULLS)]
     simulated.check_integrity()
