@@ -179,9 +179,10 @@ class Engine:
                 self.phases.step(*pieces, outcome.began_s, outcome.ended_s)
             # The first of several that leave their work behind has waited for no other.
             known = outcome is not None and (outcome.ready is None or before is not None)
+            expected_s = self._expected_s(flight.plan)
             if known and time_.elapsed_s and not flight.plan.num_draft_tokens:
-                self.step_sums.observe(*pieces, flight.gap_s + time_.elapsed_s, self._expected_s(flight.plan))
-            self._account(flight.plan, _num_accepted(events), time_.elapsed_s if known else None)
+                self.step_sums.observe(*pieces, flight.gap_s + time_.elapsed_s, expected_s)
+            self._account(flight.plan, _num_accepted(events), time_.elapsed_s if known else None, expected_s)
             self._listener.on_events(events, time_)
             self._settle()
         return True
@@ -244,12 +245,17 @@ class Engine:
 
     def _expected_s(self, plan: Plan) -> float | None:
         """By the steps before; None where there were too few of the kind."""
-        kinds = ((self._prompt_times, plan.num_prefill_tokens), (self.step_times, plan.num_decode_tokens))
-        parts = [times.expected_s(count) for times, count in kinds if count]
-        return sum(part for part in parts if part) if all(parts) else None
+        expected_s = 0.0
+        for times, count in ((self._prompt_times, plan.num_prefill_tokens), (self.step_times, plan.num_decode_tokens)):
+            if count:
+                part_s = times.expected_s(count)
+                if not part_s:
+                    return None
+                expected_s += part_s
+        return expected_s
 
-    def _account(self, plan: Plan, accepted: int, elapsed_s: float | None) -> None:
-        """``elapsed_s`` None: nobody knows how long it takes."""
+    def _account(self, plan: Plan, accepted: int, elapsed_s: float | None, expected_s: float | None) -> None:
+        """``elapsed_s`` None: nobody knows how long it takes; ``expected_s``: see ``_expected_s``."""
         work = self.work
         prefill, decode = plan.num_prefill_tokens, plan.num_decode_tokens + accepted
         work.drafted_tokens += plan.num_draft_tokens
@@ -268,7 +274,6 @@ class Engine:
             self._prompt_times.observe(prefill, elapsed_s)
         elif decode and not prefill:
             work.decode_tokens_per_s = _blend(work.decode_tokens_per_s, decode / elapsed_s, weight)
-            expected_s = self.step_times.expected_s(plan.num_decode_tokens)
             if expected_s and not plan.num_draft_tokens:
                 self.step_sums.observe_decode(elapsed_s, expected_s)
             self.step_times.observe(plan.num_decode_tokens, elapsed_s)

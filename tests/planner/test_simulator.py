@@ -120,7 +120,7 @@ def test_a_prefix_is_read_from_a_busy_worker_of_the_same_host(host: str, cached:
 def test_who_asks_for_blocks_on_their_way_waits_for_them() -> None:
     limits = Limits(block_size=16, context_length=4096, max_pinned=100)
     specs = [WorkerSpec(f"w{n}", Role.DECODE, 400, 300_000, limits, "one") for n in range(2)]
-    simulated = Cluster(specs, COSTS, Policy.KV_AWARE)
+    simulated = Cluster(specs, COSTS, Policy.KV_AWARE, ViewDelays(report_every_s=0.001))
     holder, puller = simulated.workers
     chain = extend_chain(ROOT, tuple(range(160)), 16)
     (served,) = simulated.run([Arrival("a", 0.0, tuple(range(160)), 2)])
@@ -130,8 +130,13 @@ def test_who_asks_for_blocks_on_their_way_waits_for_them() -> None:
         simulated._pulling.pull(puller, holder, chain, lambda name=name: came.append((name, simulated.queue.now_s)))  # type: ignore[misc]
     assert (puller.pulls.num_pulls, holder.pins.num_pins) == (1, 1)
     began_s = simulated.queue.now_s
+    simulated._touch(holder)
+    changed_s: list[float] = []
+    simulated.change_role(puller, Role.PREFILL, lambda: changed_s.append(simulated.queue.now_s))
+    assert changed_s == [], "not while it pulls"
     simulated.queue.run()
-    took_s = COSTS.pull_s(10 * 300_000)
+    assert simulated._seen[holder.key].load.num_pinnable_blocks == 100, "the gateway hears that the pin has ended"
+    took_s = COSTS.transfer_s(10 * 300_000)
     assert came == [("first", began_s + took_s), ("second", began_s + took_s)]
     assert len(puller.scheduler.pool.match(chain)) == 10
     simulated.check_integrity()

@@ -17,9 +17,7 @@ Floats = npt.NDArray[np.float64]
 
 # Of a term against what is left of it beside the others: below, they say the same.
 _RANK = 1e-10
-NORMAL = NormalDist()
-_RANKS = [(n + 0.5) / 1000 for n in range(1000)]
-_HALVINGS = 30
+_NUM_DRAWS, _HALVINGS = 1000, 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +75,8 @@ def spread_of(scatter: Sequence[float], found: SumsFit) -> float:
     if count < 2 or not found.prices[0]:
         return found.rms_error
     wanted = math.sqrt(max(0.0, squares / count - (sum_ / count) ** 2))
-    delays = np.array([delay(found.prices[0], seconds / count, NORMAL.inv_cdf(rank)) for rank in _RANKS])
+    draws = (NormalDist().inv_cdf((n + 0.5) / _NUM_DRAWS) for n in range(_NUM_DRAWS))
+    delays = np.array([delay(found.prices[0], seconds / count, normal) for normal in draws])
     low, high = 0.0, MOST_SPREAD
     for _ in range(_HALVINGS):
         spread = (low + high) / 2

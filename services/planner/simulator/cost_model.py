@@ -43,11 +43,8 @@ class CostModel:
         return mean_s * (1 + min(self.spread, MOST_SPREAD) * (delay(self.step_s, mean_s, random.gauss()) - 1))
 
     def transfer_s(self, num_bytes: int) -> float:
-        """From the last chunk's end to the answer to the commit: two messages and back, and the bytes still to move."""
-        return 2 * self.round_trip_s + num_bytes / self.transfer_bytes_per_s
-
-    def pull_s(self, num_bytes: int) -> float:
-        """To read another worker's cached blocks: a call to pin them, one to release them, and the bytes."""
+        """Two messages and back, and the bytes: from the last chunk's end to the answer to the commit, or, where cached
+        blocks are read, to pin them, read them and release the pin."""
         return 2 * self.round_trip_s + num_bytes / self.transfer_bytes_per_s
 
 

@@ -72,5 +72,5 @@ class Pulling:
                 waiting()
             puller.wake()
 
-        self._queue.after(self._costs.pull_s(count * puller.spec.block_nbytes), read)
+        self._queue.after(self._costs.transfer_s(count * puller.spec.block_nbytes), read)
         return True

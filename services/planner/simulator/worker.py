@@ -124,7 +124,7 @@ class SimulatedWorker:
                 transfer_bytes_per_s=self._costs.transfer_bytes_per_s if self._has_written else 0.0,
                 transfer_round_trip_s=self._costs.round_trip_s if self._has_written else 0.0,
                 pull_bytes_per_s=self._costs.transfer_bytes_per_s if self._has_pulled else 0.0,
-                pull_overhead_s=self._costs.pull_s(0) if self._has_pulled else 0.0,
+                pull_overhead_s=self._costs.transfer_s(0) if self._has_pulled else 0.0,
             ),
         )
 

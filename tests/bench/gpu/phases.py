@@ -7,7 +7,6 @@ prompt can only be kept from a stream's steps as far as the device itself does s
 from __future__ import annotations
 
 import asyncio
-import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,8 +24,6 @@ from tests.bench.overlap import running
 from tests.bench.system.systems import ROOT
 
 TIMEOUT_S = 600.0
-# Ids that no tokenizer in use has for special tokens.
-IDS = range(1000, 40000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +79,7 @@ async def _gaps(address: str, load: Load, *, beside: bool) -> list[float]:
         async def stream() -> list[float]:
             times = []
             asked = client.generate(
-                random.choices(IDS, k=load.num_prompt), max_tokens=load.num_answer, temperature=0, ignore_eos=True,
+                running.prompt_of(load.num_prompt), max_tokens=load.num_answer, temperature=0, ignore_eos=True,
                 timeout=TIMEOUT_S,
             )  # fmt: skip
             async with asked as answer:
@@ -95,7 +92,7 @@ async def _gaps(address: str, load: Load, *, beside: bool) -> list[float]:
 
         async def prompts() -> None:
             while True:
-                prompt = random.choices(IDS, k=load.num_long)
+                prompt = running.prompt_of(load.num_long)
                 await client.generate(prompt, max_tokens=1, ignore_eos=True, timeout=TIMEOUT_S).result()
 
         streams = [asyncio.create_task(stream()) for _ in range(load.num_streams)]

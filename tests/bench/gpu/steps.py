@@ -22,15 +22,20 @@ _LARGE = 1 << 30
 
 
 def median_s(run: Callable[[], object], rounds: int, place: torch.device) -> float:
-    """Of ``rounds``, after one that does not count."""
+    """Of ``rounds``, after one that does not count; each begins and ends with nothing under way on a GPU."""
     times = []
     for _ in range(rounds + 1):
-        torch.cuda.synchronize(place)
+        _settle(place)
         began_s = time.perf_counter()
         run()
-        torch.cuda.synchronize(place)
+        _settle(place)
         times.append(time.perf_counter() - began_s)
     return statistics.median(times[1:])
+
+
+def _settle(place: torch.device) -> None:
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
 
 
 def bytes_per_s(rounds: int, place: torch.device) -> float:

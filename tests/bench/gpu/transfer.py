@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 import transport
+from tests.bench.gpu import steps
 from tests.bench.gpu.rows import Row
 from tests.bench.system.systems import ROOT
 from transport import Op
@@ -33,7 +32,9 @@ def measure(device: int | None, num_blocks: int, rounds: int) -> list[Row]:
     nbytes = num_blocks * BLOCK_NBYTES
     here = [n * BLOCK_NBYTES for n in range(num_blocks)]
     there = here[::-1]
-    copy_s = _copy_s(device, nbytes, rounds)
+    place = torch.device("cpu") if device is None else torch.device("cuda", device)
+    source, target = (torch.ones(nbytes, dtype=torch.uint8, device=place) for _ in range(2))
+    copy_s = steps.median_s(lambda: target.copy_(source), rounds, place)
     rows = []
     with (
         _owner(device, nbytes) as descriptor,
@@ -42,8 +43,8 @@ def measure(device: int | None, num_blocks: int, rounds: int) -> list[Row]:
         t.open(descriptor) as remote,
     ):
         for op in (Op.WRITE, Op.READ):
-            took_s = _median_s(
-                lambda op=op: t.post(op, local, remote, here, there, BLOCK_NBYTES).wait(TIMEOUT_S), rounds
+            took_s = steps.median_s(
+                lambda op=op: t.post(op, local, remote, here, there, BLOCK_NBYTES).wait(TIMEOUT_S), rounds, place
             )
             name = f"{op.name.lower()} {nbytes >> 20} MiB to another process ({remote.path.value})"
             rows.append(Row(name, took_s, copy_s))
@@ -63,25 +64,3 @@ def _owner(device: int | None, nbytes: int) -> Iterator[bytes]:
             yield bytes.fromhex(line)
         finally:
             owner.stdin.close()
-
-
-def _copy_s(device: int | None, nbytes: int, rounds: int) -> float:
-    place = torch.device("cpu") if device is None else torch.device("cuda", device)
-    source, target = (torch.ones(nbytes, dtype=torch.uint8, device=place) for _ in range(2))
-
-    def copy() -> None:
-        target.copy_(source)
-        if device is not None:
-            torch.cuda.synchronize(place)
-
-    return _median_s(copy, rounds)
-
-
-def _median_s(run: Callable[[], object], rounds: int) -> float:
-    """Of ``rounds``, after one that does not count."""
-    times = []
-    for _ in range(rounds + 1):
-        began_s = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began_s)
-    return statistics.median(times[1:])

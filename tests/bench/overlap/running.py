@@ -31,9 +31,14 @@ def cluster(devices: tuple[str, ...] = ()) -> tuple[LocalCluster, str, str]:
     return LocalCluster(members, ROOT / "build/logs/bench-overlap", restart=False), planned.grpc_address, single
 
 
+def prompt_of(num_tokens: int) -> list[int]:
+    """Random, and none that a tokenizer in use has for special tokens."""
+    return random.choices(range(1000, 40000), k=num_tokens)
+
+
 def ask(client: Client, num_tokens: int) -> tuple[float, Timeline]:
     """Seconds to the first token, and the rest of the story."""
-    prompt = [random.randrange(1000, 40000) for _ in range(num_tokens)]
+    prompt = prompt_of(num_tokens)
     began = time.perf_counter()
     with client.generate(prompt, max_tokens=NUM_STEPS + 1, temperature=0, ignore_eos=True, timeout=600) as stream:
         next(chunk for chunk in stream if chunk.tokens)
