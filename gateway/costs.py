@@ -117,24 +117,26 @@ class Costs:
     nobody has, ``PRIOR`` holds.  So a worker that has just joined is neither shunned nor flooded.
 
     Writing overlaps with computing, so ``ship_s`` is an upper bound: it counts what occupies the link.  What a decode
-    worker copies from its host meanwhile is taken to be hidden behind it.  A decode worker is taken to have at least one
-    request to stall: an idle one will not be idle for long, and so a prompt is shipped where that is quicker than
-    computing it.  Requests there whose prompts are still on their way count too: they will stream before long.
+    worker copies from its host meanwhile is taken to be hidden behind it.  Where prompts can be shipped a decode worker
+    is taken to have at least one request to stall: an idle one will not be idle for long, and so a prompt is shipped
+    where that is quicker than computing it.  Requests there whose prompts are still on their way count too: they will
+    stream before long.
     """
 
     def __init__(
-        self, candidates: Sequence[Candidate], demand: Demand, *, pulls: bool = True, stall_weight: float = STALL_WEIGHT
-    ) -> None:
+        self, candidates: Sequence[Candidate], demand: Demand, *, pulls: bool = True,
+        stall_weight: float | None = STALL_WEIGHT,
+    ) -> None:  # fmt: skip
         """``pulls``: whether cached blocks may be read from other workers.  ``stall_weight``: what a second counts that
-        the requests of a decode worker lose; to be 1 where nobody could spare them, as it is lost wherever the request
-        goes."""
+        the requests of a decode worker lose; None where nobody could spare them, as some worker's requests lose it
+        wherever the prompt is computed, unless there is one that has none."""
         self._demand = demand
         self._num_steps = num_reckoned_steps(demand)
         self._rates = _completed(tuple((c.key, c.role, c.rates) for c in candidates))
         self._pulls = Pulls(candidates if pulls else (), self._rates, demand.num_prompt_tokens)
         self._ways = _Ways(candidates)
         self._writing = {c.key: self._writing_on(c) for c in candidates if c.role is Role.PREFILL}
-        self._stall_weight = stall_weight
+        self._stall_weight, self._least_stalled = (1.0, 0.0) if stall_weight is None else (stall_weight, 1.0)
 
     def alone(self, decode: Candidate) -> Option:
         rates, pull = self._rates[decode.key], self._pulls.best(decode)
@@ -144,7 +146,7 @@ class Costs:
             pull_s=pull.pull_s if pull else 0.0,
             prefill_s=prefill_s,
             ship_s=0.0,
-            stall_s=prefill_s * max(1.0, self._stall_weight * decode.num_requests),
+            stall_s=prefill_s * max(self._least_stalled, self._stall_weight * decode.num_requests),
             evict_s=pull.evict_s if pull else 0.0,
             decode_s=self._decode_s(decode),
         )

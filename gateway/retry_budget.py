@@ -58,7 +58,7 @@ class RetryBudget:
         spent.num_retries -= 1
 
     def _at(self, now_s: float) -> Slice:
-        while self._slices and self._slices[0].began_s <= now_s - self._window_s:
+        while self._slices and self._slices[0].began_s <= now_s - self._window_s - self._slice_s:
             self._slices.popleft()
         if not self._slices or now_s >= self._slices[-1].began_s + self._slice_s:
             self._slices.append(Slice(now_s))

@@ -118,9 +118,8 @@ def choose_route(
     writers = [c for c in usable if c.role is Role.PREFILL]
     partners = Partners(writers, apart)
     can_be_spared = any(partners.of(d) for d in decoders)
-    costs = Costs(
-        usable, demand, pulls=policy is Policy.KV_AWARE, stall_weight=stall_weight if can_be_spared else 1.0
-    )  # fmt: skip
+    weight = stall_weight if can_be_spared else None
+    costs = Costs(usable, demand, pulls=policy is Policy.KV_AWARE, stall_weight=weight)
     soonest = Partners(costs.soonest_first(writers), apart)
     alones = [costs.alone(d) for d in decoders]
     bests = [costs.best(alone, soonest.of(alone.decode)) for alone in alones]

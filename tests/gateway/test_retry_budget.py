@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.retry_budget import RetryBudget, Slice
@@ -23,7 +23,8 @@ def test_without_requests_there_is_the_floor_and_after_the_window_again() -> Non
     budget = RetryBudget(0.2, floor_per_s=0.5)
     assert len(spend_all(budget, 100.0)) == 5
     assert len(spend_all(budget, 105.0)) == 0
-    assert len(spend_all(budget, 100.0 + WINDOW_S)) == 5
+    assert len(spend_all(budget, 100.0 + WINDOW_S)) == 0  # of a slice that is not wholly out of the window
+    assert len(spend_all(budget, 101.0 + WINDOW_S)) == 5
 
 
 def test_requests_bring_their_share_for_as_long_as_the_window() -> None:
@@ -58,6 +59,11 @@ def test_what_got_somewhere_costs_nothing() -> None:
     assert len(spend_all(budget, WINDOW_S + 1)) == 1
 
 
+# Of a slice that is partly out of the window, retries count no less long than others.
+EARLY = [(0.0, "request"), (0.9, "retry"), (0.0, "retry"), (9.2, "retry")]
+
+
+@example(EARLY)
 @given(st.lists(st.tuples(st.floats(0.0, 3.0), st.sampled_from(["request", "retry", "give back"])), max_size=80))
 def test_no_window_has_more_fruitless_retries_than_it_may(steps: list[tuple[float, str]]) -> None:
     budget = RetryBudget(0.5, floor_per_s=0.2)

@@ -113,6 +113,16 @@ def test_what_streams_lose_weighs_more_where_a_prefill_worker_could_spare_them()
         assert route(view, stall_weight=100.0).chosen.terms.stall_s == pytest.approx(2 * 0.5), "where none could"
 
 
+def test_among_workers_that_do_both_who_has_nothing_to_do_stalls_nobody() -> None:
+    """Though it has measured itself a little slower than the one with a stream."""
+    slow = replace(D1, rates=replace(RATES, prefill_tokens_per_s=800.0))
+    found = route([replace(D0, num_requests=1), slow])
+    assert found.decode == slow
+    assert found.chosen.terms.stall_s == 0
+    assert route([P0, replace(D0, num_requests=1)]).options[-1].terms.stall_s == pytest.approx(STALL_WEIGHT * 0.5)
+    assert route([P0, D0]).options[-1].terms.stall_s == pytest.approx(0.5), "where others could compute it"
+
+
 def test_who_could_compute_the_prompt_itself_is_among_the_options_also_where_shipping_is_better() -> None:
     """The second decode worker has most of it: not the best, and what is left when the prefill worker has no room."""
     queued = replace(P0, num_queued_prefill_tokens=1000)
@@ -334,11 +344,11 @@ def test_a_prefix_is_pulled_where_that_is_quicker_than_computing_it() -> None:
     assert (found.decode, pull.holder, pull.num_blocks, pull.total_blocks) == (idle, busy, 125, 125)
     terms = found.chosen.terms
     assert terms.pull_s == pytest.approx(0.004 + 125 * 500_000 / 2e9)
-    assert terms.prefill_s == terms.stall_s == pytest.approx(0.048)
+    assert terms.prefill_s == pytest.approx(0.048)
     assert found.num_uncached_tokens == 48
     assert pull.compute_s == pytest.approx(2.0)
     assert terms.evict_s == pull.evict_s == pytest.approx(0.2 * 2.0)
-    assert terms.total_s == pytest.approx(terms.pull_s + 2 * terms.prefill_s + terms.evict_s + terms.decode_s)
+    assert terms.total_s == pytest.approx(terms.pull_s + terms.prefill_s + terms.evict_s + terms.decode_s)
     assert found.pull_reason == "pulls 125 blocks from d0, in 0.035 s instead of computing them in 2.000 s"
     assert str(found.chosen).startswith("d0:d1 0.0+35.2+48.0+")
     slow = replace(idle, rates=replace(RATES, pull_bytes_per_s=1e7))

@@ -72,6 +72,16 @@ def test_a_request_alone_takes_what_its_steps_take() -> None:
     assert served.ended_s - served.first_s == pytest.approx(2 * (0.01 + 0.002) + (301 + 302) * 1e-6)
 
 
+def test_whoever_computed_the_prompt_tells_the_first_token_before_the_others_move() -> None:
+    """A step of 256 prompt tokens and one of 44; then two messages and back and the last chunk's bytes, and 2 steps."""
+    (served,) = cluster(Policy.ROUND_ROBIN, (1, 1)).run([Arrival("a", 1.0, tuple(range(300)), 3)])
+    prefill_s = 2 * 0.01 + 300 * 0.001 + (256 * 128 + 44 * (256 + 22)) * 1e-7
+    assert served.ttft_s == pytest.approx(prefill_s)
+    handover_s = 2 * 0.001 + 16 * 300_000 / 1e9
+    assert served.token_at_s[1] - served.first_s == pytest.approx(handover_s + 0.01 + 0.002 + 301e-6)
+    assert served.token_at_s == [served.first_s, served.token_at_s[1], served.ended_s]
+
+
 def test_a_prompt_that_comes_again_goes_where_it_is_cached() -> None:
     load = [Arrival(f"{n}", 10.0 * n, tuple(range(1000)), 2) for n in range(8)]
     assert [s.num_cached for s in cluster(Policy.KV_AWARE, (0, 4)).run(load)] == [0, *[992] * 7]

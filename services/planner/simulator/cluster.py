@@ -84,6 +84,7 @@ class _Request:
     lent: list[int] = field(default_factory=list)
     pending: list[tuple[WorkerKey, Pending]] = field(default_factory=list)  # its decode worker's first
     answer: list[int] = field(default_factory=list)
+    num_drawn: int = 0  # by its decode worker, which tells the first token too where another drew it
     started: bool = False
 
 
@@ -259,6 +260,7 @@ class Cluster:
                     request.started = True
                     request.served.num_cached = event.num_cached
                 case TokenDrawn() if worker is request.prefill:
+                    self._tell(request, event)
                     self._ship(request, event)
                 case TokenDrawn():
                     self._answer(request, event)
@@ -285,13 +287,19 @@ class Cluster:
         prefill.wake()
         decode.wake()
 
-    def _answer(self, request: _Request, event: TokenDrawn) -> None:
-        assert request.decode is not None
+    def _tell(self, request: _Request, event: TokenDrawn) -> None:
+        """Its caller has the token."""
         if not request.answer:
             request.served.first_s = self.queue.now_s
-            self._pending.computed(*request.pending[0])
         request.served.token_at_s.append(self.queue.now_s)
         request.answer.append(event.drawn.token_id)
+
+    def _answer(self, request: _Request, event: TokenDrawn) -> None:
+        request.num_drawn += 1
+        if request.num_drawn > len(request.answer):
+            self._tell(request, event)
+        if request.num_drawn == 1:
+            self._pending.computed(*request.pending[0])
         if event.finish is None:
             return
         request.served.ended_s = self.queue.now_s

@@ -3,7 +3,8 @@
 The gateway's rules, the schedulers and the pools are the real ones; how long a step takes is a line through measured steps
 of the real engine on this machine.  ``informed`` is kv-aware with a view that is never old; ``oracle`` tries every option
 of every request on the future as it will be, and takes the one with which callers wait least for first tokens (oracle.py).
-It cares for nothing else; nor does ``soon``, which is kv-aware with a --stall-weight of 1.
+It cares for nothing else; nor does ``soon``, which is kv-aware with a --stall-weight of 1.  ``one cache`` is a single
+worker with room for everything, which takes no time: nobody can hit more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -31,12 +32,13 @@ from tests.bench.routing.loads import LOADS
 from tests.bench.routing.oracle import Oracle
 from tests.bench.terminal import say
 
-# kv-aware with a view that is never old; with a stall weight of 1; one that knows everything.
-INFORMED, SOON, ORACLE = "informed", "soon", "oracle"
-NAMES = [*(policy.value for policy in Policy), INFORMED, SOON]
+# kv-aware with a view that is never old; with a stall weight of 1; one that knows everything; one worker for all.
+INFORMED, SOON, ORACLE, ONE_CACHE = "informed", "soon", "oracle", "one cache"
+NAMES = [*(policy.value for policy in Policy), INFORMED, SOON, ONE_CACHE]
 SHAPES = {"2+2": (2, 2), "0+4": (0, 4)}  # prefill and decode workers
 HIT_GOAL, TTFT_GOAL, ORACLE_GOAL = 2.0, 0.6, 1.05
 HORIZON_S = 15.0
+NO_TIME = CostModel(1e-6, 0.0, 0.0, 0.0, 0.0, 0.0, 1e12)
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's, two-sided, by the number of seeds
 
 
@@ -77,6 +79,10 @@ def simulate(name: str, load: str, rate: float, seed: int, workers: Sequence[Wor
     elif name == SOON:
         cluster = Cluster(workers, costs, ByPolicy(Policy.KV_AWARE, stall_weight=1.0), objectives=None)
         served = cluster.run(arrivals)
+    elif name == ONE_CACHE:
+        one = replace(workers[-1], num_blocks=100 * workers[-1].num_blocks)
+        cluster = Cluster([one], NO_TIME, Policy.ROUND_ROBIN, objectives=None)
+        served = cluster.run(arrivals)
     else:
         cluster = Cluster(workers, costs, Policy(name), objectives=None)
         served = cluster.run(arrivals)
@@ -108,6 +114,7 @@ def rows(where: str, found: dict[str, list[Figures]]) -> list[dict[str, object]]
 
     told = [
         row("hit rate to round-robin's", "round-robin", "hit_rate", HIT_GOAL, "share"),
+        row("hit rate to what is possible", ONE_CACHE, "hit_rate", 1 / ORACLE_GOAL, "share"),
         row("TTFT to round-robin's", "round-robin", "ttft_s", TTFT_GOAL, "s"),
     ]
     if ORACLE in found:
