@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from services.engine.model_files import ModelFiles
 from tests.bench.gpu import transfer
@@ -19,7 +19,7 @@ from tests.bench.gpu.floors import (
     prefill_flops,
 )
 from tests.bench.gpu.phases import within
-from tests.bench.gpu.rows import Row, write_json, write_svg
+from tests.bench.gpu.rows import BAR_COLOR, BAR_STEP, BAR_TOP, Row, write_json, write_png
 from tests.bench.gpu.steps import decode_batch, prefill_batch
 
 
@@ -67,6 +67,7 @@ def test_rows_are_told_written_and_drawn(tmp_path: Path) -> None:
     write_json(tmp_path / "rows.json", "made up", rows)
     found = json.loads((tmp_path / "rows.json").read_text())
     assert [row["share"] for row in found["rows"]] == [pytest.approx(0.75), 0.5]
-    write_svg(tmp_path / "rows.svg", "made up", rows)
-    bars = xml.etree.ElementTree.parse(tmp_path / "rows.svg").findall("{http://www.w3.org/2000/svg}rect")
-    assert [bar.get("width") for bar in bars] == ["300.0", "200.0"]
+    write_png(tmp_path / "rows.png", "made up", rows)
+    picture = Image.open(tmp_path / "rows.png").convert("RGB")
+    colors = [[picture.getpixel((x, y)) for x in range(picture.width)] for y in (BAR_TOP + 8, BAR_TOP + BAR_STEP + 8)]
+    assert [row.count(BAR_COLOR) for row in colors] == [301, 201]

@@ -17,7 +17,7 @@ import torch
 from services.engine.model_config import ModelConfig
 from tests.bench.gpu import phases, steps, transfer
 from tests.bench.gpu.floors import SHAPES, decode_nbytes, prefill_flops
-from tests.bench.gpu.rows import Row, write_json, write_svg
+from tests.bench.gpu.rows import Row, write_json, write_png
 from tests.gpu.conftest import why_not
 
 BATCHES, CONTEXTS, PROMPTS = (1, 16, 64, 256), (512, 4096), (512, 2048, 8192)
@@ -68,7 +68,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20, help="steps of each kind; medians are told")
     parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, what needs no GPU")
-    parser.add_argument("--out", type=Path, default=Path("build/bench-gpu"), help="folder for rows.json and rows.svg")
+    parser.add_argument("--out", type=Path, default=Path("build/bench-gpu"), help="folder for rows.json and rows.png")
     arguments = parser.parse_args()
     rows: list[Row] = []
     if arguments.rehearse:
@@ -88,7 +88,7 @@ def main() -> int:
     rows += told(measure_processes(devices, arguments))
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "rows.json", device, rows)
-    write_svg(arguments.out / "rows.svg", device, rows)
+    write_png(arguments.out / "rows.png", device, rows)
     return 0
 
 

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
+
+BAR_TOP, BAR_STEP, BAR_LEFT, BAR_WIDTH, BAR_COLOR = 40, 22, 640, 400, (72, 120, 168)
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -29,14 +33,15 @@ def write_json(path: Path, device: str, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def write_svg(path: Path, device: str, rows: Sequence[Row]) -> None:
-    """A bar for each row, as long as its share; no library is needed to draw that."""
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="1180" height="{40 + 22 * len(rows)}" font-family="monospace" '
-        f'font-size="13"><text x="10" y="20">{device}: share of the floor</text>'
-    ]
+def write_png(path: Path, device: str, rows: Sequence[Row]) -> None:
+    """A bar for each row, as long as its share; a line is the floor."""
+    image = Image.new("RGB", (1180, BAR_TOP + BAR_STEP * len(rows)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
+    draw.text((10, 10), f"{device}: share of the floor", "black", font)
     for number, row in enumerate(rows):
-        y = 40 + 22 * number
-        lines.append(f'<rect x="640" y="{y}" width="{400 * min(1.2, row.share):.1f}" height="16" fill="#4878a8"/>')
-        lines.append(f'<text x="10" y="{y + 13}">{row.name}</text><text x="1130" y="{y + 13}">{row.share:.2f}</text>')
-    path.write_text("\n".join([*lines, "</svg>\n"]), encoding="utf-8")
+        y = BAR_TOP + BAR_STEP * number
+        draw.rectangle((BAR_LEFT, y, BAR_LEFT + round(BAR_WIDTH * min(1.2, row.share)), y + 15), BAR_COLOR)
+        draw.text((10, y), row.name, "black", font)
+        draw.text((1130, y), f"{row.share:.2f}", "black", font)
+    draw.line((BAR_LEFT + BAR_WIDTH, BAR_TOP, BAR_LEFT + BAR_WIDTH, image.height), "black")
+    image.save(path)
