@@ -12,6 +12,8 @@ from math import inf
 from gateway.routing import Policy, Route
 from kvferry.errors import OverloadedError
 
+# In the line a request lets others go first until it has waited so many times what its own prompt takes.
+PATIENCE = 4.0
 _MIN_RETRY_S = 0.1
 
 
@@ -47,12 +49,19 @@ class Objectives:
         other = next((by for by in map(route.by, route.options) if self.has_room(by)), None)
         return other if other is not None and other.chosen.terms.total_s <= most_s else None
 
+    def patience_s(self, route: Route) -> float:
+        """For how long it lets those go first that come later and have less to compute, so that short prompts do not all
+        wait behind a long one, and then come to their decode worker at once.  In proportion to its own prompt: a bound that
+        the shortest first would not have (stretch; Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics for
+        scheduling continuous job streams", SODA 1998).  Not so long that it missed its own objective."""
+        work_s = route.chosen.terms.pull_s + route.chosen.terms.prefill_s
+        return max(0.0, min(PATIENCE * work_s, self.ttft_s - self._own_s(route)))
+
     def check(self, route: Route, wait_s: float) -> None:
         """Raises OverloadedError (TTFT_SLO) for a request that, after ``wait_s`` in the line, would get its first token too
         late.  One whose own prompt takes longer than the objective is refused only when it would have to wait besides:
         coming again later would not help it."""
-        terms = route.chosen.terms
-        own_s = terms.pull_s + terms.prefill_s + terms.ship_s + route.step_s
+        terms, own_s = route.chosen.terms, self._own_s(route)
         late_s = wait_s + terms.queue_s - max(self.ttft_s - own_s, self.max_queue_s)
         if late_s > 0:
             raise OverloadedError(
@@ -61,3 +70,9 @@ class Objectives:
                 reason="TTFT_SLO",
                 retry_after_s=max(_MIN_RETRY_S, late_s),
             )
+
+    @staticmethod
+    def _own_s(route: Route) -> float:
+        """From a prompt's turn to its first token."""
+        terms = route.chosen.terms
+        return terms.pull_s + terms.prefill_s + terms.ship_s + route.step_s

@@ -49,26 +49,30 @@ class Entrance:
     def enter(self, run: Run) -> Event | None:
         """A request's first route.  None: it waits in the line, and the event comes by itself."""
         tenant, priority, now_s = run.job.tenant.name, run.job.priority, time.monotonic()
-        wait_s = self._line.wait_s(tenant, priority, num_lanes=self._num_lanes()) if self._line else 0.0
+
+        def wait_s(route: Route) -> float:
+            due_s = now_s + self._objectives.patience_s(route)
+            return self._line.wait_s(tenant, priority, due_s=due_s, num_lanes=self._num_lanes()) if self._line else 0.0
+
         routed = self._route_in_time(run, wait_s)
         if isinstance(routed, NotRouted):
             return routed
         if not self._line and self._objectives.has_room(routed):
             return self._take(run, routed)
-        terms = routed.chosen.terms
+        terms, due_s = routed.chosen.terms, now_s + self._objectives.patience_s(routed)
         work_s = terms.pull_s + terms.prefill_s
-        run.ticket = self._line.join(run, tenant, priority=priority, work_s=work_s, now_s=now_s)
+        run.ticket = self._line.join(run, tenant, priority=priority, work_s=work_s, now_s=now_s, due_s=due_s)
         _IN_LINE.set(len(self._line))
         self._look_later()
         return None
 
-    def _route_in_time(self, run: Run, wait_s: float, num_behind: int = 0) -> Route | NotRouted:
+    def _route_in_time(self, run: Run, wait_s: Callable[[Route], float], num_behind: int = 0) -> Route | NotRouted:
         """For a request that has waited for so long, or would have to, with so many behind it."""
         routed = self._route(run)
         if not isinstance(routed, NotRouted):
             routed = self._objectives.with_room(routed, num_behind) or routed
             try:
-                self._objectives.check(routed, wait_s)
+                self._objectives.check(routed, wait_s(routed))
             except OverloadedError as error:
                 return NotRouted(error)
         return routed
@@ -95,7 +99,8 @@ class Entrance:
         try:
             if ticket := self._line.first():
                 run, now_s = ticket.item, time.monotonic()
-                event: Event | Route = self._route_in_time(run, now_s - ticket.came_s, len(self._line) - 1)
+                waited_s = now_s - ticket.came_s
+                event: Event | Route = self._route_in_time(run, lambda _: waited_s, len(self._line) - 1)
                 if isinstance(event, Route):
                     if not self._objectives.has_room(event):
                         return

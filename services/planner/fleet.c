@@ -30,7 +30,7 @@ typedef struct {
     double kv_token_nbytes, out_bytes_per_s, in_bytes_per_s, round_trip_s;
     double itl_bound_s, request_weight;
     double token_s[2];  // what a queued prompt token takes, on a prefill and on a decode worker
-    double max_queue_s, stall_weight;
+    double max_queue_s, stall_weight, patience;
     int64_t decode_computes;
 } Fleet;
 
@@ -59,6 +59,8 @@ typedef struct {
 
 typedef struct { double at_s; uint64_t number; int32_t worker, request; } Event;
 
+typedef struct { Event *items; int64_t num, room; } Heap;  // by time, then in the order in which they were pushed
+
 typedef struct {
     const Fleet *fleet;
     const double *arrive_s;
@@ -69,11 +71,8 @@ typedef struct {
     int32_t *next, *done, *reader, *slow_before;
     double *keys[NUM_KEYS];  // prefill workers by queue; decode workers by what one more costs, by KV, by cost if there is room
     int64_t leaves[NUM_KEYS];
-    Event *events;
-    int64_t num_events, event_room;
+    Heap events, line;
     uint64_t number;
-    int32_t line, line_last;
-    int64_t num_in_line;
     double now_s;
     uint64_t random;
     int failed;
@@ -102,30 +101,30 @@ static int earlier(const Event *a, const Event *b) {
     return a->at_s < b->at_s || (a->at_s == b->at_s && a->number < b->number);
 }
 
-static void happen_at(Run *run, double at_s, int32_t worker, int32_t request) {
-    if (run->num_events == run->event_room) {
-        int64_t room = run->event_room * 2;
-        Event *grown = realloc(run->events, room * sizeof *grown);
+static void push(Run *run, Heap *heap, double at_s, int32_t worker, int32_t request) {
+    if (heap->num == heap->room) {
+        int64_t room = heap->room ? 2 * heap->room : 1024;
+        Event *grown = realloc(heap->items, room * sizeof *grown);
         if (!grown) { run->failed = 1; return; }
-        run->events = grown, run->event_room = room;
+        heap->items = grown, heap->room = room;
     }
-    int64_t at = run->num_events++;
+    int64_t at = heap->num++;
     Event event = {at_s, run->number++, worker, request};
-    while (at && earlier(&event, &run->events[(at - 1) / 2])) run->events[at] = run->events[(at - 1) / 2], at = (at - 1) / 2;
-    run->events[at] = event;
+    while (at && earlier(&event, &heap->items[(at - 1) / 2])) heap->items[at] = heap->items[(at - 1) / 2], at = (at - 1) / 2;
+    heap->items[at] = event;
 }
 
-static Event next_event(Run *run) {
-    Event top = run->events[0], last = run->events[--run->num_events];
-    int64_t at = 0, n = run->num_events;
+static Event pop(Heap *heap) {
+    Event top = heap->items[0], last = heap->items[--heap->num];
+    int64_t at = 0, n = heap->num;
     for (;;) {
         int64_t child = 2 * at + 1;
         if (child >= n) break;
-        if (child + 1 < n && earlier(&run->events[child + 1], &run->events[child])) child++;
-        if (!earlier(&run->events[child], &last)) break;
-        run->events[at] = run->events[child], at = child;
+        if (child + 1 < n && earlier(&heap->items[child + 1], &heap->items[child])) child++;
+        if (!earlier(&heap->items[child], &last)) break;
+        heap->items[at] = heap->items[child], at = child;
     }
-    run->events[at] = last;
+    heap->items[at] = last;
     return top;
 }
 
@@ -276,7 +275,7 @@ static void start_step(Run *run, Worker *w) {
     w->planned_tokens = terms[1];
     w->took_s = step_s(&pool->cost, terms);
     if (pool->cost.spread > 0 && w->took_s > 0) w->took_s = scattered_s(run, &pool->cost, w->took_s);
-    happen_at(run, run->now_s + w->took_s, (int32_t)(w - run->workers), NOBODY);
+    push(run, &run->events, run->now_s + w->took_s, (int32_t)(w - run->workers), NOBODY);
 }
 
 // Bytes leave a writer one after the other, and come in one after the other.
@@ -317,7 +316,7 @@ static int fits(const Run *run, const Worker *reader, int32_t request) {
 }
 
 // In place of the best, where it costs no more than those behind would lose by waiting for that (gateway/admission.py).
-static int is_worth(const Run *run, double more_s, double queued_s) { return more_s <= (run->num_in_line - 1) * queued_s; }
+static int is_worth(const Run *run, double more_s, double queued_s) { return more_s <= (run->line.num - 1) * queued_s; }
 
 // Of a colocated fleet.
 static Worker *with_room(const Run *run, Worker *best) {
@@ -336,10 +335,10 @@ static Worker *who_computes(const Run *run, Worker *writer, Worker *reader, int3
     return is_worth(run, fabs(more_s), queued_s) ? other : best;
 }
 
-// The gateway's (gateway/admission.py): the first goes where it would be best off, once there is room.
+// The gateway's (gateway/admission.py): the first, by when it is due, goes where it would be best off, once there is room.
 static void serve_line(Run *run) {
-    while (run->line != NOBODY) {
-        int32_t request = run->line;
+    while (run->line.num) {
+        int32_t request = run->line.items[0].request;
         Worker *reader = &run->workers[run->num_writers + least(run, 1)];
         if (!run->num_writers) reader = with_room(run, reader);
         if (!fits(run, reader, request)) reader = &run->workers[run->num_writers + least(run, 2)];
@@ -347,8 +346,7 @@ static void serve_line(Run *run) {
         if (run->num_writers) computer = who_computes(run, &run->workers[least(run, 0)], reader, request);
         if (queue_s(run, computer) > run->fleet->max_queue_s) return;
         if (!fits(run, reader, request)) return;
-        take(run, &run->line);
-        run->num_in_line--;
+        pop(&run->line);
         send(run, reader, computer, request);
         start_step(run, computer);
     }
@@ -406,7 +404,7 @@ static void end_step(Run *run, Worker *w) {
             unqueue(run, w, request);
             int goes_on = run->num_output[request] > 1;
             if (w->is_writer && goes_on) {
-                happen_at(run, there_s, (int32_t)index, request);
+                push(run, &run->events, there_s, (int32_t)index, request);
             } else {
                 if (w->is_writer) leave(run, w, request);
                 if (!goes_on) answered(run, &run->workers[run->reader[request]], request);
@@ -427,8 +425,8 @@ static void arrive(Run *run, int32_t request) {
         run->result->first_s[request] = run->result->end_s[request] = run->result->second_s[request] = INFINITY;
         return;
     }
-    append(run, &run->line, &run->line_last, request);
-    run->num_in_line++;
+    double work_s = (double)uncached(run, request) * fleet->token_s[!run->num_writers];
+    push(run, &run->line, run->now_s + fleet->patience * work_s, NOBODY, request);
     serve_line(run);
 }
 
@@ -439,7 +437,7 @@ static int64_t leaves_for(int64_t count) {
 }
 
 static int settled(const Run *run) {
-    if (run->line != NOBODY) return 0;
+    if (run->line.num) return 0;
     for (int64_t i = 0; i < run->num_all; i++) {
         const Worker *w = &run->workers[i];
         if (w->kv_used || w->num_requests || w->num_decoding || w->num_chunked || w->busy || w->waiting != NOBODY ||
@@ -455,19 +453,18 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
                                                    const int32_t *num_cached, Result *result) {
     Run run = {.fleet = fleet, .arrive_s = arrive_s, .num_input = num_input, .num_output = num_output,
                .num_cached = num_cached, .result = result, .num_writers = fleet->prefill.num_workers,
-               .num_all = fleet->prefill.num_workers + fleet->decode.num_workers, .line = NOBODY, .event_room = 1024};
+               .num_all = fleet->prefill.num_workers + fleet->decode.num_workers};
     run.workers = calloc(run.num_all, sizeof *run.workers);
     run.next = calloc(num_requests + 1, sizeof *run.next);
     run.done = calloc(num_requests + 1, sizeof *run.done);
     run.reader = calloc(num_requests + 1, sizeof *run.reader);
     run.slow_before = calloc(num_requests + 1, sizeof *run.slow_before);
-    run.events = malloc(run.event_room * sizeof *run.events);
     for (int which = 0; which < NUM_KEYS; which++) {
         run.leaves[which] = leaves_for(which ? fleet->decode.num_workers : fleet->prefill.num_workers);
         run.keys[which] = malloc(2 * run.leaves[which] * sizeof(double));
         run.failed |= !run.keys[which];
     }
-    run.failed |= !run.workers || !run.next || !run.done || !run.reader || !run.slow_before || !run.events;
+    run.failed |= !run.workers || !run.next || !run.done || !run.reader || !run.slow_before;
     if (!run.failed) {
         for (int which = 0; which < NUM_KEYS; which++)
             for (int64_t i = 0; i < 2 * run.leaves[which]; i++) run.keys[which][i] = INFINITY;
@@ -481,13 +478,13 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
         memcpy(run.done, num_cached, num_requests * sizeof *run.done);
     }
     int64_t next = 0;
-    while (!run.failed && (next < num_requests || run.num_events)) {
-        if (next < num_requests && (!run.num_events || arrive_s[next] <= run.events[0].at_s)) {
+    while (!run.failed && (next < num_requests || run.events.num)) {
+        if (next < num_requests && (!run.events.num || arrive_s[next] <= run.events.items[0].at_s)) {
             run.now_s = arrive_s[next];
             arrive(&run, (int32_t)next++);
             continue;
         }
-        Event event = next_event(&run);
+        Event event = pop(&run.events);
         run.now_s = event.at_s;
         Worker *w = &run.workers[event.worker];
         if (event.request == NOBODY) {
@@ -504,7 +501,8 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
     result->end_of_all_s = run.now_s;
     int status = run.failed ? 1 : settled(&run) ? 0 : 2;
     for (int64_t i = 0; run.workers && i < run.num_all; i++) free(run.workers[i].heap);
-    free(run.workers), free(run.next), free(run.done), free(run.reader), free(run.slow_before), free(run.events);
+    free(run.workers), free(run.next), free(run.done), free(run.reader), free(run.slow_before);
+    free(run.events.items), free(run.line.items);
     for (int which = 0; which < NUM_KEYS; which++) free(run.keys[which]);
     return status;
 }

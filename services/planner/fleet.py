@@ -21,7 +21,7 @@ from math import inf
 import numpy as np
 from numpy.typing import NDArray
 
-from gateway.admission import Objectives
+from gateway.admission import PATIENCE, Objectives
 from gateway.costs import HORIZON_TOKENS, STALL_WEIGHT
 from kvferry.errors import InternalError, UnavailableError
 from services.planner.build import FLEET
@@ -61,15 +61,18 @@ class Link:
 class Gateway:
     """``max_queue_s``: so much prompt work may wait on a worker before the rest does in the line.  ``decode_computes``:
     whether decode workers beside prefill workers may compute a prompt themselves; ``stall_weight``: what a second counts
-    that their streams lose to it."""
+    that their streams lose to it.  ``patience``: in the line a request lets others go first until it has waited so many
+    times what its own prompt takes."""
 
     max_queue_s: float = Objectives().max_queue_s
     decode_computes: bool = True
     stall_weight: float = STALL_WEIGHT
+    patience: float = PATIENCE
 
 
-# Others' gateways: who comes is sent at once where there is KV, and beside prefill workers decode workers only decode.
-AT_ONCE = Gateway(inf, decode_computes=False)
+# Others' gateways: who comes is sent at once where there is KV, in the order of arrival, and beside prefill workers decode
+# workers only decode.
+AT_ONCE = Gateway(inf, decode_computes=False, patience=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +149,7 @@ class _Fleet(Structure):
         ("prefill", _Pool), ("decode", _Pool), ("kv_token_nbytes", c_double), ("out_bytes_per_s", c_double),
         ("in_bytes_per_s", c_double), ("round_trip_s", c_double), ("itl_bound_s", c_double),
         ("request_weight", c_double), ("token_s", c_double * 2), ("max_queue_s", c_double),
-        ("stall_weight", c_double), ("decode_computes", c_int64),
+        ("stall_weight", c_double), ("patience", c_double), ("decode_computes", c_int64),
     ]  # fmt: skip
 
 
@@ -192,7 +195,7 @@ def simulate(fleet: Fleet, traffic: Traffic, itl_bound_s: float = float("inf")) 
         _pool(prefill) if prefill else _Pool(), _pool(fleet.decode), link.kv_token_nbytes, link.out_bytes_per_s,
         link.in_bytes_per_s, link.round_trip_s, itl_bound_s, _request_weight(fleet, traffic, token_s[1]),
         (c_double * 2)(*token_s), fleet.gateway.max_queue_s, fleet.gateway.stall_weight,
-        fleet.gateway.decode_computes,
+        fleet.gateway.patience, fleet.gateway.decode_computes,
     )  # fmt: skip
     given: list[NDArray[np.float64] | NDArray[np.int32]] = [
         np.ascontiguousarray(traffic.arrive_s, np.float64),

@@ -7,7 +7,7 @@ from math import inf
 
 import pytest
 
-from gateway.admission import Objectives
+from gateway.admission import PATIENCE, Objectives
 from gateway.candidates import Rates
 from gateway.routing import Policy
 from kvferry.errors import OverloadedError
@@ -73,6 +73,17 @@ def test_a_decode_worker_takes_as_many_as_leave_its_steps_short() -> None:
     objectives = Objectives(itl_s=0.0325)  # 20 ms and 2 ms for each of six
     assert objectives.has_room(route([P0, replace(D0, num_requests=5)]))
     assert not objectives.has_room(route([P0, replace(D0, num_requests=6)]))
+
+
+def test_others_go_first_for_as_long_as_a_prompts_own_length_and_objective_allow() -> None:
+    """500 tokens at 1000 a second, two round trips of 1 ms, 16 ms for the bytes of 32 blocks, a step of 22 ms."""
+    found = route([P0, D0])
+    assert Objectives().patience_s(found) == pytest.approx(PATIENCE * 0.5)
+    cached = route([replace(P0, num_prefix_blocks=25), D0])
+    assert Objectives().patience_s(cached) == pytest.approx(PATIENCE * 0.1), "what is computed counts"
+    own_s = 0.5 + 0.002 + 32 * 500_000 / 1e9 + 0.022
+    assert Objectives(ttft_s=1.0).patience_s(found) == pytest.approx(1.0 - own_s)
+    assert Objectives(ttft_s=0.1).patience_s(found) == 0
 
 
 def test_who_would_come_too_late_is_told_when_to_come_again() -> None:

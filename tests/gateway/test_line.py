@@ -23,13 +23,14 @@ class Waiting(RuleBasedStateMachine):
         self.had_the_last_turn: str | None = None
         self.now_s = 0.0
 
-    @rule(tenant=st.sampled_from("abc"), priority=st.integers(-1, 1))
-    def join(self, tenant: str, priority: int) -> None:
+    @rule(tenant=st.sampled_from("abc"), priority=st.integers(-1, 1), patience_s=st.integers(0, 5))
+    def join(self, tenant: str, priority: int, patience_s: int) -> None:
         others = {t.tenant for t in self.waiting}
         if others and tenant not in others:
             self.served[tenant] = max(self.served[tenant], min(self.served[t] for t in others))
         self.now_s += 1
-        ticket = self.line.join(len(self.waiting), tenant, priority=priority, now_s=self.now_s)
+        due_s = self.now_s + patience_s
+        ticket = self.line.join(len(self.waiting), tenant, priority=priority, now_s=self.now_s, due_s=due_s)
         self.waiting.append(ticket)
 
     @precondition(lambda self: self.waiting)
@@ -60,7 +61,7 @@ class Waiting(RuleBasedStateMachine):
             assert self.line.first() is None
             return
         heads = {}
-        for ticket in sorted(self.waiting, key=lambda t: (-t.priority, t.turn)):
+        for ticket in sorted(self.waiting, key=lambda t: (-t.priority, t.due_s, t.turn)):
             heads.setdefault(ticket.tenant, ticket)
         assert self.line.first() is min(
             heads.values(), key=lambda t: (self.served[t.tenant], t.tenant == self.had_the_last_turn, t.turn)
@@ -106,6 +107,17 @@ def test_what_a_newcomer_would_wait_is_the_work_before_it() -> None:
     assert line.wait_s("a", 0, num_lanes=2) == 4
     assert line.wait_s("a", 1, num_lanes=2) == 0, "it would go before them"
     assert line.wait_s("b", 0, num_lanes=2) == 0.5, "they take turns"
+
+
+def test_a_newcomer_waits_for_those_of_its_own_that_are_due_before_it() -> None:
+    line: Line[int] = Line()
+    long = line.join(0, "a", work_s=2.0, now_s=0.0, due_s=8.0)
+    short = line.join(0, "a", work_s=0.5, now_s=1.0, due_s=3.0)
+    assert line.first() is short
+    assert [line.wait_s("a", 0, due_s=due_s, num_lanes=1) for due_s in (2.0, 3.0, 8.0)] == [0, 0.5, 2.5]
+    line.leave(short, 2.0)
+    line.join(0, "a", work_s=0.1, now_s=7.9, due_s=8.3)
+    assert line.first() is long, "it has waited for long enough"
 
 
 def test_a_newcomer_waits_for_no_tenant_that_was_served_more() -> None:

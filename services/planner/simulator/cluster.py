@@ -7,13 +7,13 @@ worker first, moves to its decode worker where it was computed elsewhere, and en
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from gateway.admission import Objectives
 from gateway.candidates import Candidate, Role, WorkerKey
 from gateway.costs import STALL_WEIGHT, Demand, num_needed_blocks
+from gateway.line import Line
 from gateway.pending import Pending, PendingBook
 from gateway.routing import Policy, Route, choose_route
 from services.engine.blocks import CacheChange, OutOfBlocksError
@@ -107,7 +107,7 @@ class Cluster:
         self._served: list[Served] = []
         self._pending = PendingBook(lambda: self.queue.now_s, self._look_soon)
         self._objectives = objectives
-        self._line: deque[_Request] = deque()
+        self._line: Line[_Request] = Line()
         self._pulling = Pulling(self.queue, costs, self._touch)
         self._looks_soon = False
 
@@ -161,8 +161,12 @@ class Cluster:
 
     def _begin(self, request: _Request) -> None:
         self._requests[request.arrival.id] = request
-        if self._line or not self._let_in(request):
-            self._line.append(request)
+        route = self._route(request)
+        if not self._line and self._let_in(request, route):
+            return
+        assert self._objectives is not None, "without a line everybody goes at once"
+        now_s = self.queue.now_s
+        self._line.join(request, "", now_s=now_s, due_s=now_s + self._objectives.patience_s(route))
 
     def _look_soon(self) -> None:
         """Whether the first of the line may go, when all that happens now has happened."""
@@ -172,14 +176,14 @@ class Cluster:
 
     def _look(self) -> None:
         self._looks_soon = False
-        while self._line and self._let_in(self._line[0]):
-            self._line.popleft()
+        while (ticket := self._line.first()) and self._let_in(ticket.item, self._route(ticket.item)):
+            self._line.leave(ticket)
 
-    def _let_in(self, request: _Request) -> bool:
+    def _let_in(self, request: _Request, best: Route) -> bool:
         """False: it shall wait."""
-        route: Route | None = self._route(request)
-        if self._objectives is not None and route is not None:
-            route = self._objectives.with_room(route, max(0, len(self._line) - 1))
+        route: Route | None = best
+        if self._objectives is not None:
+            route = self._objectives.with_room(best, max(0, len(self._line) - 1))
         if route is not None:
             self._send(request, route)
         return route is not None
