@@ -19,12 +19,13 @@ _MIN_RETRY_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Objectives:
-    """``max_queue_s``: so much prompt work may wait on a worker.  The others are what requests shall get: time to first
-    token, and time between tokens; infinite where nothing was promised."""
+    """``max_queue_s``: so much prompt work may wait on a worker.  Then what requests shall get: time to first token, and
+    time between tokens; infinite where nothing was promised.  ``patience``: see ``patience_s``."""
 
     max_queue_s: float = 0.25
     ttft_s: float = inf
     itl_s: float = inf
+    patience: float = PATIENCE
 
     def has_room(self, route: Route) -> bool:
         """False: it shall wait.  Where nothing was measured yet, nobody waits for a guess; and a decode worker that has
@@ -55,7 +56,7 @@ class Objectives:
         the shortest first would not have (stretch; Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics for
         scheduling continuous job streams", SODA 1998).  Not so long that it missed its own objective."""
         work_s = route.chosen.terms.pull_s + route.chosen.terms.prefill_s
-        return max(0.0, min(PATIENCE * work_s, self.ttft_s - self._own_s(route)))
+        return max(0.0, min(self.patience * work_s, self.ttft_s - self._own_s(route)))
 
     def check(self, route: Route, wait_s: float) -> None:
         """Raises OverloadedError (TTFT_SLO) for a request that, after ``wait_s`` in the line, would get its first token too

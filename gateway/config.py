@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gateway.admission import PATIENCE
 from gateway.costs import STALL_WEIGHT
 from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
@@ -62,6 +63,12 @@ class GatewayConfig(TlsOptions):
     max_queue_s: float = option(
         0.25,
         help="seconds of prompt work that may wait on a worker; more waits in the gateway, where tenants take turns",
+        minimum=0.0,
+    )
+    patience: float = option(
+        PATIENCE,
+        help="in the line a request lets its tenant's shorter prompts go first until it has waited so many times what its "
+        "own takes, or, with --slo-ttft-s, as long as it keeps that; 0: in order of arrival",
         minimum=0.0,
     )
     slo_ttft_s: float = option(

@@ -86,7 +86,9 @@ async def run_gateway(
             stall_timeout_s=config.stall_timeout_s, stall_weight=config.stall_weight,
             eos_token_ids=files.config.eos_token_ids,
             budget=RetryBudget(config.retry_ratio, num_sharers=seat.count if seat else 1),
-            objectives=Objectives(config.max_queue_s, config.slo_ttft_s or inf, config.slo_itl_s or inf),
+            objectives=Objectives(
+                config.max_queue_s, config.slo_ttft_s or inf, config.slo_itl_s or inf, config.patience
+            ),
         )  # fmt: skip
         frontend = Frontend(
             files, Readiness(view, files.config.revision, channels.get), dispatcher,

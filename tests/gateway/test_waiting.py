@@ -52,10 +52,10 @@ def report(view: ClusterView, **load: float) -> None:
 
 def ask(
     dispatcher: Dispatcher, name: str, *, tenant: str = "", priority: int = 0, timeout_s: float = LONG_S,
-    trace: Trace | None = None,
+    trace: Trace | None = None, prompt: list[int] = PROMPT,
 ) -> Reading:  # fmt: skip
     sampling = common_pb2.SamplingParams(max_tokens=9)
-    job = Job(name, PROMPT, sampling, Tenant(tenant, tenant.encode()), priority)
+    job = Job(name, prompt, sampling, Tenant(tenant, tenant.encode()), priority)
     return Reading(dispatcher, job, timeout_s, trace)
 
 
@@ -111,6 +111,26 @@ async def test_they_go_by_tenant_and_by_priority_within_one() -> None:
         await asyncio.gather(*tasks)
         for answer in answers:
             await answer.aclose()
+
+
+async def test_a_short_prompt_goes_before_a_long_one_and_is_not_refused_for_it() -> None:
+    """3 s for each long one: the second is expected after 6, and a short one behind it would be after 6.5."""
+    async with dispatching(Objectives(ttft_s=6.2)) as (played, dispatcher), AsyncExitStack() as stack:
+        answers = [
+            await stack.enter_async_context(aclosing(ask(dispatcher, name, prompt=PROMPT[:length])))
+            for name, length in (("now", 30), ("long", 30), ("short", 5))
+        ]
+        tasks = [begin(answers[0])]
+        handle, _ = await next_open(played)
+        for answer in answers[1:]:
+            tasks.append(begin(answer))
+            await asyncio.sleep(0)
+        for name in ("short", "long"):
+            played.say(token(handle, 0), finished(handle))
+            handle, opened_name = await next_open(played)
+            assert opened_name == name
+        played.say(token(handle, 0), finished(handle))
+        await asyncio.gather(*tasks)
 
 
 async def test_one_that_gives_up_leaves_the_line_and_so_does_one_whose_time_is_over() -> None:
