@@ -1,10 +1,10 @@
 """make bench-split: the same two cores as one prefill and one decode worker, and as two workers that do both.
 
-Streams of short prompts run while long prompts arrive, at rising rates.  The colocated workers cut prompts into chunks; to
-the split fleet's decode worker prompts are sent as what its streams lose weighs.  Which size, and which weight, serves a
-fleet best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies count from when
-a request was due.  A request is good that keeps the objectives; the quiet value is the same fleet's, under the same streams
-without long prompts.
+Streams of short prompts run while long prompts arrive, at rising rates.  Beside streams the colocated workers cut prompts
+into chunks; to the split fleet's decode worker prompts are sent as what its streams lose weighs.  Which size, and which
+weight, serves a fleet best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies
+count from when a request was due.  A request is good that keeps the objectives; the quiet value is the same fleet's, under
+the same streams without long prompts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rich.console import Console
@@ -34,7 +34,7 @@ from tests.bench.transport.rows import Row, less_is_better, more_is_better
 OUT = ROOT / "build" / "bench" / "split.json"
 PAGE = ROOT / "build" / "bench" / "split.html"
 QUIET_GOAL = 1.3
-SPLIT_CHUNK = 256
+CHUNK = 256  # while nobody decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +83,10 @@ def main() -> None:
     console, objectives = Console(), slo.parse(options.slo)
     base = Mix(options.streams, options.longs)
     tried = {
-        "split": [Fleet(f"split-{w:g}", 1, 1, SPLIT_CHUNK, SPLIT_CHUNK // MIXED_SHARE, w) for w in options.weights],
-        "colocated": [Fleet(f"colocated-{size}", 0, 2, size, size) for size in options.chunks],
+        "split": [Fleet(f"split-{w:g}", 1, 1, CHUNK, CHUNK // MIXED_SHARE, w) for w in options.weights],
+        "colocated": [Fleet(f"colocated-{size}", 0, 2, CHUNK, size) for size in options.chunks],
     }
+    tried = {name: [replace(fleet, slo_itl_s=options.slo_itl_s) for fleet in each] for name, each in tried.items()}
     fleets = {
         name: tuned(console, base.scaled(options.tune_at), each, objectives, options) for name, each in tried.items()
     }
@@ -106,7 +107,7 @@ def main() -> None:
     console.print(table(rows))
     write_json(rows, OUT)
     PAGE.write_text(page(found, options.factors))
-    chunk, weight = fleets["colocated"].chunk_tokens, fleets["split"].stall_weight
+    chunk, weight = fleets["colocated"].mixed_tokens, fleets["split"].stall_weight
     chosen = f"colocated: chunks of {chunk}; split: a stall weight of {weight:g}"
     say(console, f"{chosen}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     say(console, f"wrote {OUT.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
@@ -186,11 +187,17 @@ def parse() -> argparse.Namespace:
         "--longs", type=float, default=0.15, help="long prompts a second at rate 1 (default: %(default)s)"
     )
     parser.add_argument("--factors", type=float, nargs="+", default=[0.5, 1.0, 1.5], help="rates, times these")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[32, 64, 128, 256], help="sizes to try when colocated")
+    parser.add_argument(
+        "--chunks", type=int, nargs="+", default=[8, 16, 32, 64], help="sizes to try when colocated, beside streams"
+    )
     parser.add_argument(
         "--weights", type=float, nargs="+", default=[5, 20], help="--stall-weight of the split fleet's gateway, to try"
     )
     parser.add_argument("--tune-at", type=float, default=1.0, help="the rate at which they are tried")
+    parser.add_argument(
+        "--slo-itl-s", type=float, default=0.0,
+        help="of the gateways: how long a decode step may get by letting more in, in seconds; 0: as it comes",
+    )  # fmt: skip
     parser.add_argument("--slo", default="ttft=5s,itl=100ms", help="what a good request keeps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load that count")
     parser.add_argument("--warm", type=float, default=5.0, help="seconds before, that do not")

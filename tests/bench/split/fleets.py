@@ -25,7 +25,7 @@ MAX_OPEN = 512
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """``chunk_tokens``: the most prompt tokens in a step; ``mixed_tokens``: in one in which others decode;
-    ``stall_weight``: the gateway's."""
+    ``stall_weight`` and ``slo_itl_s``: the gateway's."""
 
     name: str
     num_prefill: int
@@ -33,6 +33,7 @@ class Fleet:
     chunk_tokens: int
     mixed_tokens: int
     stall_weight: float = STALL_WEIGHT
+    slo_itl_s: float = 0.0
 
     @contextmanager
     def running(self) -> Iterator[str]:
@@ -46,7 +47,8 @@ class Fleet:
 
         def given(member: Member) -> Member:
             if member.role is Role.GATEWAY:
-                return replace(member, command=(*member.command, "--stall-weight", str(self.stall_weight)))
+                terms = ("--stall-weight", str(self.stall_weight), "--slo-itl-s", str(self.slo_itl_s))
+                return replace(member, command=(*member.command, *terms))
             if member.role not in (Role.PREFILL, Role.DECODE):
                 return member
             chunks = ("--chunk-tokens", str(self.chunk_tokens), "--mixed-chunk-tokens", str(self.mixed_tokens))
