@@ -20,7 +20,8 @@ class Slice:
 
 class RetryBudget:
     """Within any ``window_s``: ``ratio`` times as many retries as requests, and ``floor_per_s`` more, so that a gateway
-    with little to do can make some as well.  A retry that got somewhere is given back and costs nothing.
+    with little to do can make some as well.  They count until their slice is wholly out of the window.  A retry that got
+    somewhere is given back and costs nothing.
 
     Parts of a whole keep its budget without talking: shares of their requests are a share of all.  Of what does not depend
     on requests each of ``num_sharers`` has its part, and at least one retry."""
