@@ -51,12 +51,13 @@ class Objectives:
         return other if other is not None and other.chosen.terms.total_s <= most_s else None
 
     def patience_s(self, route: Route) -> float:
-        """For how long it lets those go first that come later and have less to compute, so that short prompts do not all
-        wait behind a long one, and then come to their decode worker at once.  In proportion to its own prompt: a bound that
-        the shortest first would not have (stretch; Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics for
-        scheduling continuous job streams", SODA 1998).  Not so long that it missed its own objective."""
+        """For how long it lets those go first that come later and have less to compute: short prompts that all waited
+        behind a long one would come to their decode worker at once.  In proportion to its own prompt, a bound that
+        the shortest first would not have (stretch; Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics
+        for scheduling continuous job streams", SODA 1998).  Less where its objective leaves less, with the queue on a
+        worker."""
         work_s = route.chosen.terms.pull_s + route.chosen.terms.prefill_s
-        return max(0.0, min(self.patience * work_s, self.ttft_s - self._own_s(route)))
+        return max(0.0, min(self.patience * work_s, self.ttft_s - self._own_s(route) - self.max_queue_s))
 
     def check(self, route: Route, wait_s: float) -> None:
         """Raises OverloadedError (TTFT_SLO) for a request that, after ``wait_s`` in the line, would get its first token too

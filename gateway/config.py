@@ -68,7 +68,7 @@ class GatewayConfig(TlsOptions):
     patience: float = option(
         PATIENCE,
         help="in the line a request lets its tenant's shorter prompts go first until it has waited so many times what its "
-        "own takes, or, with --slo-ttft-s, as long as it keeps that; 0: in order of arrival",
+        "own takes, less where --slo-ttft-s leaves less; 0: in order of arrival",
         minimum=0.0,
     )
     slo_ttft_s: float = option(

@@ -63,7 +63,10 @@ class Entrance:
         work_s = terms.pull_s + terms.prefill_s
         run.ticket = self._line.join(run, tenant, priority=priority, work_s=work_s, now_s=now_s, due_s=due_s)
         _IN_LINE.set(len(self._line))
-        self._look_later()
+        if self._line.first() is run.ticket:
+            self.look_soon()  # there may be room for it that was too little for the first before it
+        else:
+            self._look_later()
         return None
 
     def _route_in_time(self, run: Run, wait_s: Callable[[Route], float], num_behind: int = 0) -> Route | NotRouted:

@@ -26,8 +26,8 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Ticket(Generic[Item]):
-    """``work_s``: what computing its prompt is expected to take, once begun.  ``due_s``: until when those go first that are
-    due earlier, whenever they came."""
+    """``work_s``: what computing its prompt is expected to take, once begun.  ``due_s``: within a
+    priority who is due earliest goes first, so that nobody overtakes who comes after it."""
 
     item: Item
     tenant: str
@@ -117,7 +117,8 @@ class Line(Generic[Item]):
             by_tenant.setdefault(ticket.tenant, []).append(ticket)
         own = [t for t in by_tenant.pop(tenant, []) if (-t.priority, t.due_s) <= (-priority, due_s)]
         yield from own
-        rank = (self._level(tenant), tenant == self._last_tenant, own[0].turn if own else self._turn + 1)
+        first = min(own, key=lambda t: (-t.priority, t.due_s, t.turn), default=None)
+        rank = (self._level(tenant), tenant == self._last_tenant, first.turn if first else self._turn + 1)
         for other, tickets in by_tenant.items():
             num_before = len(own) + (self._rank(other) < rank)
             yield from sorted(tickets, key=lambda t: (-t.priority, t.due_s, t.turn))[:num_before]

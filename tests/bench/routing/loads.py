@@ -85,7 +85,7 @@ Load = Callable[[float, int], Iterator[Arrival]]
 LOADS: dict[str, Load] = {
     "chats of 3 turns": Chats(num_chats=80, num_turns=3).arrivals,
     "chats of 6 turns": Chats().arrivals,
-    # Together 3200 blocks of 16 tokens, more than a worker's pool of 1024 and less than four.
+    # The 46 or so that are asked for have 2300 blocks of 16 tokens, more than two workers' pools of 1024.
     "chats behind 64 system prompts": Chats(num_chats=80, num_turns=3, first_tokens=60, num_prompts=64).arrivals,
     "system prompts": SystemPrompts().arrivals,
 }
