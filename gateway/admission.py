@@ -56,8 +56,8 @@ class Objectives:
         the shortest first would not have (stretch; Bender, Chakrabarti and Muthukrishnan, "Flow and stretch metrics
         for scheduling continuous job streams", SODA 1998).  Less where its objective leaves less, with the queue on a
         worker."""
-        work_s = route.chosen.terms.pull_s + route.chosen.terms.prefill_s
-        return max(0.0, min(self.patience * work_s, self.ttft_s - self._own_s(route) - self.max_queue_s))
+        spare_s = self.ttft_s - self._own_s(route) - self.max_queue_s
+        return max(0.0, min(self.patience * route.chosen.terms.work_s, spare_s))
 
     def check(self, route: Route, wait_s: float) -> None:
         """Raises OverloadedError (TTFT_SLO) for a request that, after ``wait_s`` in the line, would get its first token too
@@ -76,5 +76,4 @@ class Objectives:
     @staticmethod
     def _own_s(route: Route) -> float:
         """From a prompt's turn to its first token."""
-        terms = route.chosen.terms
-        return terms.pull_s + terms.prefill_s + terms.ship_s + route.step_s
+        return route.chosen.terms.work_s + route.chosen.terms.ship_s + route.step_s

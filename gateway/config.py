@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 
-from gateway.admission import PATIENCE
+from gateway.admission import PATIENCE, Objectives
 from gateway.costs import STALL_WEIGHT
 from gateway.routing import Policy
 from services.directory.index import DEFAULT_MAX_ENTRIES
@@ -117,6 +118,10 @@ class GatewayConfig(TlsOptions):
             raise ValueError(
                 "--processes: to share ports they must be named; give --listen and --http-listen other than 0"
             )
+
+    @property
+    def objectives(self) -> Objectives:
+        return Objectives(self.max_queue_s, self.slo_ttft_s or inf, self.slo_itl_s or inf, self.patience)
 
     def both_certificates(self) -> tuple[Certificates | None, Certificates | None]:
         """For other services, and for the doors that clients come in by.  Raises StartupError as ``certificates`` does."""

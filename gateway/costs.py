@@ -59,6 +59,11 @@ class Terms:
     decode_s: float
 
     @property
+    def work_s(self) -> float:
+        """For the prompt, once its turn has come."""
+        return self.pull_s + self.prefill_s
+
+    @property
     def total_s(self) -> float:
         return self.queue_s + self.pull_s + self.prefill_s + self.ship_s + self.stall_s + self.evict_s + self.decode_s
 

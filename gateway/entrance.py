@@ -50,18 +50,21 @@ class Entrance:
         """A request's first route.  None: it waits in the line, and the event comes by itself."""
         tenant, priority, now_s = run.job.tenant.name, run.job.priority, time.monotonic()
 
+        def due_s(route: Route) -> float:
+            return now_s + self._objectives.patience_s(route)
+
         def wait_s(route: Route) -> float:
-            due_s = now_s + self._objectives.patience_s(route)
-            return self._line.wait_s(tenant, priority, due_s=due_s, num_lanes=self._num_lanes()) if self._line else 0.0
+            if not self._line:
+                return 0.0
+            return self._line.wait_s(tenant, priority, due_s=due_s(route), num_lanes=self._num_lanes())
 
         routed = self._route_in_time(run, wait_s)
         if isinstance(routed, NotRouted):
             return routed
         if not self._line and self._objectives.has_room(routed):
             return self._take(run, routed)
-        terms, due_s = routed.chosen.terms, now_s + self._objectives.patience_s(routed)
-        work_s = terms.pull_s + terms.prefill_s
-        run.ticket = self._line.join(run, tenant, priority=priority, work_s=work_s, now_s=now_s, due_s=due_s)
+        work_s = routed.chosen.terms.work_s
+        run.ticket = self._line.join(run, tenant, priority=priority, work_s=work_s, now_s=now_s, due_s=due_s(routed))
         _IN_LINE.set(len(self._line))
         if self._line.first() is run.ticket:
             self.look_soon()  # there may be room for it that was too little for the first before it

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack, suppress
-from math import inf
 from typing import Any
 
 import structlog
 
-from gateway.admission import Objectives
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher
 from gateway.doorkeeper import Doorkeeper, follow, read_keys
@@ -86,9 +84,7 @@ async def run_gateway(
             stall_timeout_s=config.stall_timeout_s, stall_weight=config.stall_weight,
             eos_token_ids=files.config.eos_token_ids,
             budget=RetryBudget(config.retry_ratio, num_sharers=seat.count if seat else 1),
-            objectives=Objectives(
-                config.max_queue_s, config.slo_ttft_s or inf, config.slo_itl_s or inf, config.patience
-            ),
+            objectives=config.objectives,
         )  # fmt: skip
         frontend = Frontend(
             files, Readiness(view, files.config.revision, channels.get), dispatcher,

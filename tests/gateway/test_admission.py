@@ -9,6 +9,7 @@ import pytest
 
 from gateway.admission import PATIENCE, Objectives
 from gateway.candidates import Rates
+from gateway.config import GatewayConfig
 from gateway.routing import Policy
 from kvferry.errors import OverloadedError
 from tests.gateway.test_routing import D0, D1, P0, P1, route
@@ -84,6 +85,12 @@ def test_others_go_first_for_as_long_as_a_prompts_own_length_and_objective_allow
     own_s = 0.5 + 0.002 + 32 * 500_000 / 1e9 + 0.022
     assert Objectives(ttft_s=1.0).patience_s(found) == pytest.approx(1.0 - own_s - 0.25)
     assert Objectives(ttft_s=0.1).patience_s(found) == Objectives(patience=0.0).patience_s(found) == 0
+
+
+def test_objectives_are_what_the_gateway_was_told() -> None:
+    assert GatewayConfig().objectives == Objectives()
+    told = GatewayConfig(max_queue_s=1.0, slo_ttft_s=2.0, slo_itl_s=3.0, patience=5.0)
+    assert told.objectives == Objectives(1.0, 2.0, 3.0, 5.0)
 
 
 def test_who_would_come_too_late_is_told_when_to_come_again() -> None:

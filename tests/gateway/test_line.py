@@ -120,6 +120,22 @@ def test_a_newcomer_waits_for_those_of_its_own_that_are_due_before_it() -> None:
     assert line.first() is long, "it has waited for long enough"
 
 
+def test_what_a_newcomer_is_told_is_what_goes_before_it_where_a_short_one_has_overtaken() -> None:
+    line: Line[int] = Line()
+    line.join(0, "a", work_s=2.0, now_s=0.0, due_s=8.0)
+    for _ in range(3):
+        line.join(0, "b", work_s=1.0, now_s=0.0)
+    line.join(0, "a", work_s=0.5, now_s=1.0, due_s=3.0)
+    told_s, done_s = line.wait_s("a", 0, due_s=9.0, num_lanes=1), 0.0
+    newcomer = line.join(0, "a", now_s=1.0, due_s=9.0)
+    while (ticket := line.first()) is not newcomer:
+        assert ticket is not None
+        line.leave(ticket)
+        line.served(ticket.tenant, 10, 0)
+        done_s += ticket.work_s
+    assert told_s == done_s == 5.5
+
+
 def test_a_newcomer_waits_for_no_tenant_that_was_served_more() -> None:
     line: Line[int] = Line()
     for _ in range(8):

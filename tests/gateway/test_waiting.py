@@ -133,6 +133,27 @@ async def test_a_short_prompt_goes_before_a_long_one_and_is_not_refused_for_it()
         await asyncio.gather(*tasks)
 
 
+async def test_one_that_becomes_the_first_is_looked_at_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one before it needs more blocks than there are."""
+    async with dispatching() as (played, dispatcher), AsyncExitStack() as stack:
+        prompts = {"now": PROMPT, "long": list(range(2000)), "short": PROMPT[:5]}
+        answers = [
+            await stack.enter_async_context(aclosing(ask(dispatcher, name, prompt=prompt)))
+            for name, prompt in prompts.items()
+        ]
+        now = begin(answers[0])
+        handle, _ = await next_open(played)
+        played.say(token(handle, 0))
+        await asyncio.sleep(0.05)
+        monkeypatch.setattr("gateway.entrance.LOOK_INTERVAL_S", LONG_S)
+        tasks = [begin(answers[1])]
+        await asyncio.sleep(0.05)
+        assert played.sent.empty()
+        tasks.append(begin(answers[2]))
+        assert (await asyncio.wait_for(next_open(played), 2))[1] == "short"
+        await ended(now, *tasks)
+
+
 async def test_one_that_gives_up_leaves_the_line_and_so_does_one_whose_time_is_over() -> None:
     async with dispatching() as (played, dispatcher), aclosing(ask(dispatcher, "a")) as a:
         first = begin(a)

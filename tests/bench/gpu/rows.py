@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 BAR_TOP, BAR_STEP, BAR_LEFT, BAR_WIDTH, BAR_COLOR = 40, 22, 640, 400, (72, 120, 168)
 
 
@@ -35,6 +33,8 @@ def write_json(path: Path, device: str, rows: Sequence[Row]) -> None:
 
 def write_png(path: Path, device: str, rows: Sequence[Row]) -> None:
     """A bar for each row, as long as its share; a line is the floor."""
+    from PIL import Image, ImageDraw, ImageFont  # late, as where it is missing all else can be measured
+
     image = Image.new("RGB", (1180, BAR_TOP + BAR_STEP * len(rows)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=14)
     draw.text((10, 10), f"{device}: share of the floor", "black", font)

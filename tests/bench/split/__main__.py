@@ -13,7 +13,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from rich.console import Console
@@ -81,12 +81,13 @@ def found_in(records: Sequence[Record], objectives: Slo, seconds: float) -> Foun
 def main() -> None:
     options = parse()
     console, objectives = Console(), slo.parse(options.slo)
-    base = Mix(options.streams, options.longs)
+    base, bound_s = Mix(options.streams, options.longs), options.slo_itl_s
     tried = {
-        "split": [Fleet(f"split-{w:g}", 1, 1, CHUNK, CHUNK // MIXED_SHARE, w) for w in options.weights],
-        "colocated": [Fleet(f"colocated-{size}", 0, 2, CHUNK, size) for size in options.chunks],
+        "split": [
+            Fleet(f"split-{w:g}", 1, 1, CHUNK, CHUNK // MIXED_SHARE, w, slo_itl_s=bound_s) for w in options.weights
+        ],
+        "colocated": [Fleet(f"colocated-{size}", 0, 2, CHUNK, size, slo_itl_s=bound_s) for size in options.chunks],
     }
-    tried = {name: [replace(fleet, slo_itl_s=options.slo_itl_s) for fleet in each] for name, each in tried.items()}
     fleets = {
         name: tuned(console, base.scaled(options.tune_at), each, objectives, options) for name, each in tried.items()
     }
