@@ -75,6 +75,11 @@ def plan(
         typer.Option(help="Weights: bf16, fp8 or int8; the model's own by default.", show_default=False,
                      rich_help_panel=_FLEET),
     ] = None,
+    patience: Annotated[
+        float | None,
+        typer.Option(help="The gateways' --patience, by which short prompts go before long ones; by default the better of "
+                     "theirs and 0, the order of arrival.", show_default=False, rich_help_panel=_FLEET),
+    ] = None,
     rate: Annotated[
         float | None,
         typer.Option(help="Requests a second, Poisson, instead of the trace's own times.", show_default=False,
@@ -124,6 +129,8 @@ def plan(
             raise InvalidRequestError(f"--speed must be above 0, not {speed}")
         if rate is not None and not (0 < rate < float("inf")):
             raise InvalidRequestError(f"--rate must be above 0, not {rate}")
+        if patience is not None and not (0 <= patience < float("inf")):
+            raise InvalidRequestError(f"--patience must be 0 or more, not {patience}")
         if rate is not None and speed != 1.0:
             raise InvalidRequestError("--speed scales the trace's own times; it goes without --rate")
         kept = slo.parse(objectives)
@@ -147,7 +154,7 @@ def plan(
         arguments = ["services.planner", str(trace.resolve()), "--slo", objectives, "--speed", str(speed)]
         arguments += ["--requests", str(requests), "--seeds", str(seeds)]
         arguments += ["--model", str(Path(model).resolve()) if Path(model).exists() else model]
-        for flag, value in (("--devices", devices), ("--dtype", dtype), ("--rate", rate)):
+        for flag, value in (("--devices", devices), ("--dtype", dtype), ("--rate", rate), ("--patience", patience)):
             arguments += [] if value is None else [flag, str(value)]
         for flag, path in (("--hardware", hardware), ("--html", html)):
             arguments += [] if path is None else [flag, str(path.resolve())]
@@ -242,7 +249,7 @@ def show(report: Mapping[str, Any]) -> None:
 
 
 _HEADINGS = (
-    "fleet", "workers", "$/hour", "$/M tokens", "TTFT p50", "p99 s", "2nd p50", "ITL p50", "p99 ms", "busy",
+    "fleet", "workers", "patience", "$/hour", "$/M tokens", "TTFT p50", "p99 s", "2nd p50", "ITL p50", "p99 ms", "busy",
     "good/s/dev", "good/$",
 )  # fmt: skip
 
@@ -259,7 +266,8 @@ def _row(outcome: Mapping[str, Any]) -> tuple[str, ...]:
         busy = f"{option['prefill_busy']['mean']:.0%} : {busy}"
     first, second, itl = option["first_token"], option["second_token"], option["itl"]
     return (
-        outcome["kind"], workers, f"{option['usd_per_hour']:.2f}", _interval(option["usd_per_mtok"]),
+        outcome["kind"], workers, f"{option['patience']:g}", f"{option['usd_per_hour']:.2f}",
+        _interval(option["usd_per_mtok"]),
         f"{first['p50']['mean']:.3g}", f"{first['p99']['mean']:.3g}", f"{second['p50']['mean']:.3g}",
         f"{itl['p50']['mean'] * 1e3:.3g}", f"{itl['p99']['mean'] * 1e3:.3g}", busy,
         f"{option['goodput_per_device']['mean']:.3g}", _count(option["goodput_per_usd"]["mean"]),

@@ -11,6 +11,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from gateway.admission import PATIENCE
 from kvferry.bench import slo
 from kvferry.bench.workload import read_trace
 from kvferry.errors import Error, InvalidRequestError
@@ -35,6 +36,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--slo", required=True)
     parser.add_argument("--rate", type=float)
     parser.add_argument("--speed", type=float, default=1.0)
+    parser.add_argument(
+        "--patience", type=float, help="of the gateway's line; its default and the order of arrival are tried otherwise"
+    )
     parser.add_argument("--requests", type=int, required=True)
     parser.add_argument("--seeds", type=int, choices=range(1, MOST_SEEDS + 1), required=True)
     parser.add_argument("--no-sensitivity", dest="sensitivity", action="store_false")
@@ -57,6 +61,7 @@ def request_of(args: argparse.Namespace) -> Request:
         trace=args.trace.name, traffic=traffic.faster(args.speed), rate=args.rate, model=model,
         dtype=args.dtype or model.weight_dtype, catalogue=catalogue, devices=devices, slo=slo.parse(args.slo),
         num_seeds=args.seeds, most_requests=args.requests, sensitivity=args.sensitivity,
+        patiences=(PATIENCE, 0.0) if args.patience is None else (args.patience,),
     )  # fmt: skip
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 
-from services.planner.fleet import Fleet, Link, Pool
+from services.planner.fleet import Fleet, Gateway, Link, Pool
 from services.planner.hardware import Catalogue, Worker, make_worker
 from services.planner.models import ModelShape
 
@@ -24,11 +25,13 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """``prefill`` None: colocated.  ``step_tokens``: of the workers that compute prompts."""
+    """``prefill`` None: colocated.  ``step_tokens``: of the workers that compute prompts.  ``patience``: of the gateway's
+    line, which decides who is late where not all can be in time."""
 
     decode: Worker
     prefill: Worker | None
     step_tokens: int
+    patience: float
 
     @property
     def kind(self) -> Kind:
@@ -51,8 +54,9 @@ def pool(worker: Worker, num_workers: int, step_tokens: int) -> Pool:
 
 def fleet(design: Design, size: Size) -> Fleet:
     decode = pool(design.decode, size.num_decode, design.step_tokens)
+    gateway = Gateway(patience=design.patience)
     if design.prefill is None:
-        return Fleet(decode)
+        return Fleet(decode, gateway=gateway)
     return Fleet(
         decode,
         pool(design.prefill, size.num_prefill, design.step_tokens),
@@ -60,6 +64,7 @@ def fleet(design: Design, size: Size) -> Fleet:
             design.prefill.kv_token_nbytes, design.prefill.link_bytes_per_s, design.decode.link_bytes_per_s,
             max(design.prefill.round_trip_s, design.decode.round_trip_s),
         ),
+        gateway,
     )  # fmt: skip
 
 
@@ -82,5 +87,13 @@ def workers(model: ModelShape, catalogue: Catalogue, dtype: str, names: Iterable
     return found
 
 
-def colocated(among: Sequence[Worker]) -> list[Design]:
-    return [Design(worker, None, step_tokens) for worker in among for step_tokens in COLOCATED_STEP_TOKENS]
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What fleets may be made of."""
+
+    workers: Sequence[Worker]
+    patiences: Sequence[float]
+
+    def colocated(self) -> Iterator[Design]:
+        for patience, worker, step_tokens in product(self.patiences, self.workers, COLOCATED_STEP_TOKENS):
+            yield Design(worker, None, step_tokens, patience)

@@ -13,6 +13,7 @@
 #define BUCKET_GROWTH 1.02
 #define NUM_KEYS 4
 #define MOST_SPREAD 0.95 // as cost_model.py's
+#define NUM_DELAYS 0.5   // likewise
 #define NOBODY (-1)
 
 typedef struct {
@@ -182,7 +183,7 @@ static double step_s(const Cost *cost, const double *terms) {
 // What a step takes that takes mean_s on the average, as cost_model.py has it: by four even draws of 16 bits each, which are
 // together near enough to normal.  SplitMix64 (Steele, Lea, Flood 2014), from a state of the run's own: the same every time.
 static double scattered_s(Run *run, const Cost *cost, double mean_s) {
-    double times = fmin(1, cost->additive[0] / mean_s) / 9;
+    double times = fmin(1, cost->additive[0] / mean_s) / (9 * NUM_DELAYS);
     uint64_t bits = run->random += 0x9e3779b97f4a7c15;
     bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
     bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;

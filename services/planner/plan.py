@@ -11,7 +11,7 @@ import numpy as np
 from kvferry.bench.slo import Slo
 from kvferry.errors import InvalidRequestError
 from services.planner import figures
-from services.planner.designs import Kind, Size, usd_per_hour, workers
+from services.planner.designs import Choice, Kind, Size, usd_per_hour, workers
 from services.planner.hardware import Assumptions, Catalogue, Worker
 from services.planner.models import ModelShape
 from services.planner.report import Load, Option, Outcome, Report, Sensitivity
@@ -32,7 +32,8 @@ Tell = Callable[[float, str], None]
 @dataclass(frozen=True, slots=True)
 class Request:
     """``traffic``: the trace's; ``rate``: of Poisson arrivals in place of its own times.  ``devices``: names in the
-    catalogue.  No more than ``most_requests`` are simulated: the busiest stretch."""
+    catalogue.  No more than ``most_requests`` are simulated: the busiest stretch.  ``patiences``: of the gateway's line, to
+    choose from."""
 
     trace: str
     traffic: Traffic
@@ -45,12 +46,14 @@ class Request:
     num_seeds: int
     most_requests: int
     sensitivity: bool
+    patiences: Sequence[float]
 
 
 def make_plan(request: Request, tell: Tell) -> Report:
     """``tell`` hears of how much is done, 0 to 1, and what is tried.  Raises InvalidRequestError where the model runs on
     none of the devices."""
-    among = _workers(request, request.catalogue)
+    choice = _choice(request, request.catalogue)
+    among = choice.workers
     busiest = request.traffic.busiest(request.most_requests)
     num_cells = (
         _num_cells(busiest, among) if request.rate is None else _num_cells(busiest.poisson(request.rate, 0), among)
@@ -61,7 +64,7 @@ def make_plan(request: Request, tell: Tell) -> Report:
     outcomes: list[Outcome] = []
     base: Mapping[Kind, Found | None] = {}
     for share in SHARES:
-        with_share = cheapest(sizings[0], among, share, progress.begin())
+        with_share = cheapest(sizings[0], choice, share, progress.begin())
         base = base or with_share
         doing = progress.begin()
         for kind, found in with_share.items():
@@ -113,14 +116,14 @@ class _Progress:
         self._tell((self._part + within) / self._num_parts, self._what)
 
 
-def _workers(request: Request, catalogue: Catalogue) -> list[Worker]:
+def _choice(request: Request, catalogue: Catalogue) -> Choice:
     found = workers(request.model, catalogue, request.dtype, request.devices)
     if not found:
         raise InvalidRequestError(
             f"{request.model.name} in {request.dtype} runs on none of {', '.join(request.devices)}: too little "
             "memory on eight of one node, or no such type; name others with --devices or in --hardware, or another --dtype"
         )
-    return found
+    return Choice(found, request.patiences)
 
 
 def _seeded(request: Request, busiest: Traffic, seed: int, num_cells: int) -> Traffic:
@@ -168,7 +171,7 @@ def _sensitivity(request: Request, busiest: Traffic, num_cells: int, progress: _
         def tell(tried: str, what: str = what, doing: Callable[[str], None] = doing) -> None:
             doing(f"if {what}: {tried}")
 
-        found = cheapest(sizing, _workers(request, catalogue), SHARES[0], tell)
+        found = cheapest(sizing, _choice(request, catalogue), SHARES[0], tell)
         yield _row(what, found, num_cells)
 
 
@@ -206,6 +209,7 @@ def _load(request: Request, busiest: Traffic, planned: Traffic, num_cells: int) 
 def _assumptions(request: Request) -> Iterator[tuple[str, str]]:
     catalogue = request.catalogue
     yield "catalogue dated", catalogue.dated
+    yield "patience of the gateway's line", " or ".join(f"{patience:g}" for patience in request.patiences)
     for field in fields(Assumptions):
         yield field.name, f"{getattr(catalogue.assumptions, field.name):g}"
     for name in request.devices:

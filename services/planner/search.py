@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import inf
 
 from services.planner.designs import (
     PREFILL_STEP_TOKENS,
+    Choice,
     Design,
     Kind,
     Size,
-    colocated,
     usd_per_hour,
 )
 from services.planner.hardware import Worker
@@ -20,8 +21,8 @@ from services.planner.sizing import MOST_WORKERS, Sizing
 # How often one side of a split may grow before its pair is given up.
 _MOST_GROWTHS = 16
 _MUCH = 8
-# Of one kind that are looked at once there is a fleet, from the one on that would be the cheapest if neither role hindered
-# the other.
+# Of one kind and order of the line that are looked at once there is a fleet, from the one on that would be the cheapest if
+# neither role hindered the other.
 _MOST_PAIRS = 40
 # Share of the requests that a growth must win.
 _HELPS = 1e-4
@@ -35,7 +36,7 @@ class Found:
 
 
 def cheapest(
-    sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None] = lambda what: None
+    sizing: Sizing, among: Choice, share: float, doing: Callable[[str], None] = lambda what: None
 ) -> Mapping[Kind, Found | None]:
     """``share`` of the requests keep the objectives; None where none was found, with ``MOST_WORKERS`` of each role at
     most.  ``doing`` is told what is tried."""
@@ -52,7 +53,7 @@ def size_again(sizing: Sizing, found: Found, share: float) -> Found | None:
     if design.prefill is None:
         count = sizing.colocated(design, share, MOST_WORKERS)
         return None if count is None else _found(design, Size(0, count))
-    prefill = sizing.prefill_alone(design.prefill, design.step_tokens, share)
+    prefill = sizing.prefill_alone(design.prefill, design.step_tokens, design.patience, share)
     decode = sizing.decode_alone(design.decode, share)
     if prefill is None or decode is None:
         return None
@@ -63,12 +64,10 @@ def _found(design: Design, size: Size) -> Found:
     return Found(design, size, usd_per_hour(design, size))
 
 
-def _colocated(
-    sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None]
-) -> Found | None:  # fmt: skip
+def _colocated(sizing: Sizing, among: Choice, share: float, doing: Callable[[str], None]) -> Found | None:
     best: Found | None = None
-    for design in colocated(among):
-        doing(f"colocated: {design.decode}, chunks of {design.step_tokens}")
+    for design in among.colocated():
+        doing(f"colocated: {design.decode}, chunks of {design.step_tokens}, patience {design.patience:g}")
         # As many as cost no more than the best so far; at the same price the one with which more requests keep them.
         most = (
             MOST_WORKERS
@@ -93,16 +92,15 @@ def _rank(sizing: Sizing, found: Found) -> tuple[float, float]:
 class _Alone:
     """What each worker needs in each role, if the other were no hindrance: where a search for pairs begins."""
 
-    def __init__(
-        self, sizing: Sizing, among: Sequence[Worker], share: float, doing: Callable[[str], None]
-    ) -> None:  # fmt: skip
-        self.prefill: list[tuple[Worker, int, int]] = []
+    def __init__(self, sizing: Sizing, among: Choice, share: float, doing: Callable[[str], None]) -> None:
+        self.num_orders = len(among.patiences)
+        self.prefill: list[tuple[Worker, int, float, int]] = []
         self.decode: list[tuple[Worker, int]] = []
-        for worker in among:
-            for step_tokens in PREFILL_STEP_TOKENS:
-                doing(f"prefill: {worker}, chunks of {step_tokens}")
-                if (count := sizing.prefill_alone(worker, step_tokens, share)) is not None:
-                    self.prefill.append((worker, step_tokens, count))
+        for worker in among.workers:
+            for step_tokens, patience in product(PREFILL_STEP_TOKENS, among.patiences):
+                doing(f"prefill: {worker}, chunks of {step_tokens}, patience {patience:g}")
+                if (count := sizing.prefill_alone(worker, step_tokens, patience, share)) is not None:
+                    self.prefill.append((worker, step_tokens, patience, count))
             doing(f"decode: {worker}")
             if (count := sizing.decode_alone(worker, share)) is not None:
                 self.decode.append((worker, count))
@@ -113,14 +111,14 @@ def _split(
 ) -> Found | None:  # fmt: skip
     pairs = [
         _found(design, sizing.for_links(design, Size(num_prefill, num_decode)))
-        for prefill, step_tokens, num_prefill in alone.prefill
+        for prefill, step_tokens, patience, num_prefill in alone.prefill
         for decode, num_decode in alone.decode
-        if (design := Design(decode, prefill, step_tokens)).kind is kind
+        if (design := Design(decode, prefill, step_tokens, patience)).kind is kind
     ]
     best: Found | None = None
     for number, pair in enumerate(sorted(pairs, key=lambda found: found.usd_per_hour)):
         most = inf if best is None else best.usd_per_hour
-        if pair.usd_per_hour >= most or (best is not None and number >= _MOST_PAIRS):
+        if pair.usd_per_hour >= most or (best is not None and number >= _MOST_PAIRS * alone.num_orders):
             break
         doing(f"split: {pair.design.prefill} > {pair.design.decode}")
         best = _grown(sizing, pair.design, pair.size, share, most) or best

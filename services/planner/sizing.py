@@ -66,7 +66,14 @@ class Sizing:
         return made
 
     def attained(self, design: Design, size: Size) -> Attained:
-        key = (design.decode.device.name, design.decode.tp, _name(design.prefill), design.step_tokens, size)
+        key = (
+            design.decode.device.name,
+            design.decode.tp,
+            _name(design.prefill),
+            design.step_tokens,
+            design.patience,
+            size,
+        )
         if key not in self._known:
             self._known[key] = attained(self.run(design, size), self.slo)
         return self._known[key]
@@ -75,15 +82,16 @@ class Sizing:
         """The fewest workers that do, ``most`` at most."""
         return fewest(lambda n: self.attained(design, Size(0, n)).all >= share, self._guess(design.decode), most)
 
-    def prefill_alone(self, worker: Worker, step_tokens: int, share: float) -> int | None:
+    def prefill_alone(self, worker: Worker, step_tokens: int, patience: float, share: float) -> int | None:
         """The fewest that keep the objective on the first token, if decode workers are no hindrance."""
         traffic = replace(self.traffic, num_output=np.ones_like(self.traffic.num_output))
         decode = Pool(1, StepCost(), 1, 2**60, 2**30)
+        gateway = Gateway(decode_computes=False, patience=patience)
 
         def enough(count: int) -> bool:
-            key = ("prefill", str(worker), step_tokens, count)
+            key = ("prefill", str(worker), step_tokens, patience, count)
             if key not in self._known:
-                made = Fleet(decode, pool(worker, count, step_tokens), _NO_LINK, Gateway(decode_computes=False))
+                made = Fleet(decode, pool(worker, count, step_tokens), _NO_LINK, gateway)
                 self._known[key] = self._attained_alone(made, traffic, Slo(ttft=self.slo.ttft))
             return self._known[key].all >= share
 

@@ -30,11 +30,22 @@ QUICK = ("--devices", "h100", "--seeds", "1", "--no-sensitivity", "--slo", "ttft
 def test_terminal_json_and_page(trace: Path, tmp_path: Path) -> None:
     page, document = tmp_path / "out.html", tmp_path / "out.json"
     done = kvferry_command(
-        "plan", str(trace), "--model", "llama-3.1-8b", *QUICK, "--html", str(page), "--json", str(document)
+        "plan",
+        str(trace),
+        "--model",
+        "llama-3.1-8b",
+        *QUICK,
+        "--html",
+        str(page),
+        "--json",
+        str(document),
+        "--patience",
+        "1",
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(document.read_text())
     assert report["load"]["num_requests"] == 120
+    assert ["patience of the gateway's line", "1"] in report["assumptions"]
     assert report["verdict"]["headline"] in done.stdout
     assert "1 x h100, chunks of " in done.stdout
     assert "prefill : decode = " in done.stdout
@@ -83,6 +94,8 @@ def test_what_is_wrong_is_said(trace: Path) -> None:
         (("--slo", "ttft=1"), "is no objective"),
         (("--speed", "0"), "--speed must be above 0"),
         (("--rate", "-1"), "--rate must be above 0"),
+        (("--patience", "-1"), "--patience must be 0 or more"),
+        (("--patience", "inf"), "--patience must be 0 or more"),
         (("--rate", "1", "--speed", "2"), "it goes without --rate"),
         (("--live", "127.0.0.1:1"), "name a trace, or a gateway with --live"),
         (("--trace-out", "a.csv"), "--trace-out writes what --live hears"),

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kvferry.cli import make_app
 from services.engine.step_sums import Shares
-from services.planner.calibrate.fit import SumsFit, fit, fit_sums, spread_of
+from services.planner.calibrate.fit import SumsFit, fit, fit_sums, spread_of, spread_of_error
 from services.planner.simulator.cost_model import CostModel, shares
 from tests.tiny_model import save_tiny_model
 
@@ -39,7 +39,7 @@ def test_prices_are_of_what_steps_take_on_the_average_though_delays_are_on_top()
     """One step in ten has a prompt, and long steps vary less.  By what each took itself the price of a step that decodes
     would be 9 % too low, and the prompts', by which the whole comes out right, too high."""
     prices, random = (0.003, 0.0005, 0.0, 0.0005, 0.0), Random(1)
-    costs = CostModel(*prices, 0.0, 1.0, 0.35)
+    costs = CostModel(*prices, 0.0, 1.0, spread_of_error(0.35))
     steps = [shares([(1, 100)] * (1 + n % 4) + [(64, 0)] * (n % 10 == 0)) for n in range(20_000)]
     means = [sum(n * s for n, s in zip(step, prices, strict=True)) for step in steps]
     times = [costs.scattered_s(mean_s, random) for mean_s in means]
@@ -106,11 +106,18 @@ def test_simulated_steps_scatter_as_those_that_decoded() -> None:
 
 @pytest.mark.parametrize("scatter", [(), (0, 0, 0, 0), (1, 0.01, 0.1, 0.01)])
 def test_where_steps_did_not_tell_they_scatter_by_the_error_of_the_fit(scatter: tuple[float, ...]) -> None:
-    assert spread_of(scatter, SumsFit((0.01, 0.0, 0.0, 0.002, 0.0), 0.1)) == 0.1
+    assert spread_of(scatter, SumsFit((0.01, 0.0, 0.0, 0.002, 0.0), 0.1)) == spread_of_error(0.1)
+
+
+def test_steps_by_the_error_of_the_fit_deviate_so_much() -> None:
+    costs, random = CostModel(0.01, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, spread_of_error(0.2)), Random(1)
+    taken = np.array([costs.scattered_s(0.01, random) for _ in range(20_000)])
+    assert taken.std() / 0.01 == pytest.approx(0.2, rel=0.05)
+    assert taken.mean() == pytest.approx(0.01, rel=0.01)
 
 
 def test_without_a_price_of_the_step_they_scatter_by_the_error_of_the_fit() -> None:
-    assert spread_of((9, 0.09, 0.0, 0.9), SumsFit((0.0, 0.0, 0.0, 0.002, 0.0), 0.1)) == 0.1
+    assert spread_of((9, 0.09, 0.0, 0.9), SumsFit((0.0, 0.0, 0.0, 0.002, 0.0), 0.1)) == spread_of_error(0.1)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.admission import PATIENCE
 from kvferry.bench.record import percentile
 from kvferry.bench.slo import Slo
 from kvferry.errors import InvalidRequestError
 from services.planner.designs import (
     COLOCATED_STEP_TOKENS,
     PREFILL_STEP_TOKENS,
+    Choice,
     Design,
     Kind,
     Size,
@@ -35,6 +37,7 @@ from services.planner.traffic import Traffic
 
 MODEL = find_model("smollm2-135m")
 DEFAULT = read_catalogue(DEFAULT_CATALOGUE)
+PATIENCES = (PATIENCE, 0.0)
 # One computes prompts four times as fast for the money, the other answers.
 COMPUTES = CostModel(0.002, 0.0001, 0.0, 0.004, 0.0, 0.0001, 1e10)
 ANSWERS = CostModel(0.002, 0.0004, 0.0, 0.001, 0.0, 0.0001, 1e10)
@@ -57,6 +60,7 @@ def request(among: Catalogue, traffic: Traffic, slo: Slo, **changes: Any) -> Req
     made = Request(
         trace="<b>.csv", traffic=traffic, rate=None, model=MODEL, dtype="bf16", catalogue=among,
         devices=list(among.devices), slo=slo, num_seeds=2, most_requests=10_000, sensitivity=False,
+        patiences=(PATIENCE,),
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -70,7 +74,7 @@ def test_the_fewest_are_found(needed: int, guess: int, most: int) -> None:
 def test_slow_gaps_as_the_load_harness_counts_them(num_gaps: int) -> None:
     """``kvferry bench`` bounds the 99th percentile of a request's own gaps."""
     sizing = Sizing(some(1, 1.0, 10, 10), Slo(itl=1.0))
-    design = Design(workers(MODEL, catalogue(a=ANSWERS), "bf16", ["a"])[0], None, 512)
+    design = Design(workers(MODEL, catalogue(a=ANSWERS), "bf16", ["a"])[0], None, 512, 0.0)
     run = sizing.run(design, Size(0, 1))
     for slow in range(min(num_gaps, 5) + 1):
         gaps = [0.0] * (num_gaps - slow) + [1e6] * slow
@@ -86,10 +90,10 @@ def test_none_is_cheaper(slo: Slo) -> None:
     """Against every fleet of up to seven of each."""
     traffic = some(200, 8.0, 600, 40)
     among = workers(MODEL, catalogue(computes=COMPUTES, answers=ANSWERS), "bf16", ["computes", "answers"])
-    found = cheapest(Sizing(traffic, slo), among, 0.9)
+    found = cheapest(Sizing(traffic, slo), Choice(among, PATIENCES), 0.9)
     everything = Sizing(traffic, slo)
-    designs = [Design(d, None, chunk) for d, chunk in product(among, COLOCATED_STEP_TOKENS)]
-    designs += [Design(d, p, chunk) for d, p, chunk in product(among, among, PREFILL_STEP_TOKENS)]
+    designs = [Design(d, None, *each) for d, *each in product(among, COLOCATED_STEP_TOKENS, PATIENCES)]
+    designs += [Design(d, p, *each) for d, p, *each in product(among, among, PREFILL_STEP_TOKENS, PATIENCES)]
     for kind in Kind:
         prices = [
             usd_per_hour(design, size)
@@ -113,11 +117,34 @@ def test_a_fleet_is_too_dear_only_when_nothing_can_be_taken_from_it() -> None:
             return Attained(share, share, share)
 
     (worker,) = workers(MODEL, catalogue(answers=ANSWERS), "bf16", ["answers"])
-    design, sizing = Design(worker, worker, 512), cast(Sizing, Enough())
+    design, sizing = Design(worker, worker, 512, 0.0), cast(Sizing, Enough())
     found = _grown(sizing, design, Size(3, 4), 0.9, 5 * worker.usd_per_hour)
     assert found is not None
     assert found.size == Size(2, 1)
     assert _grown(sizing, design, Size(3, 4), 0.9, 3 * worker.usd_per_hour) is None
+
+
+def test_the_order_of_the_line_is_chosen_too() -> None:
+    """One prompt in ten takes thirty times as long: fewer workers do where the others need not wait for it."""
+    traffic = some(2000, 17.0, 100, 2)
+    long = np.random.default_rng(2).random(2000) < 0.1
+    traffic = replace(traffic, num_input=np.where(long, 3000, traffic.num_input).astype(np.int32))
+    fifo, ours, both = (
+        make_plan(
+            request(catalogue(computes=COMPUTES), traffic, Slo(ttft=0.8), patiences=patiences), lambda done, what: None
+        )
+        for patiences in ((0.0,), (PATIENCE,), (0.0, PATIENCE))
+    )
+    late, early, chosen = (
+        next(o.option for o in report.outcomes if (o.kind, o.share) == (Kind.COLOCATED.value, 0.9))
+        for report in (fifo, ours, both)
+    )
+    assert late is not None
+    assert early is not None
+    assert early.usd_per_hour < late.usd_per_hour
+    assert (late.patience, early.patience) == (0.0, PATIENCE)
+    assert chosen == early
+    assert ("patience of the gateway's line", "0 or 4") in both.assumptions
 
 
 def test_hardware_of_two_kinds_is_split() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from services.engine.step_sums import NUM_PRODUCTS, NUM_SCATTER, NUM_SHARES, Shares
-from services.planner.simulator.cost_model import MOST_SPREAD, delay
+from services.planner.simulator.cost_model import MOST_SPREAD, NUM_DELAYS, delay
 
 Floats = npt.NDArray[np.float64]
 
@@ -70,10 +70,10 @@ def fit_sums(
 def spread_of(scatter: Sequence[float], found: SumsFit) -> float:
     """The ``CostModel.spread`` with which simulated steps are as far from their mean as the steps that only decoded were
     from those before them, in the logarithm (``StepSums.scatter``), of which one that was stopped for long makes little.
-    The fit's error where that was not told."""
+    By the fit's error where that was not told."""
     count, seconds, sum_, squares = scatter or (0.0,) * NUM_SCATTER
     if count < 2 or not found.prices[0]:
-        return found.rms_error
+        return spread_of_error(found.rms_error)
     wanted = math.sqrt(max(0.0, squares / count - (sum_ / count) ** 2))
     draws = (NormalDist().inv_cdf((n + 0.5) / _NUM_DRAWS) for n in range(_NUM_DRAWS))
     delays = np.array([delay(found.prices[0], seconds / count, normal) for normal in draws])
@@ -82,6 +82,11 @@ def spread_of(scatter: Sequence[float], found: SumsFit) -> float:
         spread = (low + high) / 2
         low, high = (spread, high) if np.log1p(spread * (delays - 1)).std() < wanted else (low, spread)
     return high
+
+
+def spread_of_error(rms_error: float) -> float:
+    """With which short steps deviate from their mean by such a share of it, root mean square."""
+    return rms_error * math.sqrt(NUM_DELAYS)
 
 
 def _gram(products: Sequence[float]) -> Floats:

@@ -16,7 +16,7 @@ from services.engine.model_files import open_model
 from services.engine.runners import WarmRunner, choose_dtype, create_runner, kv_dtype, load_for_runner
 from services.engine.sampling_params import Sampling
 from services.engine.step_sums import Shares
-from services.planner.calibrate.fit import Fit, fit
+from services.planner.calibrate.fit import Fit, fit, spread_of_error
 from services.planner.simulator.cost_model import CostModel, shares
 
 BLOCK_SIZE = 16
@@ -71,7 +71,7 @@ def calibrate(
         taken = _measure(runner, steps, rounds, tell)
         del runner
     found = fit([_shares(entries) for entries in steps], [median(each) for each in taken])
-    costs = CostModel(*found.prices, ROUND_TRIP_S, TRANSFER_BYTES_PER_S, found.rms_error)
+    costs = CostModel(*found.prices, ROUND_TRIP_S, TRANSFER_BYTES_PER_S, spread_of_error(found.rms_error))
     return Calibration(
         costs, layout.block_nbytes, BLOCK_SIZE, config.name, chosen, num_threads, found, len(steps)
     )  # fmt: skip

@@ -12,13 +12,15 @@ from services.engine.step_sums import Shares
 
 # Delays are no more than so much of what a step takes: something is its own.
 MOST_SPREAD = 0.95
+# How many a short step has on the average: the fewer, the more steps have none and the further the others are delayed.
+NUM_DELAYS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
     """Seconds: of a step, of each prompt token in it, of each pair of a prompt token and one that it attends to, of each
-    sequence that decodes and each token of its context; of a message to another worker and back.  ``spread``: standard
-    deviation of what a short step takes, as a share of its mean; in service they vary by what else runs there."""
+    sequence that decodes and each token of its context; of a message to another worker and back.  ``spread``: share of
+    what a step takes on the average that is delays; in service they vary by what else runs there."""
 
     step_s: float
     prefill_token_s: float
@@ -50,9 +52,9 @@ class CostModel:
 
 def delay(step_s: float, mean_s: float, normal: float) -> float:
     """What a step of ``mean_s`` is delayed, over what such steps are on the average, for a draw from the standard normal
-    distribution.  Delays come at any time: those of a short step are exponential, those of a longer one a gamma's, the sum
-    of more of them, here by Wilson and Hilferty (PNAS 1931)."""
-    times = 1 / (9 * max(1.0, mean_s / step_s))
+    distribution.  Delays come at any time: their sum is a gamma's, of a shape that is how many come in a step, here by
+    Wilson and Hilferty (PNAS 1931)."""
+    times = 1 / (9 * NUM_DELAYS * max(1.0, mean_s / step_s))
     return max(0.0, 1 - times + normal * math.sqrt(times)) ** 3
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from gateway.admission import PATIENCE
 from services.planner.designs import Design, Size, fleet
 from services.planner.fleet import simulate
 from services.planner.hardware import DEFAULT_CATALOGUE, make_worker, read_catalogue
@@ -52,7 +53,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, (size, num_workers) in SIZES.items():
         traffic = load(args.requests, RATE * num_workers)
-        made = fleet(Design(worker, worker if size.num_prefill else None, 2048), size)
+        made = fleet(Design(worker, worker if size.num_prefill else None, 2048, PATIENCE), size)
         seconds, steps = [], 0
         for _ in range(args.rounds):
             began = time.process_time()
