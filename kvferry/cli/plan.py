@@ -87,7 +87,9 @@ def plan(
     ] = None,
     speed: Annotated[float, typer.Option(help="Times as fast as the trace.", rich_help_panel=_LOAD)] = 1.0,
     requests: Annotated[
-        int, typer.Option(min=1, help="Most requests to plan for: the busiest stretch.", rich_help_panel=_LOAD)
+        int,
+        typer.Option(min=1, help="Most requests to plan for, for every 48 workers or so: the busiest stretch.",
+                     rich_help_panel=_LOAD),
     ] = 5000,
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Arrival orders to try.", rich_help_panel=_LOAD)] = 3,
     sensitivity: Annotated[
@@ -219,7 +221,12 @@ def show(report: Mapping[str, Any]) -> None:
     )
     prefill_s, decode_s = (sum(window[key] for window in report["windows"]) for key in ("prefill_s", "decode_s"))
     if decode_s:
-        print(f"prefill : decode = {prefill_s / decode_s:.2f} : 1 in seconds of one worker")
+        print(f"prefill : decode = {prefill_s / decode_s:.2f} : 1 in seconds of one worker, over the whole trace")
+        print(f"prefill's share from its begin to its end: {_line([_prefill_share(w) for w in report['windows']])}")
+    if (roof := report["roofline"]) is not None:
+        steps = "; ".join(f"{name} {intensity:.3g}" for name, intensity in roof["points"])
+        bend = roof["flops_per_s"] / roof["bytes_per_s"]
+        print(f"FLOP/byte on {roof['worker']}, where memory bounds what has less than {bend:.3g}: {steps}")
     for share in sorted({outcome["share"] for outcome in report["outcomes"]}):
         rows = [_row(outcome) for outcome in report["outcomes"] if outcome["share"] == share]
         output.show_table(
@@ -248,6 +255,18 @@ def show(report: Mapping[str, Any]) -> None:
     )
 
 
+def _prefill_share(window: Mapping[str, float]) -> float | None:
+    """None where nothing was asked."""
+    total_s = window["prefill_s"] + window["decode_s"]
+    return window["prefill_s"] / total_s if total_s else None
+
+
+def _line(shares: Sequence[float | None]) -> str:
+    """A character for each: eighths, a blank for None."""
+    eighths = "▁▂▃▄▅▆▇█"
+    return "".join(" " if share is None else eighths[min(7, int(8 * share))] for share in shares)
+
+
 _HEADINGS = (
     "fleet", "workers", "patience", "$/hour", "$/M tokens", "TTFT p50", "p99 s", "2nd p50", "ITL p50", "p99 ms", "busy",
     "good/s/dev", "good/$",
@@ -259,7 +278,7 @@ def _row(outcome: Mapping[str, Any]) -> tuple[str, ...]:
     if option is None:
         return (outcome["kind"], "none found", *("" for _ in _HEADINGS[2:]))
     decode = f"{option['num_decode']} x {option['decode']}"
-    workers = f"{decode}, chunks of {option['step_tokens']}"
+    workers = f"{decode}, chunks of {option['mixed_tokens']}"
     busy = f"{option['decode_busy']['mean']:.0%}"
     if option["prefill"] is not None:
         workers = f"{option['num_prefill']} x {option['prefill']} : {decode}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from itertools import product
 
 from services.planner.fleet import Fleet, Gateway, Link, Pool
 from services.planner.hardware import Catalogue, Worker, make_worker
 from services.planner.models import ModelShape
 
 TPS = (1, 2, 4, 8)
-COLOCATED_STEP_TOKENS = (256, 512, 1024, 2048, 4096, 8192)
+# Of prompts, in steps in which others decode.
+COLOCATED_CHUNKS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+# Of prompts alone at least: as many as make any device's step one that compute bounds.
+ALONE_STEP_TOKENS = 2048
 # What is written overlaps with the next chunk, so smaller ones leave less to write at the end.
 PREFILL_STEP_TOKENS = (512, 2048, 8192)
 
@@ -25,13 +27,23 @@ class Kind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Design:
-    """``prefill`` None: colocated.  ``step_tokens``: of the workers that compute prompts.  ``patience``: of the gateway's
-    line, which decides who is late where not all can be in time."""
+    """``prefill`` None: colocated.  ``step_tokens``: of the workers that compute prompts, ``mixed_tokens``: of prompts
+    in a decode worker's steps while others decode there.  ``patience``: of the gateway's line, which decides who is late
+    where not all can be in time."""
 
     decode: Worker
     prefill: Worker | None
     step_tokens: int
+    mixed_tokens: int
     patience: float
+
+    @staticmethod
+    def colocated(worker: Worker, chunk_tokens: int, patience: float) -> Design:
+        return Design(worker, None, max(chunk_tokens, ALONE_STEP_TOKENS), chunk_tokens, patience)
+
+    @staticmethod
+    def split(prefill: Worker, decode: Worker, step_tokens: int, patience: float) -> Design:
+        return Design(decode, prefill, step_tokens, step_tokens, patience)
 
     @property
     def kind(self) -> Kind:
@@ -48,12 +60,13 @@ class Size:
     num_decode: int
 
 
-def pool(worker: Worker, num_workers: int, step_tokens: int) -> Pool:
-    return Pool(num_workers, worker.cost, step_tokens, worker.kv_tokens, min(worker.max_running, step_tokens // 2))
+def pool(worker: Worker, num_workers: int, step_tokens: int, mixed_tokens: int = 0) -> Pool:
+    running = min(worker.max_running, step_tokens // 2)
+    return Pool(num_workers, worker.cost, step_tokens, worker.kv_tokens, running, mixed_tokens=mixed_tokens)
 
 
 def fleet(design: Design, size: Size) -> Fleet:
-    decode = pool(design.decode, size.num_decode, design.step_tokens)
+    decode = pool(design.decode, size.num_decode, design.step_tokens, design.mixed_tokens)
     gateway = Gateway(patience=design.patience)
     if design.prefill is None:
         return Fleet(decode, gateway=gateway)
@@ -87,13 +100,5 @@ def workers(model: ModelShape, catalogue: Catalogue, dtype: str, names: Iterable
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What fleets may be made of."""
-
-    workers: Sequence[Worker]
-    patiences: Sequence[float]
-
-    def colocated(self) -> Iterator[Design]:
-        for patience, worker, step_tokens in product(self.patiences, self.workers, COLOCATED_STEP_TOKENS):
-            yield Design(worker, None, step_tokens, patience)
+def colocated(among: Sequence[Worker], patience: float) -> list[Design]:
+    return [Design.colocated(worker, chunk_tokens, patience) for worker in among for chunk_tokens in COLOCATED_CHUNKS]

@@ -36,7 +36,8 @@ def option(
         kind=design.kind.value, share=share,
         prefill=None if design.prefill is None else str(design.prefill), decode=str(design.decode),
         num_prefill=size.num_prefill * num_cells, num_decode=size.num_decode * num_cells,
-        step_tokens=design.step_tokens, patience=design.patience, num_devices=devices * num_cells,
+        step_tokens=design.step_tokens, mixed_tokens=design.mixed_tokens, patience=design.patience,
+        num_devices=devices * num_cells,
         usd_per_hour=found.usd_per_hour * num_cells,
         usd_per_mtok=interval([
             usd / 3600 * run.traffic.duration_s / run.traffic.num_tokens * 1e6

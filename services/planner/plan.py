@@ -11,7 +11,7 @@ import numpy as np
 from kvferry.bench.slo import Slo
 from kvferry.errors import InvalidRequestError
 from services.planner import figures
-from services.planner.designs import Choice, Kind, Size, usd_per_hour, workers
+from services.planner.designs import Kind, Size, usd_per_hour, workers
 from services.planner.hardware import Assumptions, Catalogue, Worker
 from services.planner.models import ModelShape
 from services.planner.report import Load, Option, Outcome, Report, Sensitivity
@@ -24,6 +24,8 @@ from services.planner.verdict import judge
 SHARES = (0.9, 0.99)
 # More workers are planned as several equal fleets: requests choose among enough of them as it is.
 CELL_WORKERS = 48
+# Of each, lest nobody be in one in a hundred of them.
+FEWEST_REQUESTS = 1000
 SCENARIOS = ("links between nodes 10 times slower", "prompts twice as long", "half of what was not cached is cached")
 
 Tell = Callable[[float, str], None]
@@ -32,8 +34,8 @@ Tell = Callable[[float, str], None]
 @dataclass(frozen=True, slots=True)
 class Request:
     """``traffic``: the trace's; ``rate``: of Poisson arrivals in place of its own times.  ``devices``: names in the
-    catalogue.  No more than ``most_requests`` are simulated: the busiest stretch.  ``patiences``: of the gateway's line, to
-    choose from."""
+    catalogue.  No more than ``most_requests`` are simulated for each of the equal fleets: the busiest stretch.
+    ``patiences``: of the gateway's line, to choose from."""
 
     trace: str
     traffic: Traffic
@@ -52,24 +54,27 @@ class Request:
 def make_plan(request: Request, tell: Tell) -> Report:
     """``tell`` hears of how much is done, 0 to 1, and what is tried.  Raises InvalidRequestError where the model runs on
     none of the devices."""
-    choice = _choice(request, request.catalogue)
-    among = choice.workers
-    busiest = request.traffic.busiest(request.most_requests)
-    num_cells = (
-        _num_cells(busiest, among) if request.rate is None else _num_cells(busiest.poisson(request.rate, 0), among)
-    )
+    among = _workers(request, request.catalogue)
+    busiest, num_cells = _stretch(request, among)
     seeds = [_seeded(request, busiest, seed, num_cells) for seed in range(request.num_seeds)]
     progress = _Progress(tell, 2 * len(SHARES) + (len(SCENARIOS) if request.sensitivity else 0))
     sizings = [Sizing(traffic, request.slo, progress.simulated) for traffic in seeds]
     outcomes: list[Outcome] = []
     base: Mapping[Kind, Found | None] = {}
     for share in SHARES:
-        with_share = cheapest(sizings[0], choice, share, progress.begin())
-        base = base or with_share
+        by_order = _by_order(sizings[0], request, among, share, progress.begin())
+        base = base or _cheapest_of(by_order)
         doing = progress.begin()
-        for kind, found in with_share.items():
+        for kind in Kind:
             doing(f"{kind.value}: {len(seeds)} seeds")
-            outcomes.append(Outcome(kind.value, share, _option(found, sizings, share, num_cells) if found else None))
+            # Which order is the cheaper one is not for one arrival order to say.
+            options = [
+                option
+                for found in by_order
+                if (one := found[kind]) is not None and (option := _option(one, sizings, share, num_cells)) is not None
+            ]
+            best = min(options, key=lambda o: (round(o.usd_per_hour, 6), -o.attained.mean), default=None)
+            outcomes.append(Outcome(kind.value, share, best))
     sensitivity = [_row("as it is", base, num_cells)]
     if request.sensitivity:
         sensitivity += _sensitivity(request, busiest, num_cells, progress)
@@ -80,7 +85,7 @@ def make_plan(request: Request, tell: Tell) -> Report:
         load=_load(request, busiest, seeds[0], num_cells),
         verdict=judge(outcomes, SHARES[0], _why_none(request, seeds[0], among)),
         outcomes=tuple(outcomes), sensitivity=tuple(sensitivity),
-        windows=figures.windows(seeds[0], reference),
+        windows=figures.windows(request.traffic, reference),
         roofline=figures.roofline(reference, request.dtype, seeds[0]),
         assumptions=tuple(_assumptions(request)), num_seeds=request.num_seeds, num_simulated=progress.num_simulated,
     )  # fmt: skip
@@ -116,19 +121,45 @@ class _Progress:
         self._tell((self._part + within) / self._num_parts, self._what)
 
 
-def _choice(request: Request, catalogue: Catalogue) -> Choice:
+def _by_order(
+    sizing: Sizing, request: Request, among: Sequence[Worker], share: float, doing: Callable[[str], None]
+) -> list[Mapping[Kind, Found | None]]:  # fmt: skip
+    """The cheapest with each order of the line."""
+    return [cheapest(sizing, among, patience, share, doing) for patience in request.patiences]
+
+
+def _cheapest_of(by_order: Sequence[Mapping[Kind, Found | None]]) -> dict[Kind, Found | None]:
+    each = {kind: [one for found in by_order if (one := found[kind]) is not None] for kind in Kind}
+    return {kind: min(found, key=lambda one: one.usd_per_hour, default=None) for kind, found in each.items()}
+
+
+def _workers(request: Request, catalogue: Catalogue) -> list[Worker]:
     found = workers(request.model, catalogue, request.dtype, request.devices)
     if not found:
         raise InvalidRequestError(
             f"{request.model.name} in {request.dtype} runs on none of {', '.join(request.devices)}: too little "
             "memory on eight of one node, or no such type; name others with --devices or in --hardware, or another --dtype"
         )
-    return Choice(found, request.patiences)
+    return found
 
 
 def _seeded(request: Request, busiest: Traffic, seed: int, num_cells: int) -> Traffic:
-    whole = busiest.shuffled(seed) if request.rate is None else busiest.poisson(request.rate, seed)
+    whole = busiest.shuffled(seed) if request.rate is None else busiest.poisson(request.rate, seed, num_cells)
     return whole.thinned(num_cells)
+
+
+def _stretch(request: Request, among: Sequence[Worker]) -> tuple[Traffic, int]:
+    """What is planned for, and as how many equal fleets."""
+    busiest = request.traffic.busiest(request.most_requests)
+    if request.rate is not None:
+        return busiest, _num_cells(busiest.poisson(request.rate, 0), among)
+    num_cells = 1
+    while True:
+        needed = min(_num_cells(busiest, among), max(1, len(request.traffic) // FEWEST_REQUESTS))
+        if needed <= num_cells:
+            return busiest, num_cells
+        num_cells = needed
+        busiest = request.traffic.busiest(request.most_requests * num_cells)
 
 
 def _num_cells(traffic: Traffic, among: Sequence[Worker]) -> int:
@@ -171,8 +202,8 @@ def _sensitivity(request: Request, busiest: Traffic, num_cells: int, progress: _
         def tell(tried: str, what: str = what, doing: Callable[[str], None] = doing) -> None:
             doing(f"if {what}: {tried}")
 
-        found = cheapest(sizing, _choice(request, catalogue), SHARES[0], tell)
-        yield _row(what, found, num_cells)
+        by_order = _by_order(sizing, request, _workers(request, catalogue), SHARES[0], tell)
+        yield _row(what, _cheapest_of(by_order), num_cells)
 
 
 def _row(what: str, found: Mapping[Kind, Found | None], num_cells: int) -> Sensitivity:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from math import inf
 
 from services.planner.designs import (
     PREFILL_STEP_TOKENS,
-    Choice,
     Design,
     Kind,
     Size,
+    colocated,
     usd_per_hour,
 )
 from services.planner.hardware import Worker
@@ -21,8 +20,8 @@ from services.planner.sizing import MOST_WORKERS, Sizing
 # How often one side of a split may grow before its pair is given up.
 _MOST_GROWTHS = 16
 _MUCH = 8
-# Of one kind and order of the line that are looked at once there is a fleet, from the one on that would be the cheapest if
-# neither role hindered the other.
+# Of one kind that are looked at once there is a fleet, from the one on that would be the cheapest if neither role hindered
+# the other.
 _MOST_PAIRS = 40
 # Share of the requests that a growth must win.
 _HELPS = 1e-4
@@ -36,12 +35,13 @@ class Found:
 
 
 def cheapest(
-    sizing: Sizing, among: Choice, share: float, doing: Callable[[str], None] = lambda what: None
-) -> Mapping[Kind, Found | None]:
+    sizing: Sizing, among: Sequence[Worker], patience: float, share: float,
+    doing: Callable[[str], None] = lambda what: None,
+) -> Mapping[Kind, Found | None]:  # fmt: skip
     """``share`` of the requests keep the objectives; None where none was found, with ``MOST_WORKERS`` of each role at
-    most.  ``doing`` is told what is tried."""
-    found: dict[Kind, Found | None] = {Kind.COLOCATED: _colocated(sizing, among, share, doing)}
-    alone = _Alone(sizing, among, share, doing)
+    most.  ``patience``: of the gateway's line.  ``doing`` is told what is tried."""
+    found: dict[Kind, Found | None] = {Kind.COLOCATED: _colocated(sizing, colocated(among, patience), share, doing)}
+    alone = _Alone(sizing, among, patience, share, doing)
     for kind in (Kind.SPLIT_EQUAL, Kind.SPLIT_UNEQUAL):
         found[kind] = _split(sizing, alone, kind, share, doing)
     return found
@@ -64,10 +64,12 @@ def _found(design: Design, size: Size) -> Found:
     return Found(design, size, usd_per_hour(design, size))
 
 
-def _colocated(sizing: Sizing, among: Choice, share: float, doing: Callable[[str], None]) -> Found | None:
+def _colocated(
+    sizing: Sizing, designs: Sequence[Design], share: float, doing: Callable[[str], None]
+) -> Found | None:  # fmt: skip
     best: Found | None = None
-    for design in among.colocated():
-        doing(f"colocated: {design.decode}, chunks of {design.step_tokens}, patience {design.patience:g}")
+    for design in designs:
+        doing(f"colocated: {design.decode}, chunks of {design.mixed_tokens}, patience {design.patience:g}")
         # As many as cost no more than the best so far; at the same price the one with which more requests keep them.
         most = (
             MOST_WORKERS
@@ -92,15 +94,17 @@ def _rank(sizing: Sizing, found: Found) -> tuple[float, float]:
 class _Alone:
     """What each worker needs in each role, if the other were no hindrance: where a search for pairs begins."""
 
-    def __init__(self, sizing: Sizing, among: Choice, share: float, doing: Callable[[str], None]) -> None:
-        self.num_orders = len(among.patiences)
-        self.prefill: list[tuple[Worker, int, float, int]] = []
+    def __init__(
+        self, sizing: Sizing, among: Sequence[Worker], patience: float, share: float, doing: Callable[[str], None]
+    ) -> None:  # fmt: skip
+        self.patience = patience
+        self.prefill: list[tuple[Worker, int, int]] = []
         self.decode: list[tuple[Worker, int]] = []
-        for worker in among.workers:
-            for step_tokens, patience in product(PREFILL_STEP_TOKENS, among.patiences):
+        for worker in among:
+            for step_tokens in PREFILL_STEP_TOKENS:
                 doing(f"prefill: {worker}, chunks of {step_tokens}, patience {patience:g}")
                 if (count := sizing.prefill_alone(worker, step_tokens, patience, share)) is not None:
-                    self.prefill.append((worker, step_tokens, patience, count))
+                    self.prefill.append((worker, step_tokens, count))
             doing(f"decode: {worker}")
             if (count := sizing.decode_alone(worker, share)) is not None:
                 self.decode.append((worker, count))
@@ -111,14 +115,14 @@ def _split(
 ) -> Found | None:  # fmt: skip
     pairs = [
         _found(design, sizing.for_links(design, Size(num_prefill, num_decode)))
-        for prefill, step_tokens, patience, num_prefill in alone.prefill
+        for prefill, step_tokens, num_prefill in alone.prefill
         for decode, num_decode in alone.decode
-        if (design := Design(decode, prefill, step_tokens, patience)).kind is kind
+        if (design := Design.split(prefill, decode, step_tokens, alone.patience)).kind is kind
     ]
     best: Found | None = None
     for number, pair in enumerate(sorted(pairs, key=lambda found: found.usd_per_hour)):
         most = inf if best is None else best.usd_per_hour
-        if pair.usd_per_hour >= most or (best is not None and number >= _MOST_PAIRS * alone.num_orders):
+        if pair.usd_per_hour >= most or (best is not None and number >= _MOST_PAIRS):
             break
         doing(f"split: {pair.design.prefill} > {pair.design.decode}")
         best = _grown(sizing, pair.design, pair.size, share, most) or best

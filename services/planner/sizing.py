@@ -67,10 +67,10 @@ class Sizing:
 
     def attained(self, design: Design, size: Size) -> Attained:
         key = (
-            design.decode.device.name,
-            design.decode.tp,
+            str(design.decode),
             _name(design.prefill),
             design.step_tokens,
+            design.mixed_tokens,
             design.patience,
             size,
         )

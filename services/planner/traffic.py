@@ -67,15 +67,18 @@ class Traffic:
         order = np.lexsort((random.random(len(self)), np.floor(self.arrive_s / SHUFFLED_S)))
         return Traffic(self.arrive_s, self.num_input[order], self.num_output[order], self.num_cached[order])
 
-    def poisson(self, rate: float, seed: int) -> Traffic:
-        """The same requests, ``rate`` a second, in the trace's order from a random one on."""
+    def poisson(self, rate: float, seed: int, times: int = 1) -> Traffic:
+        """The same requests, ``times`` over, ``rate`` a second, each time in the trace's order from a random one on, so
+        that ``thinned`` takes others of them each time."""
         if not 0 < rate < float("inf"):
             raise InvalidRequestError(f"a rate must be above 0, not {rate}")
         random = np.random.default_rng(seed)
-        gaps = random.exponential(1 / rate, len(self))
-        first = int(random.integers(len(self)))
-        rolled = (np.roll(each, -first) for each in (self.num_input, self.num_output, self.num_cached))
-        return Traffic(np.cumsum(gaps) - gaps[0], *rolled)
+        gaps = random.exponential(1 / rate, times * len(self))
+        first = random.integers(len(self), size=times)
+        which = ((first[:, None] + np.arange(len(self))) % len(self)).ravel()
+        return Traffic(
+            np.cumsum(gaps) - gaps[0], *(each[which] for each in (self.num_input, self.num_output, self.num_cached))
+        )
 
     def faster(self, speed: float) -> Traffic:
         if not 0 < speed < float("inf"):

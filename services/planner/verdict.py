@@ -38,7 +38,11 @@ def judge(outcomes: Sequence[Outcome], share: float, when_none: str) -> Verdict:
             "a prompt's chunk delays the running answers too long, or smaller chunks the first token. A split one does, "
             f"for ${split.usd_per_hour:.2f} an hour."
         )
-        return Verdict(True, "Split: only a split fleet keeps these objectives.", reason, "", None)
+        price = (
+            f"Split, the first token comes at {split.first_token.p50.mean:.3g} s at the median and "
+            f"{split.first_token.p90.mean:.3g} s at p90, the second at {split.second_token.p50.mean:.3g} s at the median."
+        )
+        return Verdict(True, "Split: only a split fleet keeps these objectives.", reason, price, None)
     saves = savings(colocated, split)
     # Under every seed, not on average.
     by_seed = _by_seed(colocated, split)
@@ -82,9 +86,9 @@ def _why_split(colocated: Option, split: Option) -> str:
             f"Colocated workers must stay {1 - colocated.decode_busy.mean:.0%} idle, or prompts delay running answers too "
             "long."
         )
-    elif colocated.step_tokens < split.step_tokens:
+    elif colocated.mixed_tokens < split.step_tokens:
         parts.append(
-            f"Colocated workers keep gaps short with chunks of {colocated.step_tokens} tokens, each of which reads all "
+            f"Colocated workers keep gaps short with chunks of {colocated.mixed_tokens} tokens, each of which reads all "
             f"weights again; prefill workers compute {split.step_tokens} at once."
         )
     return " ".join(parts)
@@ -102,7 +106,7 @@ def _why_not(colocated: Option, split: Option) -> str:
         )
     else:
         parts.append(
-            f"Chunks of {colocated.step_tokens} tokens fill the compute that decoding leaves idle, and the objective on "
+            f"Chunks of {colocated.mixed_tokens} tokens fill the compute that decoding leaves idle, and the objective on "
             "gaps is loose enough for them."
         )
     return " ".join(parts)

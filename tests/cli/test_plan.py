@@ -49,6 +49,12 @@ def test_terminal_json_and_page(trace: Path, tmp_path: Path) -> None:
     assert report["verdict"]["headline"] in done.stdout
     assert "1 x h100, chunks of " in done.stdout
     assert "prefill : decode = " in done.stdout
+    (line,) = (
+        line for line in done.stdout.splitlines() if line.startswith("prefill's share from its begin to its end: ")
+    )
+    assert set(line.rpartition(": ")[2]) <= set(" ▁▂▃▄▅▆▇█") >= {"█"}
+    assert "FLOP/byte on h100, where memory bounds what has less than 211: " in done.stdout
+    assert "; decode, batch of 32 " in done.stdout
     assert page.read_text().startswith("<!doctype html>")
     assert report["verdict"]["headline"] in page.read_text()
     assert done.stderr.splitlines() == [f"wrote {page}", f"wrote {document}"]

@@ -36,6 +36,10 @@ from kvferry.api.inference.v1 import inference_pb2
 from tests.gateway.scripted import MODEL, VOCABULARY, ScriptedFrontDoor
 
 BUILD = Path(__file__).parents[2] / "build"
+TILES = {
+    "prefill : decode": "67 : 33", "requests": "3", "TTFT p50": "55.0 ms", "ITL p50": "55.0 ms", "KV transfer": "1.57 GB/s",
+    "cache hits": "25%",
+}  # fmt: skip
 HOSTILE = "<img src=x onerror=document.title='taken'>"
 
 
@@ -81,8 +85,10 @@ def worker(name: str, prefill: float, decode: float) -> directory_pb2.WorkerStat
 def make_app(recent: RecentRequests, doorkeeper: Doorkeeper | None = None) -> Any:
     registry = CollectorRegistry()
     ttft = Histogram("kvferry_ttft_seconds", "", buckets=(0.01, 0.1, 1.0), registry=registry)
-    Histogram("kvferry_itl_seconds", "", buckets=(0.01, 0.1, 1.0), registry=registry)
+    itl = Histogram("kvferry_itl_seconds", "", buckets=(0.01, 0.1, 1.0), registry=registry)
     ttft.observe(0.05)
+    for _ in range(10):
+        itl.observe(0.05)
     view = ClusterView()
     events = [
         directory_pb2.Event(joined=worker("prefill-0", 0.6, 0.0)),
@@ -260,7 +266,17 @@ async def test_in_a_browser_at_desk_and_on_a_phone(tmp_path: Path) -> None:
         async with asyncio.timeout(120), chromium(tmp_path) as browser:
             await browser.open(f"http://127.0.0.1:{port}/dashboard")
             await browser.wait_for("document.querySelectorAll('#requests tr').length === 2")
-            assert await browser.value("document.getElementById('tiles').innerText.includes('67 : 33')")
+            tiles = await browser.value(
+                "JSON.stringify([...document.querySelectorAll('.tile')].map(t => [...t.children].map(e => e.textContent)))"
+            )
+            assert {name: value for name, value, _ in json.loads(tiles)} == TILES
+            routes = await browser.value(
+                "[...document.querySelectorAll('#workers .routes')].map(e => e.innerText).join('; ')"
+            )
+            assert routes == (
+                "of 2 requests of the last minute 0 prefilled, 2 decoded here; "
+                "of 2 requests of the last minute 2 prefilled, 0 decoded here"
+            )
             assert await browser.value("document.querySelectorAll('#workers .card').length") == 2
             assert await browser.value(
                 f"[...document.querySelectorAll('#requests button')].some(b => b.innerText === {HOSTILE!r})"

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+import socket
 import subprocess
+import time
+import urllib.parse
 import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,18 +93,58 @@ def test_the_dashboard_asks_for_metrics_of_the_catalogue() -> None:
         assert names <= set(listed) | histograms, expression
 
 
-def test_prometheus_parses_what_the_dashboard_asks(tmp_path: Path) -> None:
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed: apt-get install prometheus")
-    rules = [
-        {"record": f"panel:{number}", "expr": expression.replace("$__rate_interval", "1m")}
-        for number, expression in enumerate(expressions())
-    ]
-    file = tmp_path / "rules.yml"
-    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))  # JSON is YAML
-    done = subprocess.run(
-        [promtool, "check", "rules", str(file)], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(rules)} rules found" in done.stdout
+@contextmanager
+def prometheus(folder: Path, urls: Sequence[str]) -> Iterator[Callable[[str], list[float]]]:
+    """A server that looks at ``urls`` every second, as what to ask it: the values of an expression now."""
+    program = shutil.which("prometheus")
+    if program is None:
+        pytest.skip("prometheus is not installed: apt-get install prometheus")
+    config, log = folder / "prometheus.yml", folder / "prometheus.log"
+    targets = [url.removeprefix("http://").removesuffix("/metrics") for url in urls]
+    jobs = [{"job_name": "kvferry", "static_configs": [{"targets": targets}]}]
+    config.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}))  # JSON is YAML
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, f"--web.listen-address={address}"], stdout=out, stderr=out, stdin=subprocess.DEVNULL
+        )
+
+    def ask(expression: str) -> list[float]:
+        query = urllib.parse.urlencode({"query": expression})
+        with urllib.request.urlopen(f"http://{address}/api/v1/query?{query}", timeout=10) as answer:
+            told = json.load(answer)
+        assert told["status"] == "success", told
+        return [float(each["value"][1]) for each in told["data"]["result"]]
+
+    def ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return len(ask("up == 1")) == len(targets)
+        except OSError:
+            return False
+
+    try:
+        deadline_s = time.monotonic() + 60
+        while not ready():
+            assert time.monotonic() < deadline_s, log.read_text()
+            time.sleep(0.2)
+        yield ask
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_what_the_dashboard_asks_has_an_answer(cluster: Running, tmp_path: Path) -> None:
+    """By Prometheus itself, of a cluster that answers requests meanwhile."""
+    asked = [expression.replace("$__rate_interval", "10s") for expression in expressions()]
+    with (
+        prometheus(tmp_path, [member.metrics_url for member in cluster.local.members]) as ask,
+        Client(cluster.address) as client,
+    ):
+        unanswered, deadline_s = asked, time.monotonic() + 60
+        while unanswered:
+            assert time.monotonic() < deadline_s, unanswered
+            client.generate("Count on. " * 40 + str(len(unanswered)), max_tokens=24, temperature=0).result()
+            unanswered = [each for each in unanswered if not any(map(math.isfinite, ask(each)))]

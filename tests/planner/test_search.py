@@ -17,9 +17,8 @@ from kvferry.bench.record import percentile
 from kvferry.bench.slo import Slo
 from kvferry.errors import InvalidRequestError
 from services.planner.designs import (
-    COLOCATED_STEP_TOKENS,
+    COLOCATED_CHUNKS,
     PREFILL_STEP_TOKENS,
-    Choice,
     Design,
     Kind,
     Size,
@@ -34,10 +33,10 @@ from services.planner.search import _grown, cheapest
 from services.planner.simulator.cost_model import CostModel
 from services.planner.sizing import Attained, Sizing, fewest, is_good
 from services.planner.traffic import Traffic
+from services.planner.verdict import judge
 
 MODEL = find_model("smollm2-135m")
 DEFAULT = read_catalogue(DEFAULT_CATALOGUE)
-PATIENCES = (PATIENCE, 0.0)
 # One computes prompts four times as fast for the money, the other answers.
 COMPUTES = CostModel(0.002, 0.0001, 0.0, 0.004, 0.0, 0.0001, 1e10)
 ANSWERS = CostModel(0.002, 0.0004, 0.0, 0.001, 0.0, 0.0001, 1e10)
@@ -74,7 +73,7 @@ def test_the_fewest_are_found(needed: int, guess: int, most: int) -> None:
 def test_slow_gaps_as_the_load_harness_counts_them(num_gaps: int) -> None:
     """``kvferry bench`` bounds the 99th percentile of a request's own gaps."""
     sizing = Sizing(some(1, 1.0, 10, 10), Slo(itl=1.0))
-    design = Design(workers(MODEL, catalogue(a=ANSWERS), "bf16", ["a"])[0], None, 512, 0.0)
+    design = Design.colocated(workers(MODEL, catalogue(a=ANSWERS), "bf16", ["a"])[0], 512, 0.0)
     run = sizing.run(design, Size(0, 1))
     for slow in range(min(num_gaps, 5) + 1):
         gaps = [0.0] * (num_gaps - slow) + [1e6] * slow
@@ -90,10 +89,10 @@ def test_none_is_cheaper(slo: Slo) -> None:
     """Against every fleet of up to seven of each."""
     traffic = some(200, 8.0, 600, 40)
     among = workers(MODEL, catalogue(computes=COMPUTES, answers=ANSWERS), "bf16", ["computes", "answers"])
-    found = cheapest(Sizing(traffic, slo), Choice(among, PATIENCES), 0.9)
+    found = cheapest(Sizing(traffic, slo), among, PATIENCE, 0.9)
     everything = Sizing(traffic, slo)
-    designs = [Design(d, None, *each) for d, *each in product(among, COLOCATED_STEP_TOKENS, PATIENCES)]
-    designs += [Design(d, p, *each) for d, p, *each in product(among, among, PREFILL_STEP_TOKENS, PATIENCES)]
+    designs = [Design.colocated(*each) for each in product(among, COLOCATED_CHUNKS, [PATIENCE])]
+    designs += [Design.split(*each) for each in product(among, among, PREFILL_STEP_TOKENS, [PATIENCE])]
     for kind in Kind:
         prices = [
             usd_per_hour(design, size)
@@ -117,7 +116,7 @@ def test_a_fleet_is_too_dear_only_when_nothing_can_be_taken_from_it() -> None:
             return Attained(share, share, share)
 
     (worker,) = workers(MODEL, catalogue(answers=ANSWERS), "bf16", ["answers"])
-    design, sizing = Design(worker, worker, 512, 0.0), cast(Sizing, Enough())
+    design, sizing = Design.split(worker, worker, 512, 0.0), cast(Sizing, Enough())
     found = _grown(sizing, design, Size(3, 4), 0.9, 5 * worker.usd_per_hour)
     assert found is not None
     assert found.size == Size(2, 1)
@@ -144,6 +143,9 @@ def test_the_order_of_the_line_is_chosen_too() -> None:
     assert early.usd_per_hour < late.usd_per_hour
     assert (late.patience, early.patience) == (0.0, PATIENCE)
     assert chosen == early
+    for of_all, *of_one in zip(both.outcomes, fifo.outcomes, ours.outcomes, strict=True):
+        prices = [each.option.usd_per_hour for each in of_one if each.option is not None]
+        assert (None if of_all.option is None else of_all.option.usd_per_hour) == min(prices, default=None)
     assert ("patience of the gateway's line", "0 or 4") in both.assumptions
 
 
@@ -158,6 +160,11 @@ def test_hardware_of_two_kinds_is_split() -> None:
     assert unequal is not None
     assert (unequal.prefill, unequal.decode) == ("computes", "answers")
     assert "first token goes from" in report.verdict.price
+    alone = [replace(o, option=None) if o.kind == Kind.COLOCATED.value else o for o in report.outcomes]
+    only = judge(alone, 0.9, "")
+    assert only.split
+    assert "only a split fleet" in only.headline
+    assert "first token comes at" in only.price
 
 
 def test_light_traffic_is_not_split() -> None:
@@ -205,6 +212,22 @@ def test_a_large_fleet_is_planned_as_several() -> None:
     assert per_request[1] == pytest.approx(per_request[0], rel=0.15)
 
 
+@pytest.mark.parametrize(("count", "most", "cells", "planned"), [(20_000, 2000, 3, 6000), (1500, 2000, 1, 1500)])
+def test_each_of_several_fleets_has_requests_enough(count: int, most: int, cells: int, planned: int) -> None:
+    asked = request(catalogue(answers=ANSWERS), some(count, 1000.0, 300, 10), Slo(ttft=1.0), most_requests=most)
+    load = make_plan(asked, lambda done, what: None).load
+    assert (load.num_cells, load.planned_requests) == (cells, planned)
+    assert load.requests_per_s == pytest.approx(1000, rel=0.15)
+
+
+def test_at_a_rate_the_trace_is_repeated_for_each_of_several_fleets() -> None:
+    asked = request(catalogue(answers=ANSWERS), some(1500, 10.0, 300, 10), Slo(ttft=1.0), rate=1000.0)
+    load = make_plan(asked, lambda done, what: None).load
+    assert (load.num_cells, load.planned_requests) == (3, 1500)
+    assert load.planned_s == pytest.approx(4.5, rel=0.15)
+    assert load.requests_per_s == pytest.approx(1000, rel=0.15)
+
+
 def test_sensitivity_and_the_page() -> None:
     told: list[float] = []
     asked = request(
@@ -219,6 +242,9 @@ def test_sensitivity_and_the_page() -> None:
     points = dict(report.roofline.points)
     assert points["decode, batch of 1"] < report.roofline.ridge < points["prefill, chunk of 2048"]
     assert sum(window.prompt_tokens for window in report.windows) == asked.traffic.num_input.sum()
+    part = make_plan(replace(asked, sensitivity=False, most_requests=50), lambda done, what: None)
+    assert part.load.planned_requests == 50
+    assert part.windows == report.windows, "of the whole trace"
     json.dumps(asdict(report))
     page = render(report)
     assert "&lt;b&gt;.csv" in page

@@ -46,6 +46,14 @@ def test_a_rate_replaces_the_times() -> None:
     assert sorted(made.num_input) == sorted(some(5000).num_input)
 
 
+def test_what_is_repeated_at_a_rate_is_not_thinned_to_the_same_few() -> None:
+    whole = some(1000)
+    made = whole.poisson(4.0, 1, times=100)
+    assert made.rate == pytest.approx(4.0, rel=0.05)
+    assert sorted(made.num_input) == sorted(np.tile(whole.num_input, 100))
+    assert len(set(made.thinned(100).num_input.tolist())) > 0.5 * len(set(whole.num_input.tolist()))
+
+
 def test_hits_rise_and_the_last_token_is_still_computed() -> None:
     more = some().with_more_hits(1.0)
     assert (more.num_cached == more.num_input - 1).all()

@@ -23,7 +23,7 @@ from tests.bench.engine.rows import Row
 from tests.bench.engine.works import Setting, Works, thread_counts
 
 ROOT = Path(__file__).resolve().parents[3]
-WORKS = ("decode", "growth", "prefill", "prefix", "host", "quality")
+WORKS = ("decode", "growth", "prefill", "prefix", "host", "accounts", "quality")
 
 console = Console()
 

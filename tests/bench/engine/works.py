@@ -16,7 +16,7 @@ from services.engine.hashing import chain_root
 from services.engine.model_files import ModelFiles
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Sequence, SequenceId, TokenDrawn
-from tests.bench.engine import host
+from tests.bench.engine import accounts, host
 from tests.bench.engine.engines import BLOCK_SIZE, CHUNK, GREEDY, Engine, Ours
 from tests.bench.engine.limits import Memory, matmul_seconds
 from tests.bench.engine.rows import Row, compared, in_turn
@@ -115,6 +115,9 @@ class Works:
 
     def host(self) -> list[Row]:
         return host.measure(self._ours, self._setting.files.config.revision, self._setting.rounds, self._on)
+
+    def accounts(self) -> list[Row]:
+        return accounts.measure(self._ours, self._setting.files.config, self._setting.rounds, self._on)
 
     def _step(self, batch: int, context: int) -> list[Row]:
         setting, ours, eager = self._setting, self._ours, self._eager

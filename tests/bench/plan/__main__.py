@@ -30,6 +30,7 @@ SIZES = {
     "4 + 4": (Size(4, 4), 8),
     "1000 colocated": (Size(0, 1000), 1000),
     "500 + 500": (Size(500, 500), 1000),
+    "10000 colocated": (Size(0, 10_000), 10_000),
 }
 
 
@@ -53,7 +54,12 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for name, (size, num_workers) in SIZES.items():
         traffic = load(args.requests, RATE * num_workers)
-        made = fleet(Design(worker, worker if size.num_prefill else None, 2048, PATIENCE), size)
+        design = (
+            Design.split(worker, worker, 2048, PATIENCE)
+            if size.num_prefill
+            else Design.colocated(worker, 2048, PATIENCE)
+        )
+        made = fleet(design, size)
         seconds, steps = [], 0
         for _ in range(args.rounds):
             began = time.process_time()

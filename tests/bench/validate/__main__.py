@@ -3,8 +3,9 @@
 One prefill and one decode worker, and two workers that do both, a core each, serve three loads: 0.3, 0.6 and 0.9 of the
 highest rate at which the simulator says that they keep the objectives.  In the simulators the same requests arrive at the
 same times.  Steps cost what the workers' own steps did during that load, as `kvferry calibrate --live` fits it ("in
-service"), so that the simulators are held to account and not the drift of a shared machine; and what `kvferry calibrate`
-measured beforehand, on both cores at once ("before").  What lone requests take beside steps is added.
+service"), so that the simulators are held to account and not the drift of a shared machine; what they did during another
+load ("of another load": the middle one's, of the heaviest for that), as who plans for more traffic would have it; and what
+`kvferry calibrate` measured beforehand, on both cores at once ("before").  What lone requests take beside steps is added.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ OUT = ROOT / "build" / "bench" / "validate.json"
 MEASURED = ROOT / "build" / "bench" / "validate-measured.json"
 GOAL = 0.15
 LEVELS = (0.3, 0.6, 0.9)
+IN_SERVICE, OTHER, BEFORE = "in service", "of another load", "before"
 FEWEST_REQUESTS = 5  # to be expected of a load
 CHUNK = 64  # takes less than the objective on gaps
 FLEETS = (Fleet("split", 1, 1, CHUNK, CHUNK), Fleet("colocated", 0, 2, CHUNK, CHUNK))
@@ -91,7 +93,8 @@ def compare(
     drawn = Table("fleet", "requests/s", "simulator", "costs", *Figures.__dataclass_fields__)
     for each in found:
         served = serving(each.costs, each.probes, each.fleet)
-        for loaded in each.loads:
+        for number, loaded in enumerate(each.loads):
+            other = each.loads[2 if number == 1 else 1]
             say(console, f"{each.fleet.name}, {loaded.rate:.2f}/s: {told(loaded.costs)}")
             real = of_records(loaded.records, objectives)
             failed = sum(record.error is not None for record in loaded.records)
@@ -103,7 +106,8 @@ def compare(
                 *map(_figure, asdict(real).values()),
             )
             for (name, simulate), (whose, costs) in product(
-                (("plan", by_plan), ("cores", by_cores)), (("in service", loaded.costs), ("before", before.costs))
+                (("plan", by_plan), ("cores", by_cores)),
+                ((IN_SERVICE, loaded.costs), (OTHER, other.costs), (BEFORE, before.costs)),
             ):
                 made = simulate(each.fleet, replace(before, costs=costs), served, loaded.dues, objectives)
                 ratios = {
@@ -114,7 +118,7 @@ def compare(
                 rows.append({"fleet": at[0], "rate": loaded.rate, "simulator": name, "costs": whose,
                              "measured": asdict(real), "simulated": asdict(made), "ratios": ratios})  # fmt: skip
     console.print(drawn)
-    for name, whose in product(("plan", "cores"), ("in service", "before")):
+    for name, whose in product(("plan", "cores"), (IN_SERVICE, OTHER, BEFORE)):
         all_of = [
             ratio for row in rows if (row["simulator"], row["costs"]) == (name, whose)
             for ratio in row["ratios"].values()  # type: ignore[attr-defined]
