@@ -78,7 +78,7 @@ def plan(
     patience: Annotated[
         float | None,
         typer.Option(help="The gateways' --patience, by which short prompts go before long ones; by default the better of "
-                     "theirs and 0, the order of arrival.", show_default=False, rich_help_panel=_FLEET),
+                     "4, theirs by default, and 0, the order of arrival.", show_default=False, rich_help_panel=_FLEET),
     ] = None,
     rate: Annotated[
         float | None,
@@ -88,8 +88,8 @@ def plan(
     speed: Annotated[float, typer.Option(help="Times as fast as the trace.", rich_help_panel=_LOAD)] = 1.0,
     requests: Annotated[
         int,
-        typer.Option(min=1, help="Most requests to plan for, for every 48 workers or so: the busiest stretch.",
-                     rich_help_panel=_LOAD),
+        typer.Option(min=1, help="Most requests to plan for: the busiest stretch. At a --rate as many, if need be the "
+                     "trace's again and again.", rich_help_panel=_LOAD),
     ] = 5000,
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Arrival orders to try.", rich_help_panel=_LOAD)] = 3,
     sensitivity: Annotated[
@@ -213,8 +213,9 @@ def _progress() -> Iterator[Callable[[float, str], None]]:
 
 def show(report: Mapping[str, Any]) -> None:
     load = report["load"]
+    planned, known = load["planned_requests"], load["num_requests"]
     print(
-        f"{load['planned_requests']} of the {load['num_requests']} requests of {load['trace']}: "
+        f"{planned} requests {'of' if planned <= known else 'like'} the {known} of {load['trace']}: "
         f"{load['requests_per_s']:.3g}/s for {load['planned_s']:.0f} s, prompts of {load['mean_prompt_tokens']:.0f} tokens "
         f"({load['hit_rate']:.0%} cached), answers of {load['mean_answer_tokens']:.0f}; "
         f"{report['model']} in {report['dtype']}"
@@ -222,11 +223,15 @@ def show(report: Mapping[str, Any]) -> None:
     prefill_s, decode_s = (sum(window[key] for window in report["windows"]) for key in ("prefill_s", "decode_s"))
     if decode_s:
         print(f"prefill : decode = {prefill_s / decode_s:.2f} : 1 in seconds of one worker, over the whole trace")
-        print(f"prefill's share from its begin to its end: {_line([_prefill_share(w) for w in report['windows']])}")
+        print(
+            f"prefill's share from its begin to its end: {_sparkline([_prefill_share(w) for w in report['windows']])}"
+        )
     if (roof := report["roofline"]) is not None:
         steps = "; ".join(f"{name} {intensity:.3g}" for name, intensity in roof["points"])
         bend = roof["flops_per_s"] / roof["bytes_per_s"]
         print(f"FLOP/byte on {roof['worker']}, where memory bounds what has less than {bend:.3g}: {steps}")
+    if load["num_cells"] > 1:
+        print(f"planned as {load['num_cells']} equal fleets, to which requests go in turn")
     for share in sorted({outcome["share"] for outcome in report["outcomes"]}):
         rows = [_row(outcome) for outcome in report["outcomes"] if outcome["share"] == share]
         output.show_table(
@@ -248,6 +253,7 @@ def show(report: Mapping[str, Any]) -> None:
     print(f"\n{verdict['headline']}")
     for text in filter(None, (verdict["reason"], verdict["price"])):
         print(text)
+    print(f"For {max(outcome['share'] for outcome in report['outcomes']):.0%}: {report['strict_verdict']['headline']}")
     print(
         f"{report['num_seeds']} arrival orders, {report['num_simulated']} fleets simulated from a catalogue dated "
         f"{dict(report['assumptions'])['catalogue dated']}; nothing was measured on this hardware.",
@@ -261,7 +267,7 @@ def _prefill_share(window: Mapping[str, float]) -> float | None:
     return window["prefill_s"] / total_s if total_s else None
 
 
-def _line(shares: Sequence[float | None]) -> str:
+def _sparkline(shares: Sequence[float | None]) -> str:
     """A character for each: eighths, a blank for None."""
     eighths = "▁▂▃▄▅▆▇█"
     return "".join(" " if share is None else eighths[min(7, int(8 * share))] for share in shares)

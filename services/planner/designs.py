@@ -100,5 +100,5 @@ def workers(model: ModelShape, catalogue: Catalogue, dtype: str, names: Iterable
     return found
 
 
-def colocated(among: Sequence[Worker], patience: float) -> list[Design]:
+def colocated_designs(among: Sequence[Worker], patience: float) -> list[Design]:
     return [Design.colocated(worker, chunk_tokens, patience) for worker in among for chunk_tokens in COLOCATED_CHUNKS]

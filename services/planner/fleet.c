@@ -180,16 +180,22 @@ static double step_s(const Cost *cost, const double *terms) {
     return additive + fmax(compute, memory);
 }
 
-// What a step takes that takes mean_s on the average, as cost_model.py has it: by four even draws of 16 bits each, which are
-// together near enough to normal.  SplitMix64 (Steele, Lea, Flood 2014), from a state of the run's own: the same every time.
-static double scattered_s(Run *run, const Cost *cost, double mean_s) {
-    double times = fmin(1, cost->additive[0] / mean_s) / (9 * NUM_DELAYS);
+// The sum of four even draws of 16 bits each, 0 to 4.  SplitMix64 (Steele, Lea, Flood 2014), from a state of the run's own: the
+// same every time.
+static double four_even(Run *run) {
     uint64_t bits = run->random += 0x9e3779b97f4a7c15;
     bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
     bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
     bits ^= bits >> 31;
-    double sum = (double)((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48));
-    double root = fmax(0, 1 - times + (sum / 65535 - 2) * 1.7320508 * sqrt(times));
+    return ((bits & 0xffff) + (bits >> 16 & 0xffff) + (bits >> 32 & 0xffff) + (bits >> 48)) / 65535.0;
+}
+
+// What a step takes that takes mean_s on the average, as cost_model.py has it: eight even draws are together near enough to
+// normal.
+static double scattered_s(Run *run, const Cost *cost, double mean_s) {
+    double times = fmin(1, cost->additive[0] / mean_s) / (9 * NUM_DELAYS);
+    double normal = (four_even(run) + four_even(run) - 4) * 1.2247449;
+    double root = fmax(0, 1 - times + normal * sqrt(times));
     return mean_s * (1 + fmin(cost->spread, MOST_SPREAD) * (root * root * root - 1));
 }
 

@@ -24,8 +24,6 @@ from services.planner.verdict import judge
 SHARES = (0.9, 0.99)
 # More workers are planned as several equal fleets: requests choose among enough of them as it is.
 CELL_WORKERS = 48
-# Of each, lest nobody be in one in a hundred of them.
-FEWEST_REQUESTS = 1000
 SCENARIOS = ("links between nodes 10 times slower", "prompts twice as long", "half of what was not cached is cached")
 
 Tell = Callable[[float, str], None]
@@ -34,7 +32,7 @@ Tell = Callable[[float, str], None]
 @dataclass(frozen=True, slots=True)
 class Request:
     """``traffic``: the trace's; ``rate``: of Poisson arrivals in place of its own times.  ``devices``: names in the
-    catalogue.  No more than ``most_requests`` are simulated for each of the equal fleets: the busiest stretch.
+    catalogue.  No more than ``most_requests`` are simulated: the busiest stretch, as many at a ``rate``.
     ``patiences``: of the gateway's line, to choose from."""
 
     trace: str
@@ -55,7 +53,8 @@ def make_plan(request: Request, tell: Tell) -> Report:
     """``tell`` hears of how much is done, 0 to 1, and what is tried.  Raises InvalidRequestError where the model runs on
     none of the devices."""
     among = _workers(request, request.catalogue)
-    busiest, num_cells = _stretch(request, among)
+    busiest = request.traffic.busiest(request.most_requests)
+    num_cells = _num_cells(busiest, request.rate or busiest.rate, among)
     seeds = [_seeded(request, busiest, seed, num_cells) for seed in range(request.num_seeds)]
     progress = _Progress(tell, 2 * len(SHARES) + (len(SCENARIOS) if request.sensitivity else 0))
     sizings = [Sizing(traffic, request.slo, progress.simulated) for traffic in seeds]
@@ -79,11 +78,12 @@ def make_plan(request: Request, tell: Tell) -> Report:
     if request.sensitivity:
         sensitivity += _sensitivity(request, busiest, num_cells, progress)
     reference = _reference(base, among)
+    verdict, strict_verdict = (judge(outcomes, share, _why_none(request, seeds[0], among)) for share in SHARES)
     return Report(
         model=request.model.name, dtype=request.dtype,
         slo={key: value for key, value in asdict(request.slo).items() if value is not None},
         load=_load(request, busiest, seeds[0], num_cells),
-        verdict=judge(outcomes, SHARES[0], _why_none(request, seeds[0], among)),
+        verdict=verdict, strict_verdict=strict_verdict,
         outcomes=tuple(outcomes), sensitivity=tuple(sensitivity),
         windows=figures.windows(request.traffic, reference),
         roofline=figures.roofline(reference, request.dtype, seeds[0]),
@@ -144,33 +144,21 @@ def _workers(request: Request, catalogue: Catalogue) -> list[Worker]:
 
 
 def _seeded(request: Request, busiest: Traffic, seed: int, num_cells: int) -> Traffic:
-    whole = busiest.shuffled(seed) if request.rate is None else busiest.poisson(request.rate, seed, num_cells)
-    return whole.thinned(num_cells)
+    """What one of the equal fleets is planned for."""
+    if request.rate is None:
+        return busiest.shuffled(seed).in_turn(num_cells)
+    return busiest.poisson(request.rate, seed, request.most_requests).in_turn(num_cells)
 
 
-def _stretch(request: Request, among: Sequence[Worker]) -> tuple[Traffic, int]:
-    """What is planned for, and as how many equal fleets."""
-    busiest = request.traffic.busiest(request.most_requests)
-    if request.rate is not None:
-        return busiest, _num_cells(busiest.poisson(request.rate, 0), among)
-    num_cells = 1
-    while True:
-        needed = min(_num_cells(busiest, among), max(1, len(request.traffic) // FEWEST_REQUESTS))
-        if needed <= num_cells:
-            return busiest, num_cells
-        num_cells = needed
-        busiest = request.traffic.busiest(request.most_requests * num_cells)
-
-
-def _num_cells(traffic: Traffic, among: Sequence[Worker]) -> int:
+def _num_cells(traffic: Traffic, rate: float, among: Sequence[Worker]) -> int:
     """By the workers that prompts alone would take, of those with the most FLOP/s for a dollar."""
 
     def token_s(worker: Worker) -> float:
         return worker.cost.step_s(chunk(2048.0)) / 2048
 
     worker = min(among, key=lambda worker: token_s(worker) * worker.usd_per_hour)
-    computed = float((traffic.num_input - traffic.num_cached).sum(dtype=np.int64))
-    return max(1, ceil(computed * token_s(worker) / traffic.duration_s / CELL_WORKERS))
+    computed = float((traffic.num_input - traffic.num_cached).mean())
+    return max(1, ceil(computed * rate * token_s(worker) / CELL_WORKERS))
 
 
 def _option(found: Found, sizings: Sequence[Sizing], share: float, num_cells: int) -> Option | None:
@@ -232,7 +220,7 @@ def _why_none(request: Request, traffic: Traffic, among: Sequence[Worker]) -> st
 
 def _load(request: Request, busiest: Traffic, planned: Traffic, num_cells: int) -> Load:
     return Load(
-        request.trace, len(request.traffic), len(busiest), planned.duration_s, planned.rate * num_cells,
+        request.trace, len(request.traffic), len(planned), planned.duration_s / num_cells, planned.rate * num_cells,
         float(busiest.num_input.mean()), float(busiest.num_output.mean()), busiest.hit_rate, num_cells,
     )  # fmt: skip
 

@@ -149,11 +149,14 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Report:
+    """``verdict``: for the lower share of the requests, ``strict_verdict``: for the higher."""
+
     model: str
     dtype: str
     slo: dict[str, float]
     load: Load
     verdict: Verdict
+    strict_verdict: Verdict
     outcomes: tuple[Outcome, ...]
     sensitivity: tuple[Sensitivity, ...]
     windows: tuple[Window, ...]

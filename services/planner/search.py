@@ -11,7 +11,7 @@ from services.planner.designs import (
     Design,
     Kind,
     Size,
-    colocated,
+    colocated_designs,
     usd_per_hour,
 )
 from services.planner.hardware import Worker
@@ -40,7 +40,9 @@ def cheapest(
 ) -> Mapping[Kind, Found | None]:  # fmt: skip
     """``share`` of the requests keep the objectives; None where none was found, with ``MOST_WORKERS`` of each role at
     most.  ``patience``: of the gateway's line.  ``doing`` is told what is tried."""
-    found: dict[Kind, Found | None] = {Kind.COLOCATED: _colocated(sizing, colocated(among, patience), share, doing)}
+    found: dict[Kind, Found | None] = {
+        Kind.COLOCATED: _colocated(sizing, colocated_designs(among, patience), share, doing)
+    }
     alone = _Alone(sizing, among, patience, share, doing)
     for kind in (Kind.SPLIT_EQUAL, Kind.SPLIT_UNEQUAL):
         found[kind] = _split(sizing, alone, kind, share, doing)
@@ -124,7 +126,7 @@ def _split(
         most = inf if best is None else best.usd_per_hour
         if pair.usd_per_hour >= most or (best is not None and number >= _MOST_PAIRS):
             break
-        doing(f"split: {pair.design.prefill} > {pair.design.decode}")
+        doing(f"split: {pair.design.prefill} > {pair.design.decode}, patience {alone.patience:g}")
         best = _grown(sizing, pair.design, pair.size, share, most) or best
     return best
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,15 +68,15 @@ class Traffic:
         order = np.lexsort((random.random(len(self)), np.floor(self.arrive_s / SHUFFLED_S)))
         return Traffic(self.arrive_s, self.num_input[order], self.num_output[order], self.num_cached[order])
 
-    def poisson(self, rate: float, seed: int, times: int = 1) -> Traffic:
-        """The same requests, ``times`` over, ``rate`` a second, each time in the trace's order from a random one on, so
-        that ``thinned`` takes others of them each time."""
+    def poisson(self, rate: float, seed: int, count: int) -> Traffic:
+        """``count`` requests, ``rate`` a second, in the trace's order from a random one on, and from another one again
+        where there are fewer."""
         if not 0 < rate < float("inf"):
             raise InvalidRequestError(f"a rate must be above 0, not {rate}")
         random = np.random.default_rng(seed)
-        gaps = random.exponential(1 / rate, times * len(self))
-        first = random.integers(len(self), size=times)
-        which = ((first[:, None] + np.arange(len(self))) % len(self)).ravel()
+        gaps = random.exponential(1 / rate, count)
+        first = random.integers(len(self), size=ceil(count / len(self)))
+        which = ((first[:, None] + np.arange(len(self))) % len(self)).ravel()[:count]
         return Traffic(
             np.cumsum(gaps) - gaps[0], *(each[which] for each in (self.num_input, self.num_output, self.num_cached))
         )
@@ -100,12 +101,12 @@ class Traffic:
             self.num_cached[kept],
         )
 
-    def thinned(self, share: int) -> Traffic:
-        """Every ``share``-th request."""
-        return Traffic(
-            self.arrive_s[::share] - self.arrive_s[0], self.num_input[::share], self.num_output[::share],
-            self.num_cached[::share],
-        )  # fmt: skip
+    def in_turn(self, num_cells: int) -> Traffic:
+        """As if each of ``num_cells`` equal fleets, to which requests go in turn, had its share of them after the one
+        before it had: all requests, at a fleet's rate."""
+        at_s = self.arrive_s + np.arange(len(self)) % num_cells * self.duration_s
+        order = np.argsort(at_s, kind="stable")
+        return Traffic(at_s[order], self.num_input[order], self.num_output[order], self.num_cached[order])
 
 
 def traffic_of(asks: Sequence[Ask], cache_tokens: float) -> Traffic:

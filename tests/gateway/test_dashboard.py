@@ -43,10 +43,10 @@ TILES = {
 HOSTILE = "<img src=x onerror=document.title='taken'>"
 
 
-def ended(request_id: str) -> EndedRequest:
+def ended(request_id: str, prefill_worker: str = "prefill-0") -> EndedRequest:
     timeline = inference_pb2.Timeline(
         tokenize_us=900, route_us=200, ttft_us=40_000, total_us=200_000, itl_p50_us=12_000, itl_p99_us=20_000,
-        prefill_worker="prefill-0", decode_worker="decode-0", route_reason="predicted to be quickest",
+        prefill_worker=prefill_worker, decode_worker="decode-0", route_reason="predicted to be quickest",
         opened_us=1200, ticket_us=2500,
         prefill=common_pb2.PrefillStats(queue_us=100, compute_us=35_000, num_prompt_tokens=120, num_chunks=2),
         transfer=common_pb2.TransferStats(
@@ -258,7 +258,7 @@ async def chromium(folder: Path) -> AsyncIterator[Browser]:
 
 async def test_in_a_browser_at_desk_and_on_a_phone(tmp_path: Path) -> None:
     recent = RecentRequests()
-    recent.add("", ended(HOSTILE))
+    recent.add("", ended(HOSTILE, prefill_worker=""))
     recent.add("", ended("request-1"))
     server = HttpServer(make_app(recent))
     port = await server.start("127.0.0.1", 0, flag="--http-listen")
@@ -274,8 +274,7 @@ async def test_in_a_browser_at_desk_and_on_a_phone(tmp_path: Path) -> None:
                 "[...document.querySelectorAll('#workers .routes')].map(e => e.innerText).join('; ')"
             )
             assert routes == (
-                "of 2 requests of the last minute 0 prefilled, 2 decoded here; "
-                "of 2 requests of the last minute 2 prefilled, 0 decoded here"
+                "of the last 2 requests 1 prefilled, 2 decoded here; of the last 2 requests 1 prefilled, 0 decoded here"
             )
             assert await browser.value("document.querySelectorAll('#workers .card').length") == 2
             assert await browser.value(

@@ -117,3 +117,16 @@ def test_costs_come_from_the_steps_that_clients_asked_for(reckoning: Running, tm
 def _sums(running: Running) -> list[directory_pb2.StepSums]:
     by_name = {w.info.worker_id: w.load.step_sums for w in running.cluster_view().workers}
     return [by_name[name] for name in ("prefill-0", "decode-0", "decode-1") if by_name[name].shares]
+
+
+def test_a_plan_for_what_was_served(reckoning: Running) -> None:
+    with Client(reckoning.address) as client:
+        for number in range(3):
+            client.generate(range(4000 + number, 4300), max_tokens=8, temperature=0, ignore_eos=True).result()
+    quick = ("--devices", "h100", "--seeds", "1", "--no-sensitivity", "--slo", "ttft=5s")
+    command = [sys.executable, "-m", "kvferry.cli", "plan", "--live", reckoning.address, *quick]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "100.0% of them within ttft=5s" in done.stdout
+    assert "; smollm2-135m in bf16" in done.stdout
+    assert "Do not split" in done.stdout

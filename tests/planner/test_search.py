@@ -162,6 +162,7 @@ def test_hardware_of_two_kinds_is_split() -> None:
     assert "first token goes from" in report.verdict.price
     alone = [replace(o, option=None) if o.kind == Kind.COLOCATED.value else o for o in report.outcomes]
     only = judge(alone, 0.9, "")
+    assert report.strict_verdict == judge(report.outcomes, 0.99, "")
     assert only.split
     assert "only a split fleet" in only.headline
     assert "first token comes at" in only.price
@@ -212,27 +213,39 @@ def test_a_large_fleet_is_planned_as_several() -> None:
     assert per_request[1] == pytest.approx(per_request[0], rel=0.15)
 
 
-@pytest.mark.parametrize(("count", "most", "cells", "planned"), [(20_000, 2000, 3, 6000), (1500, 2000, 1, 1500)])
-def test_each_of_several_fleets_has_requests_enough(count: int, most: int, cells: int, planned: int) -> None:
-    asked = request(catalogue(answers=ANSWERS), some(count, 1000.0, 300, 10), Slo(ttft=1.0), most_requests=most)
+def test_a_burst_is_not_thinned_by_what_is_around_it() -> None:
+    """Ten times the rate for a moment, of which only so many requests are planned: several fleets, at the burst's rate."""
+    quiet = some(20_000, 100.0, 300, 10)
+    burst = replace(some(3000, 1000.0, 300, 10), arrive_s=60.0 + some(3000, 1000.0, 300, 10).arrive_s)
+    order = np.argsort(np.concatenate([quiet.arrive_s, burst.arrive_s]))
+    both = Traffic(*(np.concatenate([getattr(t, f) for t in (quiet, burst)])[order] for f in Traffic.__slots__))
+    asked = request(catalogue(answers=ANSWERS), both, Slo(ttft=1.0), most_requests=2000)
     load = make_plan(asked, lambda done, what: None).load
-    assert (load.num_cells, load.planned_requests) == (cells, planned)
-    assert load.requests_per_s == pytest.approx(1000, rel=0.15)
+    assert (load.num_cells, load.planned_requests) == (3, 2000)
+    assert load.requests_per_s == pytest.approx(1100, rel=0.15)
 
 
-def test_at_a_rate_the_trace_is_repeated_for_each_of_several_fleets() -> None:
-    asked = request(catalogue(answers=ANSWERS), some(1500, 10.0, 300, 10), Slo(ttft=1.0), rate=1000.0)
-    load = make_plan(asked, lambda done, what: None).load
-    assert (load.num_cells, load.planned_requests) == (3, 1500)
-    assert load.planned_s == pytest.approx(4.5, rel=0.15)
-    assert load.requests_per_s == pytest.approx(1000, rel=0.15)
+@pytest.mark.parametrize("count", [1, 20, 5000])
+def test_at_a_rate_a_fleet_does_not_depend_on_how_long_the_trace_is(count: int) -> None:
+    same = replace(
+        some(count, 10.0, 300, 10), num_input=np.full(count, 300, np.int32), num_output=np.full(count, 10, np.int32)
+    )
+    report = make_plan(
+        request(catalogue(answers=ANSWERS), same, Slo(ttft=1.0), rate=1000.0, most_requests=5000),
+        lambda done, what: None,
+    )
+    assert (report.load.num_cells, report.load.planned_requests) == (3, 5000)
+    assert report.load.requests_per_s == pytest.approx(1000, rel=0.1)
+    assert report.load.planned_s == pytest.approx(5, rel=0.1)
+    assert report.outcomes[0].option is not None
+    assert 120 <= report.outcomes[0].option.num_decode <= 150
 
 
 def test_sensitivity_and_the_page() -> None:
     told: list[float] = []
     asked = request(
         replace(DEFAULT, devices={"h100": DEFAULT.devices["h100"]}), some(200, 5.0, 600, 40), Slo(ttft=1.0, itl=0.05),
-        model=find_model("llama-3.1-8b"), sensitivity=True,
+        model=find_model("llama-3.1-8b"), sensitivity=True, patiences=(PATIENCE, 0.0),
     )  # fmt: skip
     report = make_plan(asked, lambda done, what: told.append(done))
     assert [row.what for row in report.sensitivity][:2] == ["as it is", "links between nodes 10 times slower"]

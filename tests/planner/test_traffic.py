@@ -41,17 +41,29 @@ def test_a_seed_moves_requests_within_their_minute_only() -> None:
 
 
 def test_a_rate_replaces_the_times() -> None:
-    made = some(5000).poisson(4.0, 1)
+    made = some(5000).poisson(4.0, 1, 5000)
     assert made.rate == pytest.approx(4.0, rel=0.05)
     assert sorted(made.num_input) == sorted(some(5000).num_input)
 
 
-def test_what_is_repeated_at_a_rate_is_not_thinned_to_the_same_few() -> None:
-    whole = some(1000)
-    made = whole.poisson(4.0, 1, times=100)
-    assert made.rate == pytest.approx(4.0, rel=0.05)
-    assert sorted(made.num_input) == sorted(np.tile(whole.num_input, 100))
-    assert len(set(made.thinned(100).num_input.tolist())) > 0.5 * len(set(whole.num_input.tolist()))
+def test_at_a_rate_a_short_trace_is_repeated() -> None:
+    made = some(300).poisson(4.0, 1, 1000)
+    assert len(made) == 1000
+    assert made.rate == pytest.approx(4.0, rel=0.1)
+    assert sorted(made.num_input[:900]) == sorted(np.tile(some(300).num_input, 3))
+
+
+def test_one_of_several_fleets_has_all_requests_at_its_rate() -> None:
+    """Three to which they go in turn: a third of them in each, one after the other."""
+    whole = some(600)
+    made = whole.in_turn(3)
+    assert made.rate == pytest.approx(whole.rate / 3, rel=0.02)
+    assert sorted(made.num_input) == sorted(whole.num_input)
+    assert (np.diff(made.arrive_s) >= 0).all()
+    assert (made.num_input[200:400] == whole.num_input[1::3]).all()
+    assert made.arrive_s[200:400] == pytest.approx(whole.arrive_s[1::3] + whole.duration_s)
+    assert (made.num_cached == made.num_input // 2).all()
+    assert (whole.in_turn(1).arrive_s == whole.arrive_s).all()
 
 
 def test_hits_rise_and_the_last_token_is_still_computed() -> None:

@@ -4,8 +4,9 @@ One prefill and one decode worker, and two workers that do both, a core each, se
 highest rate at which the simulator says that they keep the objectives.  In the simulators the same requests arrive at the
 same times.  Steps cost what the workers' own steps did during that load, as `kvferry calibrate --live` fits it ("in
 service"), so that the simulators are held to account and not the drift of a shared machine; what they did during another
-load ("of another load": the middle one's, of the heaviest for that), as who plans for more traffic would have it; and what
-`kvferry calibrate` measured beforehand, on both cores at once ("before").  What lone requests take beside steps is added.
+load ("of another load": the middle one's, and the heaviest one's for that), as who plans for other traffic would have it;
+and what `kvferry calibrate` measured beforehand, on both cores at once ("before").  What lone requests take beside steps
+is added.
 """
 
 from __future__ import annotations
