@@ -55,6 +55,13 @@ def some(count: int, rate: float, num_input: int, num_output: int) -> Traffic:
     return Traffic(np.cumsum(random.exponential(1 / rate, count)), *lengths, np.zeros(count, np.int32))
 
 
+def unequal(count: int) -> Traffic:
+    """One prompt in ten is thirty times as long."""
+    traffic = some(count, 17.0, 100, 2)
+    long = np.random.default_rng(2).random(count) < 0.1
+    return replace(traffic, num_input=np.where(long, 3000, traffic.num_input).astype(np.int32))
+
+
 def request(among: Catalogue, traffic: Traffic, slo: Slo, **changes: Any) -> Request:
     made = Request(
         trace="<b>.csv", traffic=traffic, rate=None, model=MODEL, dtype="bf16", catalogue=among,
@@ -125,9 +132,7 @@ def test_a_fleet_is_too_dear_only_when_nothing_can_be_taken_from_it() -> None:
 
 def test_the_order_of_the_line_is_chosen_too() -> None:
     """One prompt in ten takes thirty times as long: fewer workers do where the others need not wait for it."""
-    traffic = some(2000, 17.0, 100, 2)
-    long = np.random.default_rng(2).random(2000) < 0.1
-    traffic = replace(traffic, num_input=np.where(long, 3000, traffic.num_input).astype(np.int32))
+    traffic = unequal(2000)
     fifo, ours, both = (
         make_plan(
             request(catalogue(computes=COMPUTES), traffic, Slo(ttft=0.8), patiences=patiences), lambda done, what: None
@@ -147,6 +152,26 @@ def test_the_order_of_the_line_is_chosen_too() -> None:
         prices = [each.option.usd_per_hour for each in of_one if each.option is not None]
         assert (None if of_all.option is None else of_all.option.usd_per_hour) == min(prices, default=None)
     assert ("patience of the gateway's line", "0 or 4") in both.assumptions
+    assert both.verdict == judge(both.outcomes, 0.9, "") != both.strict_verdict
+    assert both.strict_verdict == judge(both.outcomes, 0.99, "")
+
+
+def test_what_was_simulated_is_remembered_for_its_own_design_alone() -> None:
+    traffic = unequal(300)
+    computes, answers = workers(MODEL, catalogue(a=COMPUTES, b=ANSWERS), "bf16", ["a", "b"])
+    designs = [
+        Design.colocated(worker, chunk, p) for worker in (computes, answers) for chunk in (64, 2048) for p in (0.0, 4.0)
+    ]
+    designs += [Design.split(computes, answers, step, p) for step in (512, 2048) for p in (0.0, 4.0)]
+    slo = Slo(ttft=0.5, itl=0.03)
+    together = Sizing(traffic, slo)
+    for design in designs:
+        size = Size(1 if design.prefill else 0, 1)
+        assert together.attained(design, size) == Sizing(traffic, slo).attained(design, size), design
+    found = {p: Sizing(unequal(2000), Slo(ttft=0.5)).prefill_alone(computes, 512, p, 0.9) for p in (0.0, 4.0)}
+    assert found == {0.0: 2, 4.0: 1}
+    once = Sizing(unequal(2000), Slo(ttft=0.5))
+    assert {p: once.prefill_alone(computes, 512, p, 0.9) for p in (0.0, 4.0)} == found
 
 
 def test_hardware_of_two_kinds_is_split() -> None:
