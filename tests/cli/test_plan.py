@@ -29,19 +29,8 @@ QUICK = ("--devices", "h100", "--seeds", "1", "--no-sensitivity", "--slo", "ttft
 
 def test_terminal_json_and_page(trace: Path, tmp_path: Path) -> None:
     page, document = tmp_path / "out.html", tmp_path / "out.json"
-    done = kvferry_command(
-        "plan",
-        str(trace),
-        "--model",
-        "llama-3.1-8b",
-        *QUICK,
-        "--html",
-        str(page),
-        "--json",
-        str(document),
-        "--patience",
-        "1",
-    )
+    written = ("--html", str(page), "--json", str(document))
+    done = kvferry_command("plan", str(trace), "--model", "llama-3.1-8b", *QUICK, *written, "--patience", "1")
     assert done.returncode == 0, done.stderr
     report = json.loads(document.read_text())
     assert report["load"]["num_requests"] == 120

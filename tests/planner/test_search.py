@@ -241,7 +241,8 @@ def test_a_large_fleet_is_planned_as_several() -> None:
 def test_a_burst_is_not_thinned_by_what_is_around_it() -> None:
     """Ten times the rate for a moment, of which only so many requests are planned: several fleets, at the burst's rate."""
     quiet = some(20_000, 100.0, 300, 10)
-    burst = replace(some(3000, 1000.0, 300, 10), arrive_s=60.0 + some(3000, 1000.0, 300, 10).arrive_s)
+    burst = some(3000, 1000.0, 300, 10)
+    burst = replace(burst, arrive_s=60.0 + burst.arrive_s)
     order = np.argsort(np.concatenate([quiet.arrive_s, burst.arrive_s]))
     both = Traffic(*(np.concatenate([getattr(t, f) for t in (quiet, burst)])[order] for f in Traffic.__slots__))
     asked = request(catalogue(answers=ANSWERS), both, Slo(ttft=1.0), most_requests=2000)

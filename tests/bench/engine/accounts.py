@@ -18,7 +18,7 @@ SHARE = 0.01  # of a step that they may take
 
 
 class Accounts:
-    """All that an engine writes down of a step that decodes, and nothing else."""
+    """What an engine writes down of a step that decodes: its phase, its work, and how long such steps take."""
 
     def __init__(self, config: ModelConfig) -> None:
         self._book = PhaseBook(ModelShape.of(config, (1.0, 1.0), "bfloat16"), Ceilings(1e12, 4e10))
