@@ -80,7 +80,8 @@ class GatewayConfig(TlsOptions):
     )
     slo_itl_s: float = option(
         0.0,
-        help="let no more requests into a decode worker than leave its steps this short, in seconds; 0: as many as fit",
+        help="let no more requests into a decode worker than leave its steps this short, in seconds, and pass a first "
+        "token on when its answer goes on, not when the prompt is computed; 0: as many as fit, and at once",
         minimum=0.0,
     )
     stall_timeout_s: float = option(120.0, help="a worker silent for so long has failed", minimum=0.1)

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any
 
 import grpc
@@ -117,6 +118,7 @@ class Dispatcher:
         self._stall_weight = stall_weight
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
+        self._first_from_decode = objectives.itl_s < inf
         self._entrance = Entrance(objectives, route=self._route, take=self._take, num_lanes=self._num_lanes)
         self._pending = PendingBook(time.monotonic, self._entrance.look_soon)
         view.on_report = self._pending.reported
@@ -130,8 +132,9 @@ class Dispatcher:
         end, or when the sink wants no more; cancelling it stops the request's compute.  Raises kvferry.errors.Error."""
         self._budget.request(time.monotonic())
         machine = RequestMachine(
-            self._max_attempts, max_tokens=job.sampling.max_tokens, stop_ids=self._stop_ids(job.sampling)
-        )
+            self._max_attempts, max_tokens=job.sampling.max_tokens, stop_ids=self._stop_ids(job.sampling),
+            first_from_decode=self._first_from_decode,
+        )  # fmt: skip
         run = Run(job, trace, machine, sink, self._turn, self._pass_on)
         run.put_later(timeout_s, DeadlineError("the request took longer than the gateway allows"))
         try:

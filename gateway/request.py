@@ -139,16 +139,19 @@ Action = ChooseRoute | OpenDecode | OpenPrefill | CancelAttempt | Emit | Finish 
 
 class RequestMachine:
     def __init__(
-        self, max_attempts: int, *, max_tokens: int = 2**31 - 1, stop_ids: frozenset[int] = frozenset()
-    ) -> None:
+        self, max_attempts: int, *, max_tokens: int = 2**31 - 1, stop_ids: frozenset[int] = frozenset(),
+        first_from_decode: bool = False,
+    ) -> None:  # fmt: skip
         """``max_attempts``: before the first token.  An answer that has begun has more, ``MOST_ATTEMPTS`` in all, and
         whoever chooses its routes gives it up when it gets no further.  It ends with ``max_tokens`` tokens, or the first of
-        ``stop_ids``."""
+        ``stop_ids``.  ``first_from_decode``: a first token leaves when the decode worker goes on behind it, not when its
+        prompt is computed: later, and the second comes sooner after it."""
         self.state = State.ROUTING
         self.attempt = 1
         self._max_attempts = max_attempts
         self._max_tokens = max_tokens
         self._stop_ids = stop_ids
+        self._first_from_decode = first_from_decode
         self._num_sent_before = 0  # this attempt
         self._excluded: frozenset[WorkerKey] = frozenset()
         self._route: Routed | None = None
@@ -192,6 +195,8 @@ class RequestMachine:
     def _on_token(self, stream: Stream, token: common_pb2.Token) -> list[Action]:
         if stream is Stream.DECODE:
             self.state = State.DECODING
+        elif self._first_from_decode:
+            return []
         index = self._num_sent_before + token.index
         if index < len(self._emitted):
             if self._emitted[index] != token.id:

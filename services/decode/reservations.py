@@ -28,7 +28,7 @@ from services.decode.tickets import (
 )
 from services.engine.engine import StepTime
 from services.engine.scheduler import Scheduler
-from services.engine.sequence import Event, FinishReason, Sequence, StepFailed, TokenDrawn
+from services.engine.sequence import Event, FinishReason, Resumed, Sequence, StepFailed, TokenDrawn
 from services.runtime.channels import Channels
 from services.runtime.process import ProcessIdentity, has_ended
 from services.runtime.tasks import Tasks
@@ -82,7 +82,8 @@ News = TokenDrawn | Finished | Error
 @dataclass(slots=True, eq=False)
 class DecodeStream:
     """One request here.  ``tell`` hears its tokens, in order, and at last Finished or an Error, in the event loop; at most
-    max_tokens + 2 news in all."""
+    max_tokens + 2 news in all.  A token that came with delivered KV is told when the step that goes on behind it begins, so
+    that the next one is no later than others are."""
 
     request_id: str
     sequence: Sequence
@@ -99,6 +100,7 @@ class DecodeStream:
     decode_s: float = 0.0
     num_steps: int = 0
     _has_token: bool = False
+    _withheld: TokenDrawn | None = None
 
     def on_step(self, step: StepTime) -> None:
         self.started_s = self.started_s or step.started_s
@@ -111,6 +113,11 @@ class DecodeStream:
 
     def on_event(self, event: Event) -> None:
         match event:
+            case TokenDrawn(finish=None) if self.ticket is not None and not self._has_token:
+                self._has_token = True
+                self._withheld = event
+            case Resumed() if self._withheld is not None:
+                self.tell(self._withheld)
             case TokenDrawn(finish=finish):
                 self._has_token = True
                 self.tell(event)

@@ -70,7 +70,8 @@ class Listener(Protocol):
     """Called on any thread, with the engine's lock held; must neither block nor call back."""
 
     def on_started(self, events: list[Event]) -> None:
-        """Before the step that they start with: what their blocks hold already need not wait for it."""
+        """Before the step that they start with: what their blocks hold already need not wait for it.  Or as it begins: that
+        they go on."""
 
     def on_events(self, events: list[Event], step: StepTime) -> None: ...
 
@@ -165,6 +166,9 @@ class Engine:
             with self._lock:
                 self.phases.rest(time.monotonic())
             return False
+        if flight.plan.resumed:  # not when it was handed over: the step before it may have been under way for long
+            with self._lock:
+                self._listener.on_started(list(flight.plan.resumed))
         if flight.step is not None and self._runner.runs_ahead:
             flight.step.wait_nearly()
             self._ahead = self._launch()

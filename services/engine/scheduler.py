@@ -31,6 +31,7 @@ from services.engine.sequence import (
     ChunkComputed,
     Event,
     FinishReason,
+    Resumed,
     Sequence,
     SequenceId,
     Stage,
@@ -73,13 +74,14 @@ class Limits:
 class Plan:
     """What one step computes: ``counts[i]`` tokens of ``sequences[i]``, and the drafts behind them in ``entries[i]``;
     ``decodes[i]``: behind a token that was drawn.  ``started`` happened while planning: to be told whatever becomes of the
-    step."""
+    step; ``resumed`` happens when the step begins."""
 
     sequences: tuple[Sequence, ...]
     counts: tuple[int, ...]
     decodes: tuple[bool, ...]
     entries: tuple[Entry, ...]
     started: tuple[Started, ...]
+    resumed: tuple[Resumed, ...] = ()
 
     @property
     def num_decode_tokens(self) -> int:
@@ -108,6 +110,7 @@ class Scheduler:
         self._sequences: dict[SequenceId, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._loads: dict[int, Sequence] = {}  # by the copy from the host that it waits for
+        self._delivered: set[SequenceId] = set()  # and in no plan since
         self._arrived: deque[Sequence] = deque()  # that copy has ended, not told to have started yet
         self._ready: deque[Sequence] = deque()  # KV delivered, no place in the batch yet
         self._running: list[Sequence] = []  # by age
@@ -198,8 +201,10 @@ class Scheduler:
         if not sequence.is_loading:
             self._remember(sequence)
         event = self._append(sequence, first_token)
-        if sequence.stage is not Stage.ENDED and not sequence.is_loading:
-            self._ready.append(sequence)
+        if sequence.stage is not Stage.ENDED:
+            self._delivered.add(id_)
+            if not sequence.is_loading:
+                self._ready.append(sequence)
         return [event]
 
     def copied(self, copy: Copy, *, ok: bool) -> None:
@@ -282,6 +287,7 @@ class Scheduler:
             decodes=tuple(n == 1 and s.num_to_come > s.num_prompt for s, n in chosen),
             entries=tuple(self._entry(s, n, drafts.get(s.id, [])) for s, n in chosen),
             started=tuple(started),
+            resumed=self._resumed(chosen),
         )
         self._open_plan(plan)
         return plan
@@ -321,6 +327,7 @@ class Scheduler:
         ``pinned`` references on it, which no sequence has: pins' and pulls'."""
         self.pool.check_integrity()
         self.host.check_integrity()
+        assert self._delivered <= self._sequences.keys(), "one that has ended is still to go on"
         loads = self.host.loads()
         assert loads.keys() == self._loads.keys(), "the copies up are not those that sequences wait for"
         for id_, sequence in self._loads.items():
@@ -333,6 +340,13 @@ class Scheduler:
             for block in sequence.block_table:
                 held[block] = held.get(block, 0) + 1
         assert held == self.pool.references(), "references differ from the block tables and pins"
+
+    def _resumed(self, chosen: list[tuple[Sequence, int]]) -> tuple[Resumed, ...]:
+        if not self._delivered:
+            return ()
+        resumed = [sequence.id for sequence, _ in chosen if sequence.id in self._delivered]
+        self._delivered.difference_update(resumed)
+        return tuple(map(Resumed, resumed))
 
     def _open_plan(self, plan: Plan) -> None:
         num_samples = 0
@@ -610,6 +624,7 @@ class Scheduler:
         if sequence.num_output and not sequence.prefill_only:
             self._answer_lengths.ended(sequence.num_output)
         sequence.stage = Stage.ENDED
+        self._delivered.discard(sequence.id)
         self._leave_queues(sequence)
         self._forget_once_free(sequence)
 

@@ -93,6 +93,13 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """The first step behind a prompt that was delivered begins: its second token comes when that step ends."""
+
+    id: SequenceId
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkComputed:
     """KV of the first ``num_computed`` tokens of a prompt is in the pool once ``ready``, by now where that is None."""
 
@@ -119,4 +126,4 @@ class StepFailed:
     message: str
 
 
-Event = Started | ChunkComputed | TokenDrawn | StepFailed
+Event = Started | Resumed | ChunkComputed | TokenDrawn | StepFailed

@@ -17,9 +17,9 @@ import pytest
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
 from kvferry.errors import AbortedError, ConflictError, InvalidRequestError
-from services.decode.reservations import News, Reservations, Terms, Writer
+from services.decode.reservations import Finished, News, Reservations, Terms, Writer
 from services.decode.tickets import Ticket, WriterId, Written
-from services.engine.sequence import TokenDrawn
+from services.engine.sequence import FinishReason, TokenDrawn
 from services.runtime.channels import Channels
 from services.runtime.process import ProcessIdentity, this_process
 from services.worker.puller import Puller
@@ -73,12 +73,16 @@ async def reservations(worker: Worker, digester: HeldDigester, drawn: deque[floa
 
 @asynccontextmanager
 async def opened(
-    reservations: Reservations, writer: Writer = WRITER, prompt: list[int] = PROMPT, salt: bytes = b""
+    reservations: Reservations,
+    writer: Writer = WRITER,
+    prompt: list[int] = PROMPT,
+    salt: bytes = b"",
+    params: common_pb2.SamplingParams = SAMPLING,
 ) -> AsyncIterator[tuple[asyncio.Queue[News], Ticket]]:
     """Nothing of the prompt is cached, unless a salt was used before."""
     name = next(names)
     news = asyncio.Queue[News]()
-    stream = reservations.open(name, list(prompt), SAMPLING, salt or name.encode(), writer, news.put_nowait)
+    stream = reservations.open(name, list(prompt), params, salt or name.encode(), writer, news.put_nowait)
     try:
         assert stream.ticket is not None
         yield news, stream.ticket
@@ -105,6 +109,12 @@ def num_free(worker: Worker) -> int:
         return scheduler.pool.counts().free
 
 
+async def go_on(worker: Worker) -> None:
+    """The step behind what was committed."""
+    assert worker.engine.step()
+    await settle()
+
+
 async def test_no_token_comes_before_the_blocks_were_verified(
     reservations: Reservations, digester: HeldDigester, worker: Worker
 ) -> None:
@@ -116,8 +126,36 @@ async def test_no_token_comes_before_the_blocks_were_verified(
         assert news.empty()
         digester.found[0].set_result(HONEST)
         assert await task > 0
+        await go_on(worker)
         assert isinstance(news.get_nowait(), TokenDrawn)
         assert (worker.traffic.checks_ok, worker.traffic.blocks_received) == (1, 3)
+
+
+async def test_a_delivered_token_is_told_when_the_step_behind_it_begins(
+    reservations: Reservations, worker: Worker, drawn: deque[float]
+) -> None:
+    drawn[0] = 0.9
+    async with opened(reservations) as (news, ticket):
+        await commit(reservations, ticket)
+        await settle()
+        assert news.empty(), "nothing goes on behind it yet"
+        await go_on(worker)
+        first, second = (news.get_nowait() for _ in range(2))
+        assert isinstance(first, TokenDrawn)
+        assert isinstance(second, TokenDrawn)
+        assert (first.index, first.drawn.token_id, second.index) == (0, FIRST.id, 1)
+
+
+async def test_a_delivered_token_that_is_the_last_one_is_told_at_once(
+    reservations: Reservations, drawn: deque[float]
+) -> None:
+    drawn[0] = 0.9
+    params = common_pb2.SamplingParams(max_tokens=1, temperature=0, top_p=1, top_k=0, seed=0)
+    async with opened(reservations, params=params) as (news, ticket):
+        await commit(reservations, ticket)
+        first, end = news.get_nowait(), news.get_nowait()
+        assert isinstance(first, TokenDrawn)
+        assert end == Finished(FinishReason.LENGTH)
 
 
 async def test_what_is_not_in_the_sample_is_taken_at_its_word(
@@ -126,13 +164,14 @@ async def test_what_is_not_in_the_sample_is_taken_at_its_word(
     async with opened(reservations), opened(reservations) as (news, ticket):
         assert not ticket.verify
         assert await commit(reservations, ticket) == 0
+        await go_on(worker)
         assert isinstance(news.get_nowait(), TokenDrawn)
     assert digester.begun == []
     assert worker.traffic.checks_ok == 0
 
 
 async def test_what_is_cached_is_not_verified_again(
-    reservations: Reservations, digester: HeldDigester, drawn: deque[float]
+    reservations: Reservations, digester: HeldDigester, drawn: deque[float], worker: Worker
 ) -> None:
     whole_blocks = PROMPT[:8]
     drawn[0] = 0.9
@@ -142,6 +181,7 @@ async def test_what_is_cached_is_not_verified_again(
     async with opened(reservations, prompt=whole_blocks, salt=b"same") as (news, ticket):
         assert (ticket.blocks, ticket.verify) == ((), False)
         assert await commit(reservations, ticket) == 0
+        await go_on(worker)
         assert isinstance(news.get_nowait(), TokenDrawn)
     drawn.append(0.1)
     async with opened(reservations, prompt=PROMPT, salt=b"same") as (_, ticket):
@@ -179,6 +219,7 @@ async def test_damage_fails_the_request_counts_and_quarantines_the_pair(
                 pytest.fail("a ticket was given")
         assert quarantined.value.reason == "PAIR_QUARANTINED"
         assert await commit(reservations, its_ticket) == 0
+        await go_on(worker)
         assert isinstance(another.get_nowait(), TokenDrawn)
 
 
@@ -201,7 +242,7 @@ async def test_a_cancelled_request_keeps_its_blocks_until_the_check_has_ended(
 
 
 async def test_the_verdict_stands_when_the_writer_no_longer_waits_for_it(
-    reservations: Reservations, digester: HeldDigester
+    reservations: Reservations, digester: HeldDigester, worker: Worker
 ) -> None:
     async with opened(reservations) as (news, ticket):
         first = commit(reservations, ticket)
@@ -213,12 +254,12 @@ async def test_the_verdict_stands_when_the_writer_no_longer_waits_for_it(
         assert len(digester.begun) == 1
         digester.found[0].set_result(HONEST)
         assert await again > 0
-        assert isinstance(news.get_nowait(), TokenDrawn)
-        assert news.empty()
+        await go_on(worker)
+        assert [news.get_nowait().index for _ in range(news.qsize())] == [0, 1], "the first one once"  # type: ignore[union-attr]
 
 
 async def test_a_message_in_the_writers_name_does_not_disturb_a_check(
-    reservations: Reservations, digester: HeldDigester
+    reservations: Reservations, digester: HeldDigester, worker: Worker
 ) -> None:
     async with opened(reservations) as (news, ticket):
         task = commit(reservations, ticket)
@@ -227,6 +268,7 @@ async def test_a_message_in_the_writers_name_does_not_disturb_a_check(
             await commit(reservations, ticket, epoch=99)
         digester.found[0].set_result(HONEST)
         await task
+        await go_on(worker)
         assert isinstance(news.get_nowait(), TokenDrawn)
 
 
@@ -263,7 +305,7 @@ async def test_a_doubtful_commit_fails_the_request_and_its_blocks_wait_for_proof
 
 
 async def test_a_first_token_that_is_none_is_refused_and_changes_nothing(
-    reservations: Reservations, drawn: deque[float]
+    reservations: Reservations, drawn: deque[float], worker: Worker
 ) -> None:
     drawn[0] = 0.9
     async with opened(reservations) as (news, ticket):
@@ -274,6 +316,7 @@ async def test_a_first_token_that_is_none_is_refused_and_changes_nothing(
             )
         assert news.empty()
         await commit(reservations, ticket)
+        await go_on(worker)
         assert isinstance(news.get_nowait(), TokenDrawn)
 
 

@@ -273,6 +273,30 @@ def test_the_next_step_is_handed_over_before_the_one_under_way_has_ended() -> No
     assert (e.work.prefill_tokens, e.work.decode_tokens) == (2, 3)
 
 
+def test_who_was_delivered_goes_on_when_its_step_begins_not_when_it_is_handed_over() -> None:
+    recorder = Ahead()
+    e = engine(recorder)
+    stream(e, "a", 3)
+    with e.exclusive() as scheduler:
+        _, lent = scheduler.reserve(Sequence(SequenceId("b"), [1, 2], Sampling(), 3, frozenset(), [b"root"]))
+    start = recorder.start
+
+    def deliver_and_start(batch: Batch) -> AheadStep:  # while the first step is planned, so that the second has both
+        if recorder.num_started == 0:
+            with e.exclusive() as scheduler:
+                scheduler.deliver(SequenceId("b"), lent, Drawn(7))
+        return start(batch)
+
+    recorder.start = deliver_and_start  # type: ignore[method-assign]
+    while e.step():
+        pass
+    assert recorder.seen[:6] == [
+        *("Started a", "start 1 [1, 2]", "nearly 1", "start 2 [-1, 7]", "result 1", "ChunkComputed a"),
+    ]
+    assert recorder.seen[6:9] == ["TokenDrawn a", "Resumed b", "nearly 2"], "not before the step ahead had ended"
+    assert recorder.seen.count("Resumed b") == 1
+
+
 def test_a_step_that_cannot_be_handed_over_fails_when_its_turn_comes() -> None:
     recorder = Ahead()
     e = engine(recorder)

@@ -195,9 +195,12 @@ def test_delivered_kv_decodes_as_if_computed_here() -> None:
     events = decode.deliver(target.id, lent, Drawn(first[0]))
     assert [e.index for e in events if isinstance(e, TokenDrawn)] == [0]
     rest: list[int] = []
+    resumed: list[SequenceId] = []
     while plan := decode.plan():
+        resumed += [event.id for event in plan.resumed]
         rest += [e.drawn.token_id for e in decode.complete(plan, decode_model.run(plan)) if isinstance(e, TokenDrawn)]
     assert first + rest == expected(prompt, 10)
+    assert resumed == [target.id]
     assert prefill.pool.counts().active == 5, "the source is held until its transfer has ended"
     prefill.abort(source.id)
     prefill.check_integrity()

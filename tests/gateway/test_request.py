@@ -88,6 +88,29 @@ def test_the_decode_workers_first_token_may_overtake_the_prefill_workers() -> No
     assert m.on(PrefillDone(1, COMMITTED)) == [Finish(FINISHED)]
 
 
+def test_a_first_token_leaves_when_its_answer_goes_on_where_that_is_asked() -> None:
+    m = RequestMachine(3, first_from_decode=True)
+    m.start()
+    m.on(Routed(D, P))
+    m.on(TicketCame(1, TICKET))
+    assert m.on(prefilled()) == []
+    assert m.on(PrefillDone(1, COMMITTED)) == []
+    assert m.on(decoded(0)) == [Emit(token(0))]
+    assert m.on(decoded(1)) == [Emit(token(1))]
+    assert m.on(DecodeDone(1, FINISHED)) == [Finish(FINISHED)]
+
+
+def test_one_that_did_not_leave_is_drawn_again() -> None:
+    m = RequestMachine(3, first_from_decode=True)
+    m.start()
+    m.on(Routed(D, P))
+    m.on(TicketCame(1, TICKET))
+    m.on(prefilled())
+    assert m.on(failed(Stream.DECODE, LOST)) == [CancelAttempt(1), ChooseRoute(frozenset({D}), 0)]
+    m.on(Routed(D2, P))
+    assert m.on(decoded(0, attempt=2)) == [Emit(token(0))]
+
+
 def test_a_request_on_one_worker() -> None:
     m = RequestMachine(3)
     m.start()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gateway.admission import Objectives
 from gateway.dispatch import Dispatcher
 from gateway.job import Job
 from gateway.link import DecodeLinks
@@ -27,6 +28,7 @@ from tests.gateway.test_dispatch import LONG_S, REVISION, begin
 from tests.gateway.test_pull_source import PROMPT, joined
 
 DECODE = common_pb2.WORKER_ROLE_DECODE
+NOTHING_PROMISED = Objectives()
 
 
 @dataclass
@@ -52,7 +54,9 @@ class Prefill(worker_pb2_grpc.PrefillServiceServicer):
 
 
 @asynccontextmanager
-async def dispatching(prefill: Prefill, stall_timeout_s: float = LONG_S) -> AsyncIterator[tuple[Played, Dispatcher]]:
+async def dispatching(
+    prefill: Prefill, stall_timeout_s: float = LONG_S, objectives: Objectives = NOTHING_PROMISED
+) -> AsyncIterator[tuple[Played, Dispatcher]]:
     server = create_server()
     worker_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, server)
     prefill_address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
@@ -68,7 +72,7 @@ async def dispatching(prefill: Prefill, stall_timeout_s: float = LONG_S) -> Asyn
             played,
             Dispatcher(
                 view, channels, links, model_revision=REVISION, routing=Policy.LEAST_LOADED, min_ship_tokens=1,
-                max_attempts=2, stall_timeout_s=stall_timeout_s,
+                max_attempts=2, stall_timeout_s=stall_timeout_s, objectives=objectives,
             ),
         )  # fmt: skip
     await server.stop(None)
@@ -88,6 +92,30 @@ async def give_ticket(played: Played) -> worker_pb2.DecodeOpen:
     open_ = await opened(played)
     played.say(worker_pb2.DecodeEvent(handle=open_.handle, ticket=worker_pb2.Ticket(transfer_id="t")))
     return open_
+
+
+@pytest.mark.parametrize(
+    ("objectives", "waits"), [(NOTHING_PROMISED, False), (Objectives(ttft_s=9.0), False), (Objectives(itl_s=9.0), True)]
+)
+async def test_where_gaps_are_promised_a_first_token_waits_until_its_answer_goes_on(
+    objectives: Objectives, waits: bool
+) -> None:
+    prefill = Prefill(computes=True)
+    async with (
+        dispatching(prefill, objectives=objectives) as (played, dispatcher),
+        aclosing(ask(dispatcher, "r")) as it,
+    ):
+        first = begin(it)
+        open_ = await give_ticket(played)
+        await prefill.asked.get()
+        done, _ = await asyncio.wait([first], timeout=0.3 if waits else LONG_S)
+        assert bool(done) is not waits
+        drawn = worker_pb2.DecodeEvent(handle=open_.handle, token=common_pb2.Token(id=1))
+        played.say(drawn, token(open_.handle, 1))
+        tokens = await first
+        if len(tokens) < 2:
+            tokens = tokens + await anext(it)
+        assert [t.index for t in tokens] == [0, 1]
 
 
 async def test_a_writer_that_says_nothing_is_passed_over_and_not_the_worker_that_waits_for_it() -> None:

@@ -82,6 +82,18 @@ def test_whoever_computed_the_prompt_tells_the_first_token_before_the_others_mov
     assert served.token_at_s == [served.first_s, served.token_at_s[1], served.ended_s]
 
 
+def test_where_gaps_are_promised_a_first_token_is_told_when_its_answer_goes_on() -> None:
+    load = [Arrival("a", 1.0, tuple(range(300)), 3)]
+    (at_once,), (held,) = (
+        cluster(Policy.ROUND_ROBIN, (1, 1), objectives=objectives).run(load)
+        for objectives in (Objectives(), Objectives(itl_s=9.0))
+    )
+    handover_s = 2 * 0.001 + 16 * 300_000 / 1e9
+    assert held.first_s - at_once.first_s == pytest.approx(handover_s)
+    assert held.token_at_s[1:] == at_once.token_at_s[1:]
+    assert held.token_at_s[1] - held.first_s == pytest.approx(0.01 + 0.002 + 301e-6)
+
+
 def test_a_prompt_that_comes_again_goes_where_it_is_cached() -> None:
     load = [Arrival(f"{n}", 10.0 * n, tuple(range(1000)), 2) for n in range(8)]
     assert [s.num_cached for s in cluster(Policy.KV_AWARE, (0, 4)).run(load)] == [0, *[992] * 7]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from gateway.admission import Objectives
 from gateway.candidates import Candidate, Role, WorkerKey
@@ -19,7 +20,7 @@ from gateway.routing import Policy, Route, choose_route
 from services.engine.blocks import CacheChange, OutOfBlocksError
 from services.engine.hashing import extend_chain
 from services.engine.scheduler import QueueFullError
-from services.engine.sequence import Event, SequenceId, Started, TokenDrawn
+from services.engine.sequence import Event, Resumed, SequenceId, Started, TokenDrawn
 from services.planner.simulator.arrivals import Arrival, Served
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.events import EventQueue
@@ -85,6 +86,7 @@ class _Request:
     pending: list[tuple[WorkerKey, Pending]] = field(default_factory=list)  # its decode worker's first
     answer: list[int] = field(default_factory=list)
     num_drawn: int = 0  # by its decode worker, which tells the first token too where another drew it
+    delivered: TokenDrawn | None = None  # to its decode worker, which goes on behind it in a step to come
     started: bool = False
 
 
@@ -264,8 +266,12 @@ class Cluster:
                     request.started = True
                     request.served.num_cached = event.num_cached
                 case TokenDrawn() if worker is request.prefill:
-                    self._tell(request, event)
+                    if self._objectives is None or self._objectives.itl_s == inf:
+                        self._tell(request, event)
                     self._ship(request, event)
+                case Resumed():
+                    assert request.delivered is not None
+                    self._answer(request, request.delivered)
                 case TokenDrawn():
                     self._answer(request, event)
 
@@ -285,9 +291,13 @@ class Cluster:
         prefill.wrote()
         prefill.scheduler.abort(event.id)
         self._pending.remove(*request.pending.pop())
-        events = decode.scheduler.deliver(event.id, request.lent, event.drawn)
+        (delivered,) = decode.scheduler.deliver(event.id, request.lent, event.drawn)
+        assert isinstance(delivered, TokenDrawn)
         self._touch(prefill)
-        self._on_events(decode, events)
+        if delivered.finish is None:
+            request.delivered = delivered
+        else:
+            self._on_events(decode, [delivered])
         prefill.wake()
         decode.wake()
 

@@ -13,7 +13,7 @@ from services.engine.blocks import BlockPool, CacheChange
 from services.engine.hashing import chain_root
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Plan, Scheduler
-from services.engine.sequence import Event, Sequence, SequenceId, Started
+from services.engine.sequence import Event, Sequence, SequenceId
 from services.engine.step_times import StepTimes
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.events import EventQueue
@@ -104,9 +104,9 @@ class SimulatedWorker:
         self._busy = True
         elapsed_s = self._costs.scattered_s(self._costs.plan_s(plan), self._random)
         self._queue.after(elapsed_s, lambda: self._end(plan, elapsed_s))
-        started: list[Event] = [e for e in plan.started if isinstance(e, Started)]
-        if started:
-            self._on_events(self, started)
+        events: list[Event] = [*plan.started, *plan.resumed]
+        if events:
+            self._on_events(self, events)
 
     def load(self) -> Load:
         base_s, per_sequence_s = self._step_times.line()

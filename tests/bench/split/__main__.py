@@ -1,8 +1,8 @@
 """make bench-split: the same two cores as one prefill and one decode worker, and as two workers that do both.
 
 Streams of short prompts run while long prompts arrive, at rising rates.  Beside streams the colocated workers cut prompts
-into chunks; to the split fleet's decode worker prompts are sent as what its streams lose weighs.  Which size, and which
-weight, serves a fleet best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies
+into chunks; to the split fleet's decode worker prompts are sent as what its streams lose weighs.  Which size, which weight,
+and which bound of the gateway's serves a fleet best is tried first.  Workers have a core each; clients and gateway take what these leave.  Latencies
 count from when a request was due.  A request is good that keeps the objectives; the quiet value is the same fleet's, under
 the same streams without long prompts.
 """
@@ -14,6 +14,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
 
 from rich.console import Console
@@ -81,12 +82,16 @@ def found_in(records: Sequence[Record], objectives: Slo, seconds: float) -> Foun
 def main() -> None:
     options = parse()
     console, objectives = Console(), slo.parse(options.slo)
-    base, bound_s = Mix(options.streams, options.longs), options.slo_itl_s
+    base, bounds_s = Mix(options.streams, options.longs), options.slo_itl_s
     tried = {
         "split": [
-            Fleet(f"split-{w:g}", 1, 1, CHUNK, CHUNK // MIXED_SHARE, w, slo_itl_s=bound_s) for w in options.weights
+            Fleet(f"split-{w:g}-{1e3 * s:g}ms", 1, 1, CHUNK, CHUNK // MIXED_SHARE, w, slo_itl_s=s)
+            for w, s in product(options.weights, bounds_s)
         ],
-        "colocated": [Fleet(f"colocated-{size}", 0, 2, CHUNK, size, slo_itl_s=bound_s) for size in options.chunks],
+        "colocated": [
+            Fleet(f"colocated-{size}-{1e3 * s:g}ms", 0, 2, CHUNK, size, slo_itl_s=s)
+            for size, s in product(options.chunks, bounds_s)
+        ],
     }
     fleets = {
         name: tuned(console, base.scaled(options.tune_at), each, objectives, options) for name, each in tried.items()
@@ -108,8 +113,7 @@ def main() -> None:
     console.print(table(rows))
     write_json(rows, OUT)
     PAGE.write_text(page(found, options.factors))
-    chunk, weight = fleets["colocated"].mixed_tokens, fleets["split"].stall_weight
-    chosen = f"colocated: chunks of {chunk}; split: a stall weight of {weight:g}"
+    chosen = f"taken: {fleets['colocated'].name} and {fleets['split'].name}"
     say(console, f"{chosen}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     say(console, f"wrote {OUT.relative_to(ROOT)} and {PAGE.relative_to(ROOT)}")
 
@@ -196,8 +200,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tune-at", type=float, default=1.0, help="the rate at which they are tried")
     parser.add_argument(
-        "--slo-itl-s", type=float, default=0.0,
-        help="of the gateways: how long a decode step may get by letting more in, in seconds; 0: as it comes",
+        "--slo-itl-s", type=float, nargs="+", default=[0.0],
+        help="of the gateways, to try: how long a decode step may get by letting more in, in seconds; 0: as it comes",
     )  # fmt: skip
     parser.add_argument("--slo", default="ttft=5s,itl=100ms", help="what a good request keeps (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=30.0, help="of each load that count")
