@@ -67,8 +67,11 @@ def plan(
     ] = None,
     devices: Annotated[
         str | None,
-        typer.Option(help="Devices of it to plan with: h100,l40s; all by default.", show_default=False,
-                     rich_help_panel=_FLEET),
+        typer.Option(
+            help="Devices and instances of it to plan with: h100,p5.48xlarge; all that are no instances by default.",
+            show_default=False,
+            rich_help_panel=_FLEET,
+        ),
     ] = None,
     dtype: Annotated[
         str | None,
@@ -289,6 +292,7 @@ def _row(outcome: Mapping[str, Any]) -> tuple[str, ...]:
     if option["prefill"] is not None:
         workers = f"{option['num_prefill']} x {option['prefill']} : {decode}"
         busy = f"{option['prefill_busy']['mean']:.0%} : {busy}"
+    workers += "".join(f"; {count} {name}" for name, count in option["instances"].items())
     first, second, itl = option["first_token"], option["second_token"], option["itl"]
     return (
         outcome["kind"], workers, f"{option['patience']:g}", f"{option['usd_per_hour']:.2f}",

@@ -50,7 +50,7 @@ def request_of(args: argparse.Namespace) -> Request:
     """Reads what the arguments name.  Raises InvalidRequestError."""
     model = find_model(args.model)
     catalogue = read_catalogue(args.hardware)
-    devices = [name.strip() for name in args.devices.split(",")] if args.devices else list(catalogue.devices)
+    devices = [name.strip() for name in args.devices.split(",")] if args.devices else catalogue.one_by_one
     if unknown := [name for name in devices if name not in catalogue.devices]:
         raise InvalidRequestError(
             f"{args.hardware} has no device {unknown[0]!r}; there are {', '.join(catalogue.devices)}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import ceil
 
 from services.planner.fleet import Fleet, Gateway, Link, Pool
-from services.planner.hardware import Catalogue, Worker, make_worker
+from services.planner.hardware import Catalogue, Device, Worker, make_worker
 from services.planner.models import ModelShape
 
 TPS = (1, 2, 4, 8)
@@ -82,13 +83,38 @@ def fleet(design: Design, size: Size) -> Fleet:
 
 
 def usd_per_hour(design: Design, size: Size) -> float:
-    writers = size.num_prefill * design.prefill.usd_per_hour if design.prefill else 0.0
-    return writers + size.num_decode * design.decode.usd_per_hour
+    """Of whole instances, where devices are rented so: workers of both roles share them."""
+    return sum(device.usd_per_hour * _paid(device, count) for device, count in _devices(design, size))
+
+
+def instances(design: Design, size: Size) -> dict[str, int]:
+    """How many of each."""
+    return {
+        device.instance: _paid(device, count) // device.rented
+        for device, count in _devices(design, size)
+        if device.rented
+    }  # fmt: skip
+
+
+def _devices(design: Design, size: Size) -> list[tuple[Device, int]]:
+    """How many of each."""
+    decode, writers = design.decode, design.prefill
+    count = size.num_decode * decode.tp
+    if writers is None:
+        return [(decode.device, count)]
+    written = size.num_prefill * writers.tp
+    if writers.device.name == decode.device.name:
+        return [(decode.device, count + written)]
+    return [(writers.device, written), (decode.device, count)]
+
+
+def _paid(device: Device, count: int) -> int:
+    """With whole instances; ranks that divide them, by powers of two, leave no gap within one."""
+    return device.rented * ceil(count / device.rented) if device.rented else count
 
 
 def num_devices(design: Design, size: Size) -> int:
-    writers = size.num_prefill * design.prefill.tp if design.prefill else 0
-    return writers + size.num_decode * design.decode.tp
+    return sum(count for _, count in _devices(design, size))
 
 
 def workers(model: ModelShape, catalogue: Catalogue, dtype: str, names: Iterable[str]) -> list[Worker]:

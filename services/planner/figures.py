@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvferry.bench.slo import Slo
-from services.planner.designs import num_devices
+from services.planner.designs import instances, num_devices
 from services.planner.fleet import Run
 from services.planner.hardware import Worker
 from services.planner.report import Option, Percentiles, Roofline, Window, interval
@@ -38,6 +38,7 @@ def option(
         num_prefill=size.num_prefill * num_cells, num_decode=size.num_decode * num_cells,
         step_tokens=design.step_tokens, mixed_tokens=design.mixed_tokens, patience=design.patience,
         num_devices=devices * num_cells,
+        instances={name: count * num_cells for name, count in instances(design, size).items()},
         usd_per_hour=found.usd_per_hour * num_cells,
         usd_per_mtok=interval([
             usd / 3600 * run.traffic.duration_s / run.traffic.num_tokens * 1e6

@@ -51,7 +51,8 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """``link_*``: of one device, one direction, between nodes; ``node_link_*`` between the devices of a node, 0: none."""
+    """``link_*``: of one device, one direction, between nodes; ``node_link_*`` between the devices of a node, 0: none.
+    ``usd_per_hour``: of one.  ``rented``: so many at a time, a whole ``instance``; 0: as many as one likes."""
 
     name: str
     peak_tflops: Mapping[str, float]
@@ -62,13 +63,22 @@ class Device:
     usd_per_hour: float
     assumptions: Assumptions
     measured: Measured | None = None
+    rented: int = 0
+    instance: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Catalogue:
+    """``devices``: by what they are called in it, instances too, as the devices that one has."""
+
     dated: str
     assumptions: Assumptions
     devices: Mapping[str, Device]
+
+    @property
+    def one_by_one(self) -> list[str]:
+        """Those that are no instances."""
+        return [name for name, device in self.devices.items() if not device.rented]
 
     def with_slower_links(self, factor: float) -> Catalogue:
         """Those between nodes."""
@@ -118,6 +128,8 @@ def make_worker(model: ModelShape, device: Device, tp: int, dtype: str, kv_dtype
     peak_tflops = device.peak_tflops.get(dtype)
     if peak_tflops is None or model.num_heads % tp or (tp > 1 and not device.node_link_gbytes_per_s):
         return None
+    if device.rented % tp:
+        return None
     kv_nbytes = model.kv_token_nbytes(kv_dtype)
     copies = max(1.0, tp / model.num_kv_shards) if model.num_kv_shards else 1.0
     room = tp * device.memory_gbytes * 1e9 * a.memory_share - model.weights_nbytes(dtype)
@@ -164,7 +176,7 @@ def read_catalogue(path: Path) -> Catalogue:
         raise InvalidRequestError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:  # tomllib passes on what int() and deep nesting raise
         raise InvalidRequestError(f"{path} is no TOML: {error}") from error
-    known = {"dated", "assumptions", "devices"}
+    known = {"dated", "assumptions", "devices", "instances"}
     if unknown := sorted(set(read) - known):
         raise InvalidRequestError(f"{path}: {unknown[0]!r} means nothing; there are {', '.join(sorted(known))}")
     names = [field.name for field in fields(Assumptions)]
@@ -175,11 +187,12 @@ def read_catalogue(path: Path) -> Catalogue:
     devices = read.get("devices")
     if not isinstance(devices, dict) or not devices:
         raise InvalidRequestError(f"{path} has no [devices.NAME]")
-    return Catalogue(
-        str(read.get("dated", "undated")),
-        assumptions,
-        {n: _device(path, n, d, assumptions) for n, d in devices.items()},
-    )
+    made = {n: _device(path, n, d, assumptions) for n, d in devices.items()}
+    instances = read.get("instances", {})
+    if not isinstance(instances, dict):
+        raise InvalidRequestError(f"{path}: instances is no table; write [instances.NAME]")
+    made |= {n: _instance(path, n, i, made) for n, i in instances.items()}
+    return Catalogue(str(read.get("dated", "undated")), assumptions, made)
 
 
 _DEVICE = ("bandwidth_gbytes_per_s", "memory_gbytes", "node_link_gbytes_per_s", "link_gbytes_per_s", "usd_per_hour")
@@ -207,6 +220,30 @@ def _device(path: Path, name: str, given: Any, assumptions: Assumptions) -> Devi
         changed["max_running"] = int(changed["max_running"])
     bandwidth, memory, node_link, link, usd = (values[key] for key in _DEVICE)
     return Device(name, peaks, bandwidth, memory, node_link, link, usd, replace(assumptions, **changed))
+
+
+_INSTANCE = ("count", "usd_per_hour")
+
+
+def _instance(path: Path, name: str, given: Any, devices: Mapping[str, Device]) -> Device:
+    """One of its devices."""
+    where = f"instances.{name}"
+    if name in devices:
+        raise InvalidRequestError(f"{path}: [{where}] has the name of a device")
+    values = _numbers(path, where, given, (*_INSTANCE, "link_gbytes_per_s"), besides=("device",))
+    _require(path, where, values, _INSTANCE)
+    device = devices.get(str(given.get("device")))
+    if device is None:
+        raise InvalidRequestError(
+            f"{path}: [{where}] says device = {given.get('device')!r}; there are {', '.join(devices)}"
+        )
+    count = values["count"]
+    if count != int(count):
+        raise InvalidRequestError(f"{path}: [{where}] says count = {count:g}; it must be a whole number")
+    return replace(
+        device, name=f"{device.name}@{name}", instance=name, rented=int(count), usd_per_hour=values["usd_per_hour"] / count,
+        link_gbytes_per_s=values.get("link_gbytes_per_s", device.link_gbytes_per_s),
+    )  # fmt: skip
 
 
 def _measured(path: Path, kv_tokens: int) -> Measured:

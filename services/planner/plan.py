@@ -12,7 +12,7 @@ from kvferry.bench.slo import Slo
 from kvferry.errors import InvalidRequestError
 from services.planner import figures
 from services.planner.designs import Kind, Size, usd_per_hour, workers
-from services.planner.hardware import Assumptions, Catalogue, Worker
+from services.planner.hardware import Assumptions, Catalogue, Device, Worker
 from services.planner.models import ModelShape
 from services.planner.report import Load, Option, Outcome, Report, Sensitivity
 from services.planner.search import Found, cheapest, size_again
@@ -247,6 +247,10 @@ def _assumptions(request: Request) -> Iterator[tuple[str, str]]:
             (
                 f"{'no' if peak is None else f'{peak:g} TFLOPS'} {request.dtype}, {device.bandwidth_gbytes_per_s:g} GB/s, "
                 f"{device.memory_gbytes:g} GB, link {device.link_gbytes_per_s:g} GB/s, in the node "
-                f"{device.node_link_gbytes_per_s:g} GB/s, ${device.usd_per_hour:g}/h{own}"
+                f"{device.node_link_gbytes_per_s:g} GB/s, ${device.usd_per_hour:g}/h{_rented(device)}{own}"
             ),
         )
+
+
+def _rented(device: Device) -> str:
+    return f", {device.rented} at a time" if device.rented else ""

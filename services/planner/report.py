@@ -39,13 +39,14 @@ class Option:
     """The cheapest fleet of a kind with which ``share`` of the requests keep the objectives under each seed.
 
     ``prefill`` and ``decode`` name a worker: ranks and device; ``prefill`` is None of a colocated fleet.
-    ``step_tokens``: of prompts in a step, ``mixed_tokens``: while others decode there.  ``patience``: of the gateway's
-    line; 0 is the order of arrival.  ``usd_per_mtok``: for a million tokens, prompts and answers together, of a fleet as
-    large as each seed by itself needs it; the other figures are those of the fleet that does for all.  ``first_token``
-    counts from the arrival, and so does ``second_token``, which holds the handover.  ``itl`` is of all gaps between
-    tokens, ``tpot`` of each request's mean.  Busy: share of the time in which workers compute.  Goodput: requests that
-    keep the objectives, each second, each second and device, and for each dollar.  ``ttft_curve`` and ``tpot_curve``:
-    seconds at each percent of requests, 0 to 100."""
+    ``step_tokens``: of prompts in a step, ``mixed_tokens``: while others decode there.  ``patience``: of the
+    gateway's line; 0 is the order of arrival.  ``instances``: whole ones that are rented, of each name;
+    dollars are theirs, and ``num_devices`` those that workers use.  ``usd_per_mtok``: for a million tokens,
+    prompts and answers together, of a fleet as large as each seed by itself needs it; the other figures are those
+    of the fleet that does for all.  ``first_token`` counts from the arrival, and so does ``second_token``, which
+    holds the handover.  ``itl`` is of all gaps between tokens, ``tpot`` of each request's mean.  Busy: share of the
+    time in which workers compute.  Goodput: requests that keep the objectives, each second, each second and device,
+    and for each dollar.  ``ttft_curve`` and ``tpot_curve``: seconds at each percent of requests, 0 to 100."""
 
     kind: str
     share: float
@@ -57,6 +58,7 @@ class Option:
     mixed_tokens: int
     patience: float
     num_devices: int
+    instances: dict[str, int]
     usd_per_hour: float
     usd_per_mtok: Interval
     attained: Interval

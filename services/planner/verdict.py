@@ -132,9 +132,11 @@ def _percent(saves: Interval) -> str:
 
 
 def _fleet(option: Option) -> str:
+    instances = " and ".join(f"{count} {name}" for name, count in option.instances.items())
+    rented = f" in {instances}" if instances else ""
     if option.prefill is None:
-        return f"{option.num_decode} colocated workers of {option.decode}"
-    return f"{option.num_prefill} prefill of {option.prefill} and {option.num_decode} decode of {option.decode}"
+        return f"{option.num_decode} colocated workers of {option.decode}{rented}"
+    return f"{option.num_prefill} prefill of {option.prefill} and {option.num_decode} decode of {option.decode}{rented}"
 
 
 def _hardware(option: Option) -> str:

@@ -80,6 +80,22 @@ def test_measured_costs_stand_for_a_roofline(tmp_path: Path) -> None:
     assert (worker.kv_tokens, worker.kv_token_nbytes, worker.link_bytes_per_s) == (5000, 10, 1e9)
 
 
+def test_an_instance_is_its_devices_rented_together() -> None:
+    device, instance = CATALOGUE.devices["h100"], CATALOGUE.devices["p5.48xlarge"]
+    assert instance == replace(device, name="h100@p5.48xlarge", usd_per_hour=6.88, rented=8, instance="p5.48xlarge")
+    slower = CATALOGUE.devices["p4de.24xlarge"]
+    assert slower.link_gbytes_per_s == 6.25 < CATALOGUE.devices["a100-80g"].link_gbytes_per_s
+    assert {"h100", "xeon-48c"} <= set(CATALOGUE.one_by_one)
+    assert not any("xlarge" in name for name in CATALOGUE.one_by_one)
+
+
+def test_ranks_of_a_worker_are_in_one_instance() -> None:
+    alone = CATALOGUE.devices["p5.4xlarge"]
+    assert [make_worker(LLAMA, alone, tp, "bf16") is not None for tp in (1, 2, 8)] == [True, False, False]
+    six = replace(CATALOGUE.devices["p5.48xlarge"], rented=6)
+    assert [make_worker(LLAMA, six, tp, "bf16") is not None for tp in (1, 2, 4)] == [True, True, False]
+
+
 @pytest.mark.parametrize(
     ("was", "becomes", "named"),
     [
@@ -94,6 +110,14 @@ def test_measured_costs_stand_for_a_roofline(tmp_path: Path) -> None:
         ("[assumptions]", "[assumptions", "no TOML"),
         ("mfu = 0.5 ", f"mfu = {'5' * 5000} ", "no TOML"),
         ("mfu = 0.5 ", f"mfu = {'[' * 5000} ", "no TOML"),
+        ('device = "a100-80g"', 'device = "a100"', r"instances\.p4de\.24xlarge\] says device = 'a100'; there are h100"),
+        ('device = "a100-80g"\n', "", "says device = None"),
+        ('device = "a100-80g"', 'gpu = "a100-80g"', "has 'gpu'"),
+        ("count = 8\n", "", r"\[instances\.p4de\.24xlarge\] lacks count"),
+        ("count = 8\n", "count = 0\n", "count = 0"),
+        ("count = 8\n", "count = 2.5\n", "count = 2.5; it must be a whole number"),
+        ('[instances."p4de.24xlarge"]', "[instances.h100]", r"\[instances\.h100\] has the name of a device"),
+        ('[instances."p4de.24xlarge"]', "[[instances]]", "instances is no table|no TOML"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, was: str, becomes: str, named: str) -> None:

@@ -22,10 +22,12 @@ from services.planner.designs import (
     Design,
     Kind,
     Size,
+    instances,
+    num_devices,
     usd_per_hour,
     workers,
 )
-from services.planner.hardware import DEFAULT_CATALOGUE, Catalogue, Device, Measured, read_catalogue
+from services.planner.hardware import DEFAULT_CATALOGUE, Catalogue, Device, Measured, make_worker, read_catalogue
 from services.planner.models import find_model
 from services.planner.page import render
 from services.planner.plan import Request, make_plan
@@ -172,6 +174,46 @@ def test_what_was_simulated_is_remembered_for_its_own_design_alone() -> None:
     assert found == {0.0: 2, 4.0: 1}
     once = Sizing(unequal(2000), Slo(ttft=0.5))
     assert {p: once.prefill_alone(computes, 512, p, 0.9) for p in (0.0, 4.0)} == found
+
+
+def test_instances_are_paid_whole_and_shared_by_both_roles() -> None:
+    model, devices = find_model("llama-3.1-8b"), DEFAULT.devices
+    whole, other, single = (
+        worker
+        for name in ("p5.48xlarge", "p5en.48xlarge", "h100")
+        if (worker := make_worker(model, devices[name], 2, "bf16")) is not None
+    )
+    for design, size, usd, rented in (
+        (Design.colocated(whole, 256, 0.0), Size(0, 4), 55.04, {"p5.48xlarge": 1}),
+        (Design.colocated(whole, 256, 0.0), Size(0, 5), 110.08, {"p5.48xlarge": 2}),
+        (Design.split(whole, whole, 512, 0.0), Size(1, 3), 55.04, {"p5.48xlarge": 1}),
+        (Design.split(whole, other, 512, 0.0), Size(1, 3), 118.336, {"p5.48xlarge": 1, "p5en.48xlarge": 1}),
+        (Design.split(whole, single, 512, 0.0), Size(1, 3), 55.04 + 6 * 2.99, {"p5.48xlarge": 1}),
+        (Design.split(single, single, 512, 0.0), Size(1, 3), 8 * 2.99, {}),
+    ):
+        assert usd_per_hour(design, size) == pytest.approx(usd)
+        assert instances(design, size) == rented
+        assert num_devices(design, size) == 2 * (size.num_prefill + size.num_decode)
+
+
+def test_a_plan_in_whole_instances_says_so() -> None:
+    traffic, llama = some(300, 60.0, 2000, 100), find_model("llama-3.1-8b")
+    loose, whole = (
+        make_plan(
+            request(DEFAULT, traffic, Slo(ttft=2.0, itl=0.05), devices=[name], model=llama), lambda done, what: None
+        )
+        for name in ("h100", "p5.48xlarge")
+    )
+    one_by_one, option = loose.outcomes[0].option, whole.outcomes[0].option
+    assert one_by_one is not None
+    assert option is not None
+    assert option.num_devices >= one_by_one.num_devices, "what is paid for anyway may serve"
+    assert option.attained.mean >= one_by_one.attained.mean
+    assert option.usd_per_hour == pytest.approx(55.04 * -(-option.num_devices // 8))
+    assert option.instances == {"p5.48xlarge": -(-option.num_devices // 8)}
+    assert " in 1 p5.48xlarge" in whole.verdict.reason
+    assert option.decode.endswith("h100@p5.48xlarge")
+    assert one_by_one.instances == {}
 
 
 def test_hardware_of_two_kinds_is_split() -> None:
