@@ -6,7 +6,7 @@
 
 /* Who prepares the next step may have to wait for a processor, of which whoever computes has turns of 3 ms (see
  * kvf_take_short_turns). */
-#define LEAD_NS 4000000
+#define LEAD_NS 2000000
 
 static operand inputs_of(const kvf_step *step, int format, long num_columns)
 {
