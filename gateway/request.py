@@ -144,8 +144,8 @@ class RequestMachine:
     ) -> None:  # fmt: skip
         """``max_attempts``: before the first token.  An answer that has begun has more, ``MOST_ATTEMPTS`` in all, and
         whoever chooses its routes gives it up when it gets no further.  It ends with ``max_tokens`` tokens, or the first of
-        ``stop_ids``.  ``first_from_decode``: a first token leaves when the decode worker goes on behind it, not when its
-        prompt is computed: later, and the second comes sooner after it."""
+        ``stop_ids``.  ``first_from_decode``: a first token, unless it is the only one, leaves when the decode worker goes
+        on behind it, not when its prompt is computed: later, and the second comes sooner after it."""
         self.state = State.ROUTING
         self.attempt = 1
         self._max_attempts = max_attempts
@@ -193,11 +193,11 @@ class RequestMachine:
                 return self._on_failure(stream, error)
 
     def _on_token(self, stream: Stream, token: common_pb2.Token) -> list[Action]:
+        index = self._num_sent_before + token.index
         if stream is Stream.DECODE:
             self.state = State.DECODING
-        elif self._first_from_decode:
+        elif self._first_from_decode and self._ends(token.id, index + 1) is None:
             return []
-        index = self._num_sent_before + token.index
         if index < len(self._emitted):
             if self._emitted[index] != token.id:
                 return self._fail(
@@ -261,11 +261,13 @@ class RequestMachine:
         return [CancelAttempt(self.attempt - 1), ChooseRoute(self._excluded, self._num_sent_before)]
 
     def _end_of_answer(self) -> common_pb2.FinishReason.ValueType | None:
-        if not self._emitted:
-            return None
-        if self._emitted[-1] in self._stop_ids:
+        return self._ends(self._emitted[-1], len(self._emitted)) if self._emitted else None
+
+    def _ends(self, token_id: int, num_tokens: int) -> common_pb2.FinishReason.ValueType | None:
+        """The answer of so many tokens, of which this is the last."""
+        if token_id in self._stop_ids:
             return common_pb2.FINISH_REASON_STOP
-        return common_pb2.FINISH_REASON_LENGTH if len(self._emitted) >= self._max_tokens else None
+        return common_pb2.FINISH_REASON_LENGTH if num_tokens >= self._max_tokens else None
 
     def _culprit(self, stream: Stream, error: Error) -> WorkerKey:
         assert self._route is not None
@@ -273,7 +275,7 @@ class RequestMachine:
         # A decode worker says ABORTED of what its writer did.  A writer's OWNER_LOST may mean the way between the two
         # alone: whether the decode worker is lost, its own stream tells.
         by_writer = isinstance(error, AbortedError) or stream is Stream.PREFILL
-        # From its ticket to the commit it has nothing to say: then the silence is the writer's.
+        # From its ticket to the step behind the commit it has nothing to say: until the commit the silence is the writer's.
         by_writer |= error.reason == "STALLED" and self._has_ticket and self._committed is None
         return prefill if by_writer and prefill is not None else self._route.decode
 

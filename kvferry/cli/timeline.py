@@ -16,7 +16,7 @@ def show(timeline: Timeline, usage: Usage) -> None:
 
 def rows(timeline: Timeline, usage: Usage) -> list[tuple[str, str, str]]:
     """What the gateway and the workers measured.  Stages overlap: blocks travel while the next chunk is computed, and
-    the first token does not wait for them."""
+    the first token does not wait for them unless the gateway promises gaps."""
     prefill, transfer, decode = timeline.prefill, timeline.transfer, timeline.decode
     made = [
         ("tokenize", duration(timeline.tokenize_s), f"{usage.num_prompt_tokens} prompt tokens"),

@@ -70,8 +70,8 @@ class Listener(Protocol):
     """Called on any thread, with the engine's lock held; must neither block nor call back."""
 
     def on_started(self, events: list[Event]) -> None:
-        """Before the step that they start with: what their blocks hold already need not wait for it.  Or as it begins: that
-        they go on."""
+        """``Started`` before the step that they start with: what their blocks hold already need not wait for it.
+        ``Resumed`` as it begins."""
 
     def on_events(self, events: list[Event], step: StepTime) -> None: ...
 

@@ -344,7 +344,8 @@ class Scheduler:
     def _resumed(self, chosen: list[tuple[Sequence, int]]) -> tuple[Resumed, ...]:
         if not self._delivered:
             return ()
-        resumed = [sequence.id for sequence, _ in chosen if sequence.id in self._delivered]
+        # Not who has to compute its prompt again, in several steps, before it goes on.
+        resumed = [s.id for s, count in chosen if s.id in self._delivered and count == s.num_to_compute]
         self._delivered.difference_update(resumed)
         return tuple(map(Resumed, resumed))
 

@@ -87,8 +87,13 @@ def usd_per_hour(design: Design, size: Size) -> float:
     return sum(device.usd_per_hour * _paid(device, count) for device, count in _devices(design, size))
 
 
+def paid_for(design: Design, count: int) -> int:
+    """Colocated workers that the instances of ``count`` have room for."""
+    return _paid(design.decode.device, count * design.decode.tp) // design.decode.tp
+
+
 def instances(design: Design, size: Size) -> dict[str, int]:
-    """How many of each."""
+    """Whole ones, by name."""
     return {
         device.instance: _paid(device, count) // device.rented
         for device, count in _devices(design, size)
@@ -97,7 +102,7 @@ def instances(design: Design, size: Size) -> dict[str, int]:
 
 
 def _devices(design: Design, size: Size) -> list[tuple[Device, int]]:
-    """How many of each."""
+    """Those that workers use, each once, and how many."""
     decode, writers = design.decode, design.prefill
     count = size.num_decode * decode.tp
     if writers is None:

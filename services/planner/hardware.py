@@ -226,7 +226,7 @@ _INSTANCE = ("count", "usd_per_hour")
 
 
 def _instance(path: Path, name: str, given: Any, devices: Mapping[str, Device]) -> Device:
-    """One of its devices."""
+    """The device that it has ``count`` of, at its share of the price."""
     where = f"instances.{name}"
     if name in devices:
         raise InvalidRequestError(f"{path}: [{where}] has the name of a device")
@@ -236,6 +236,10 @@ def _instance(path: Path, name: str, given: Any, devices: Mapping[str, Device]) 
     if device is None:
         raise InvalidRequestError(
             f"{path}: [{where}] says device = {given.get('device')!r}; there are {', '.join(devices)}"
+        )
+    if device.measured is not None and "link_gbytes_per_s" in values:
+        raise InvalidRequestError(
+            f"{path}: [{where}] has link_gbytes_per_s; the costs of {device.name} hold what was measured"
         )
     count = values["count"]
     if count != int(count):

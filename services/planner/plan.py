@@ -234,7 +234,7 @@ def _assumptions(request: Request) -> Iterator[tuple[str, str]]:
     for name in request.devices:
         device = catalogue.devices[name]
         if device.measured is not None:
-            yield name, f"measured step times; ${device.usd_per_hour:g}/h"
+            yield name, f"measured step times; ${device.usd_per_hour:g}/h{_rented(device)}"
             continue
         peak = device.peak_tflops.get(request.dtype)
         own = "".join(

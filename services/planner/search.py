@@ -12,6 +12,7 @@ from services.planner.designs import (
     Kind,
     Size,
     colocated_designs,
+    paid_for,
     usd_per_hour,
 )
 from services.planner.hardware import Worker
@@ -23,6 +24,8 @@ _MUCH = 8
 # Of one kind that are looked at once there is a fleet, from the one on that would be the cheapest if neither role hindered
 # the other.
 _MOST_PAIRS = 40
+# Of sums of prices that are equal.
+_CENT = 1e-6
 # Share of the requests that a growth must win.
 _HELPS = 1e-4
 
@@ -54,7 +57,7 @@ def size_again(sizing: Sizing, found: Found, share: float) -> Found | None:
     design = found.design
     if design.prefill is None:
         count = sizing.colocated(design, share, MOST_WORKERS)
-        return None if count is None else _found(design, Size(0, count))
+        return None if count is None else _found(design, Size(0, paid_for(design, count)))
     prefill = sizing.prefill_alone(design.prefill, design.step_tokens, design.patience, share)
     decode = sizing.decode_alone(design.decode, share)
     if prefill is None or decode is None:
@@ -83,7 +86,7 @@ def _colocated(
         count = sizing.colocated(design, share, most)
         if count is None:
             continue
-        found = _found(design, Size(0, count))
+        found = _found(design, Size(0, paid_for(design, count)))
         if best is None or _rank(sizing, found) < _rank(sizing, best):
             best = found
     return best
@@ -160,9 +163,11 @@ def _grown(sizing: Sizing, design: Design, size: Size, share: float, below_usd: 
 
 
 def _trimmed(sizing: Sizing, found: Found, share: float) -> Found:
-    """Without workers that it can do without: the dearer role first."""
+    """Without workers that it can do without: the dearer role first.  Of whole instances it keeps what is paid for
+    anyway."""
     design, size = found.design, found.size
     assert design.prefill is not None
+    kept = found
     by_price = sorted(((design.prefill.usd_per_hour, 1, 0), (design.decode.usd_per_hour, 0, 1)), reverse=True)
     for _, fewer_prefill, fewer_decode in by_price:
         while True:
@@ -170,4 +175,6 @@ def _trimmed(sizing: Sizing, found: Found, share: float) -> Found:
             if min(smaller.num_prefill, smaller.num_decode) < 1 or sizing.attained(design, smaller).all < share:
                 break
             size = smaller
-    return _found(design, size)
+            if (now := _found(design, size)).usd_per_hour < kept.usd_per_hour - _CENT:
+                kept = now
+    return kept

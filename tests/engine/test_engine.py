@@ -297,6 +297,17 @@ def test_who_was_delivered_goes_on_when_its_step_begins_not_when_it_is_handed_ov
     assert recorder.seen.count("Resumed b") == 1
 
 
+def test_a_delivered_token_is_told_though_the_step_behind_it_fails() -> None:
+    recorder = Ahead()
+    e = engine(recorder)
+    with e.exclusive() as scheduler:
+        _, lent = scheduler.reserve(Sequence(SequenceId("b"), [1, 2], Sampling(), 3, frozenset(), [b"root"]))
+        scheduler.deliver(SequenceId("b"), lent, Drawn(7))
+    recorder.breaks = True
+    assert e.step()
+    assert recorder.seen == ["Resumed b", "StepFailed b"]
+
+
 def test_a_step_that_cannot_be_handed_over_fails_when_its_turn_comes() -> None:
     recorder = Ahead()
     e = engine(recorder)

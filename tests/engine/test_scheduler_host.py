@@ -323,9 +323,13 @@ def test_a_reservation_takes_what_the_host_has_and_lends_the_rest(fails: bool, a
         assert s.plan() is None
         copies.settle()
     tokens = [first]
+    resumed: list[SequenceId] = []
     while plan := s.plan():
         assert plan.started == (), "it was told of by its ticket"
-        tokens += drawn(s, model, plan).get(q.id, [])
+        resumed += [event.id for event in plan.resumed]
+        new = drawn(s, model, plan).get(q.id, [])
+        assert bool(resumed) == bool(new or tokens[1:]), "told with the step that its second token comes from"
+        tokens += new
         copies.settle()
         s.check_integrity()
     assert tokens == expected(prompt, 4)

@@ -50,13 +50,15 @@ EARLY = UnavailableError("ended its stream early")
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """``decoders``: decode workers; there is one prefill worker.  ``faults``: streams that fail, at most."""
+    """``decoders``: decode workers; there is one prefill worker.  ``faults``: streams that fail, at most.
+    ``first_from_decode``: as the machine has it."""
 
     num_tokens: int = 3
     decoders: int = 2
     faults: int = 2
     max_attempts: int = 3
     machine: type[RequestMachine] = RequestMachine
+    first_from_decode: bool = False
 
 
 class Attempt(NamedTuple):
@@ -115,7 +117,9 @@ class Explorer:
 
     def explore(self) -> int:
         """The number of states.  Raises Counterexample."""
-        machine = self.setup.machine(self.setup.max_attempts, max_tokens=self.setup.num_tokens)
+        machine = self.setup.machine(
+            self.setup.max_attempts, max_tokens=self.setup.num_tokens, first_from_decode=self.setup.first_from_decode
+        )
         actions = machine.start()
         world = World(self.machines.add(Core(machine)), 0, None, (), self.setup.faults, False)
         return search(

@@ -100,6 +100,27 @@ def test_a_first_token_leaves_when_its_answer_goes_on_where_that_is_asked() -> N
     assert m.on(DecodeDone(1, FINISHED)) == [Finish(FINISHED)]
 
 
+@pytest.mark.parametrize(("max_tokens", "stop_ids"), [(1, frozenset()), (9, frozenset({100}))])
+def test_a_first_token_that_is_the_only_one_leaves_at_once(max_tokens: int, stop_ids: frozenset[int]) -> None:
+    m = RequestMachine(3, max_tokens=max_tokens, stop_ids=stop_ids, first_from_decode=True)
+    m.start()
+    m.on(Routed(D, P))
+    m.on(TicketCame(1, TICKET))
+    assert m.on(prefilled()) == [Emit(token(0))]
+    assert isinstance(m.on(failed(Stream.DECODE, LOST))[-1], Finish), "only the news of its end was lost"
+
+
+def test_who_is_silent_behind_the_commit_is_the_decode_worker() -> None:
+    m = RequestMachine(3, first_from_decode=True)
+    m.start()
+    m.on(Routed(D, P))
+    m.on(TicketCame(1, TICKET))
+    m.on(prefilled())
+    m.on(PrefillDone(1, COMMITTED))
+    silence = UnavailableError("said nothing", reason="STALLED")
+    assert m.on(failed(Stream.DECODE, silence))[1] == ChooseRoute(frozenset({D}), 0)
+
+
 def test_one_that_did_not_leave_is_drawn_again() -> None:
     m = RequestMachine(3, first_from_decode=True)
     m.start()

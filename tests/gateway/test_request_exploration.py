@@ -19,6 +19,7 @@ from tests.gateway.exploration import Explorer, Setup
     ("setup", "at_least"),
     [
         pytest.param(Setup(), 60_000, id="two failures"),
+        pytest.param(Setup(decoders=1, num_tokens=2, first_from_decode=True), 1_000, id="first tokens that wait"),
         pytest.param(
             Setup(decoders=1, faults=3, num_tokens=2, max_attempts=4), 25_000, id="one worker, three failures"
         ),

@@ -89,6 +89,18 @@ def test_an_instance_is_its_devices_rented_together() -> None:
     assert not any("xlarge" in name for name in CATALOGUE.one_by_one)
 
 
+def test_an_instance_of_measured_devices_has_the_link_that_was_measured(tmp_path: Path) -> None:
+    costs = CostModel(0.01, 0.0005, 5e-8, 0.001, 1e-6, 0.001, 1e9)
+    (tmp_path / "cpu.json").write_text(json.dumps({"costs": asdict(costs), "block_nbytes": 160}))
+    text = DEFAULT_CATALOGUE.read_text() + '\n[devices.mine]\ncosts = "cpu.json"\nkv_tokens = 5000\nusd_per_hour = 1\n'
+    text += '[instances.two]\ndevice = "mine"\ncount = 2\nusd_per_hour = 3\n'
+    (tmp_path / "mine.toml").write_text(text)
+    assert read_catalogue(tmp_path / "mine.toml").devices["two"].usd_per_hour == 1.5
+    (tmp_path / "mine.toml").write_text(text + "link_gbytes_per_s = 1\n")
+    with pytest.raises(InvalidRequestError, match=r"instances\.two\] has link_gbytes_per_s"):
+        read_catalogue(tmp_path / "mine.toml")
+
+
 def test_ranks_of_a_worker_are_in_one_instance() -> None:
     alone = CATALOGUE.devices["p5.4xlarge"]
     assert [make_worker(LLAMA, alone, tp, "bf16") is not None for tp in (1, 2, 8)] == [True, False, False]

@@ -212,8 +212,33 @@ def test_a_plan_in_whole_instances_says_so() -> None:
     assert option.usd_per_hour == pytest.approx(55.04 * -(-option.num_devices // 8))
     assert option.instances == {"p5.48xlarge": -(-option.num_devices // 8)}
     assert " in 1 p5.48xlarge" in whole.verdict.reason
+    assert option.num_decode == 8 // (option.num_devices // option.num_decode), "all that is paid for"
     assert option.decode.endswith("h100@p5.48xlarge")
     assert one_by_one.instances == {}
+
+
+def test_instances_of_several_fleets_are_added_up() -> None:
+    traffic, slo = some(3000, 3000.0, 2000, 20), Slo(ttft=2.0, itl=0.05)
+    report = make_plan(
+        request(DEFAULT, traffic, slo, devices=["p5.48xlarge"], model=find_model("llama-3.1-8b")),
+        lambda done, what: None,
+    )
+    assert report.load.num_cells > 1
+    options = [outcome.option for outcome in report.outcomes if outcome.option is not None]
+    assert [option.kind for option in options] == 2 * ["colocated", "split, equal hardware"]
+    for option in options:
+        assert option.usd_per_hour == pytest.approx(55.04 * option.instances["p5.48xlarge"])
+
+
+def test_a_split_fleet_keeps_what_its_instances_are_paid_for() -> None:
+    """Two would do where four are as dear; five are dearer."""
+    model = find_model("llama-3.1-8b")
+    worker = make_worker(model, DEFAULT.devices["p5.48xlarge"], 2, "bf16")
+    assert worker is not None
+    sizing = Sizing(some(20, 0.5, 100, 5), Slo(ttft=5.0, itl=1.0))
+    found = _grown(sizing, Design.split(worker, worker, 512, 0.0), Size(3, 2), 0.9, float("inf"))
+    assert found is not None
+    assert (found.size.num_prefill + found.size.num_decode, found.usd_per_hour) == (4, pytest.approx(55.04))
 
 
 def test_hardware_of_two_kinds_is_split() -> None:

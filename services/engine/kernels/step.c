@@ -4,8 +4,9 @@
  */
 #include "attention.h"
 
-/* Who prepares the next step may have to wait for a processor, of which whoever computes has turns of 3 ms (see
- * kvf_take_short_turns). */
+/* Who prepares the next step may have to wait for a processor: for less than a millisecond where whoever computes has short
+ * turns (kvf_take_short_turns).  More would be all of a step of few sequences, and who arrives in one be in none before the
+ * one after the next. */
 #define LEAD_NS 2000000
 
 static operand inputs_of(const kvf_step *step, int format, long num_columns)

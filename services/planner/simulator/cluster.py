@@ -266,7 +266,7 @@ class Cluster:
                     request.started = True
                     request.served.num_cached = event.num_cached
                 case TokenDrawn() if worker is request.prefill:
-                    if self._objectives is None or self._objectives.itl_s == inf:
+                    if self._objectives is None or self._objectives.itl_s == inf or request.arrival.num_output == 1:
                         self._tell(request, event)
                     self._ship(request, event)
                 case Resumed():

@@ -120,7 +120,8 @@ def main() -> None:
                 say(console, f"{where}: quiet {told(loads.quiet[-1])}; with long prompts {told(loads.mixed[-1])}")
     rows = rows_of(found, options.factors)
     console.print(figures(found, options.factors))
-    console.print(by_bound(found, options.factors, objectives))
+    if objectives.itl is not None:
+        console.print(by_bound(found, options.factors, objectives))
     console.print(table(rows))
     write_json(rows, OUT)
     PAGE.write_text(page(found, options.factors, objectives))
@@ -199,19 +200,18 @@ def page(found: dict[str, list[Loads]], factors: Sequence[float], objectives: Sl
         ]
 
     bounds_ms = [1e3 * bound for bound, _ in bounded(objectives)]
+    by_bound_at = {
+        f"rate x{factor:g}": [
+            Line(name, list(zip(bounds_ms, medians_by_bound(each[number]), strict=True)))
+            for name, each in found.items()
+        ]
+        for number, factor in enumerate(factors if bounds_ms else ())
+    }
     plots = (
         plot(lines("itl_p99_s", 1e3), "rate, times the base", "p99 ITL of streams, ms"),
         plot(lines("ttft_p99_s"), "rate, times the base", "p99 TTFT, s"),
         plot(lines("goodput"), "rate, times the base", "good requests/s"),
-        plot(
-            [
-                Line(f"{name}, x{factor:g}", list(zip(bounds_ms, medians_by_bound(loads), strict=True)))
-                for name, each in found.items()
-                for factor, loads in zip(factors, each, strict=True)
-            ],
-            "bound on gaps, ms",
-            "good requests/s",
-        ),
+        *(plot(drawn, "bound on gaps, ms", f"good requests/s, {at}") for at, drawn in by_bound_at.items()),
     )
     style = "body{font:14px system-ui;max-width:520px;margin:auto}svg{width:100%}.grid{stroke:#ddd}text{font-size:10px}"
     return f"<!doctype html><meta charset=utf-8><title>split or not</title><style>{style}</style>{''.join(plots)}\n"

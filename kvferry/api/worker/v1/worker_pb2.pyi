@@ -309,7 +309,7 @@ Global___DecodeRequest: typing_extensions.TypeAlias = DecodeRequest
 class DecodeOpen(google.protobuf.message.Message):
     """Reserves blocks for a prompt and asks for its answer. With a writer named: first a Ticket, then tokens, once the writer
     has committed. Without: this worker computes the prompt. Tokens begin at index 0 either way (the writer's commit brings
-    the first one), and one DecodeFinished or one Failure ends the request.
+    the first one, which is told as the step behind it begins), and one DecodeFinished or one Failure ends the request.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
