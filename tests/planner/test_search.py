@@ -31,7 +31,7 @@ from services.planner.hardware import DEFAULT_CATALOGUE, Catalogue, Device, Meas
 from services.planner.models import find_model
 from services.planner.page import render
 from services.planner.plan import Request, make_plan
-from services.planner.search import _grown, cheapest
+from services.planner.search import Found, _grown, cheapest, size_again
 from services.planner.simulator.cost_model import CostModel
 from services.planner.sizing import Attained, Sizing, fewest, is_good
 from services.planner.traffic import Traffic
@@ -239,6 +239,8 @@ def test_a_split_fleet_keeps_what_its_instances_are_paid_for() -> None:
     found = _grown(sizing, Design.split(worker, worker, 512, 0.0), Size(3, 2), 0.9, float("inf"))
     assert found is not None
     assert (found.size.num_prefill + found.size.num_decode, found.usd_per_hour) == (4, pytest.approx(55.04))
+    one = Design.colocated(worker, 512, 0.0)
+    assert size_again(sizing, Found(one, Size(0, 1), 0.0), 0.9) == Found(one, Size(0, 4), pytest.approx(55.04))
 
 
 def test_hardware_of_two_kinds_is_split() -> None:

@@ -92,6 +92,9 @@ def test_where_gaps_are_promised_a_first_token_is_told_when_its_answer_goes_on()
     assert held.first_s - at_once.first_s == pytest.approx(handover_s)
     assert held.token_at_s[1:] == at_once.token_at_s[1:]
     assert held.token_at_s[1] - held.first_s == pytest.approx(0.01 + 0.002 + 301e-6)
+    only_one = [Arrival("a", 1.0, tuple(range(300)), 1)]
+    (alone,) = cluster(Policy.ROUND_ROBIN, (1, 1), objectives=Objectives(itl_s=9.0)).run(only_one)
+    assert alone.ttft_s == pytest.approx(at_once.ttft_s), "no gap follows it"
 
 
 def test_a_prompt_that_comes_again_goes_where_it_is_cached() -> None:
