@@ -27,6 +27,11 @@ class Objectives:
     itl_s: float = inf
     patience: float = PATIENCE
 
+    @property
+    def promises_gaps(self) -> bool:
+        """Then a first token waits until its answer goes on."""
+        return self.itl_s < inf
+
     def has_room(self, route: Route) -> bool:
         """False: it shall wait.  Where nothing was measured yet, nobody waits for a guess; and a decode worker that has
         nothing to do takes what comes."""

@@ -9,7 +9,6 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from math import inf
 from typing import Any
 
 import grpc
@@ -118,7 +117,7 @@ class Dispatcher:
         self._stall_weight = stall_weight
         self._max_attempts = max_attempts
         self._stall_timeout_s = stall_timeout_s
-        self._first_from_decode = objectives.itl_s < inf
+        self._first_from_decode = objectives.promises_gaps
         self._entrance = Entrance(objectives, route=self._route, take=self._take, num_lanes=self._num_lanes)
         self._pending = PendingBook(time.monotonic, self._entrance.look_soon)
         view.on_report = self._pending.reported

@@ -108,7 +108,7 @@ def _devices(design: Design, size: Size) -> list[tuple[Device, int]]:
     if writers is None:
         return [(decode.device, count)]
     written = size.num_prefill * writers.tp
-    if writers.device.name == decode.device.name:
+    if design.kind is Kind.SPLIT_EQUAL:
         return [(decode.device, count + written)]
     return [(writers.device, written), (decode.device, count)]
 

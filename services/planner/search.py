@@ -24,8 +24,6 @@ _MUCH = 8
 # Of one kind that are looked at once there is a fleet, from the one on that would be the cheapest if neither role hindered
 # the other.
 _MOST_PAIRS = 40
-# Of sums of prices that are equal.
-_CENT = 1e-6
 # Share of the requests that a growth must win.
 _HELPS = 1e-4
 
@@ -175,6 +173,6 @@ def _trimmed(sizing: Sizing, found: Found, share: float) -> Found:
             if min(smaller.num_prefill, smaller.num_decode) < 1 or sizing.attained(design, smaller).all < share:
                 break
             size = smaller
-            if (now := _found(design, size)).usd_per_hour < kept.usd_per_hour - _CENT:
+            if (now := _found(design, size)).usd_per_hour < kept.usd_per_hour:
                 kept = now
     return kept

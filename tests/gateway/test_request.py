@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -54,8 +56,8 @@ def prefilled(attempt: int = 1, id_: int | None = None) -> TokenCame:
     return TokenCame(attempt, Stream.PREFILL, token(0, id_))
 
 
-def split(max_attempts: int = 3) -> RequestMachine:
-    machine = RequestMachine(max_attempts)
+def split(max_attempts: int = 3, **options: Any) -> RequestMachine:
+    machine = RequestMachine(max_attempts, **options)
     assert machine.start() == [ChooseRoute(frozenset())]
     assert machine.on(Routed(D, P)) == [OpenDecode(1)]
     assert machine.on(TicketCame(1, TICKET)) == [OpenPrefill(1, TICKET)]
@@ -89,10 +91,7 @@ def test_the_decode_workers_first_token_may_overtake_the_prefill_workers() -> No
 
 
 def test_a_first_token_leaves_when_its_answer_goes_on_where_that_is_asked() -> None:
-    m = RequestMachine(3, first_from_decode=True)
-    m.start()
-    m.on(Routed(D, P))
-    m.on(TicketCame(1, TICKET))
+    m = split(first_from_decode=True)
     assert m.on(prefilled()) == []
     assert m.on(PrefillDone(1, COMMITTED)) == []
     assert m.on(decoded(0)) == [Emit(token(0))]
@@ -102,19 +101,13 @@ def test_a_first_token_leaves_when_its_answer_goes_on_where_that_is_asked() -> N
 
 @pytest.mark.parametrize(("max_tokens", "stop_ids"), [(1, frozenset()), (9, frozenset({100}))])
 def test_a_first_token_that_is_the_only_one_leaves_at_once(max_tokens: int, stop_ids: frozenset[int]) -> None:
-    m = RequestMachine(3, max_tokens=max_tokens, stop_ids=stop_ids, first_from_decode=True)
-    m.start()
-    m.on(Routed(D, P))
-    m.on(TicketCame(1, TICKET))
+    m = split(max_tokens=max_tokens, stop_ids=stop_ids, first_from_decode=True)
     assert m.on(prefilled()) == [Emit(token(0))]
     assert isinstance(m.on(failed(Stream.DECODE, LOST))[-1], Finish), "only the news of its end was lost"
 
 
 def test_who_is_silent_behind_the_commit_is_the_decode_worker() -> None:
-    m = RequestMachine(3, first_from_decode=True)
-    m.start()
-    m.on(Routed(D, P))
-    m.on(TicketCame(1, TICKET))
+    m = split(first_from_decode=True)
     m.on(prefilled())
     m.on(PrefillDone(1, COMMITTED))
     silence = UnavailableError("said nothing", reason="STALLED")
@@ -122,10 +115,7 @@ def test_who_is_silent_behind_the_commit_is_the_decode_worker() -> None:
 
 
 def test_one_that_did_not_leave_is_drawn_again() -> None:
-    m = RequestMachine(3, first_from_decode=True)
-    m.start()
-    m.on(Routed(D, P))
-    m.on(TicketCame(1, TICKET))
+    m = split(first_from_decode=True)
     m.on(prefilled())
     assert m.on(failed(Stream.DECODE, LOST)) == [CancelAttempt(1), ChooseRoute(frozenset({D}), 0)]
     m.on(Routed(D2, P))

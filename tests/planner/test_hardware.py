@@ -20,6 +20,14 @@ CATALOGUE = read_catalogue(DEFAULT_CATALOGUE)
 LLAMA = find_model("llama-3.1-8b")
 
 
+def with_a_measured_device(path: Path) -> str:
+    """The default catalogue and one called mine, whose costs are in ``path``."""
+    costs = CostModel(0.01, 0.0005, 5e-8, 0.001, 1e-6, 0.001, 1e9)
+    (path / "cpu.json").write_text(json.dumps({"costs": asdict(costs), "block_nbytes": 160}))
+    mine = '\n[devices.mine]\ncosts = "cpu.json"\nkv_tokens = 5000\nusd_per_hour = 1\n'
+    return DEFAULT_CATALOGUE.read_text() + mine
+
+
 @pytest.mark.parametrize("device", ["h100", "l4", "xeon-48c"])
 def test_a_step_takes_the_roofline_of_what_the_engine_counts(device: str) -> None:
     """At peaks that are reached, without overhead; a chunk's head and the embedding's rows are left out here."""
@@ -70,9 +78,7 @@ def test_what_does_not_run_is_no_worker(device: str, tp: int, model: str, dtype:
 
 
 def test_measured_costs_stand_for_a_roofline(tmp_path: Path) -> None:
-    costs = CostModel(0.01, 0.0005, 5e-8, 0.001, 1e-6, 0.001, 1e9)
-    (tmp_path / "cpu.json").write_text(json.dumps({"costs": asdict(costs), "block_nbytes": 160}))
-    text = DEFAULT_CATALOGUE.read_text() + '\n[devices.mine]\ncosts = "cpu.json"\nkv_tokens = 5000\nusd_per_hour = 1\n'
+    text = with_a_measured_device(tmp_path)
     (tmp_path / "mine.toml").write_text(text)
     worker = make_worker(LLAMA, read_catalogue(tmp_path / "mine.toml").devices["mine"], 1, "bf16")
     assert worker is not None
@@ -90,9 +96,7 @@ def test_an_instance_is_its_devices_rented_together() -> None:
 
 
 def test_an_instance_of_measured_devices_has_the_link_that_was_measured(tmp_path: Path) -> None:
-    costs = CostModel(0.01, 0.0005, 5e-8, 0.001, 1e-6, 0.001, 1e9)
-    (tmp_path / "cpu.json").write_text(json.dumps({"costs": asdict(costs), "block_nbytes": 160}))
-    text = DEFAULT_CATALOGUE.read_text() + '\n[devices.mine]\ncosts = "cpu.json"\nkv_tokens = 5000\nusd_per_hour = 1\n'
+    text = with_a_measured_device(tmp_path)
     text += '[instances.two]\ndevice = "mine"\ncount = 2\nusd_per_hour = 3\n'
     (tmp_path / "mine.toml").write_text(text)
     assert read_catalogue(tmp_path / "mine.toml").devices["two"].usd_per_hour == 1.5

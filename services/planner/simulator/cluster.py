@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
 
 from gateway.admission import Objectives
 from gateway.candidates import Candidate, Role, WorkerKey
@@ -266,7 +265,8 @@ class Cluster:
                     request.started = True
                     request.served.num_cached = event.num_cached
                 case TokenDrawn() if worker is request.prefill:
-                    if self._objectives is None or self._objectives.itl_s == inf or request.arrival.num_output == 1:
+                    waits = self._objectives is not None and self._objectives.promises_gaps
+                    if not waits or request.arrival.num_output == 1:
                         self._tell(request, event)
                     self._ship(request, event)
                 case Resumed():
