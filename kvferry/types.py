@@ -289,10 +289,10 @@ class TransportPath:
 class StepSums:
     """Of the steps that a worker computed since it started: what ``kvferry calibrate --live`` fits costs to.  A step that
     took t seconds, where e were expected by the steps before, has shares x: 1, its prompt tokens, pairs of a prompt token
-    and one that it attends to, sequences that decode, tokens of their context.  ``ratios`` sums x t / e², ``products`` the
-    upper triangle of the outer product of x/e with itself, row by row, ``squares`` (t/e)².  ``scatter``, of steps that
-    decode and nothing else: how many, their seconds, and the sums of ln(t/e) and of its square; empty of workers of
-    before."""
+    and one that it attends to, sequences that decode, tokens of their context; it counts w times, once and for each of
+    these sequences.  ``ratios`` sums w x t / e², ``products`` the upper triangle of w times the outer product of x/e with
+    itself, row by row, ``squares`` w (t/e)².  ``scatter``, of steps that decode and nothing else: how many, their seconds,
+    and the sums of ln(t/e) and of its square; empty of workers of before."""
 
     seconds: float
     shares: tuple[float, ...]

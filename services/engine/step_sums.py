@@ -20,9 +20,11 @@ MOST_DELAY = 10.0
 
 class StepSums:
     """Since start, so that the difference of two looks is what happened between them.  With x the shares of a step that
-    took t where e was expected: ``seconds`` sums t, ``shares`` x, ``ratios`` x t / e², ``products`` the upper triangle, row
-    by row, of the outer product of x/e with itself, and ``squares`` (t/e)².  So a step counts by what such steps take: by
-    what it took itself, those that were not delayed would count most, and a fit would be too low.  ``scatter``, of steps
+    took t where e was expected: ``seconds`` sums t, ``shares`` x, ``ratios`` w x t / e², ``products`` the upper triangle,
+    row by row, of w times the outer product of x/e with itself, and ``squares`` w (t/e)².  So a step counts by what such
+    steps take: by what it took itself, those that were not delayed would count most, and a fit would be too low.  And it
+    counts w times, once and for each sequence that decodes in it: where steps of many take longer than a line through
+    those of few has it, many have long gaps.  ``scatter``, of steps
     that decode and nothing else: how many, the seconds that they took themselves, and the sums of ln(t/e), of these, and of
     its square."""
 
@@ -40,16 +42,16 @@ class StepSums:
         """``elapsed_s`` and ``expected_s`` are positive; None: nobody knows yet what to expect."""
         shares = shares_of(prefill, decode)
         expected_s = elapsed_s if expected_s is None else max(expected_s, elapsed_s / MOST_DELAY)
-        late = elapsed_s / expected_s
+        late, weight = elapsed_s / expected_s, shares[0] + shares[3]
         self.seconds += elapsed_s
-        self.squares += late * late
+        self.squares += weight * late * late
         ratios = [share / expected_s for share in shares]
         at = 0
         for i, ratio in enumerate(ratios):
             self.shares[i] += shares[i]
-            self.ratios[i] += ratio * late
+            self.ratios[i] += weight * ratio * late
             for other in ratios[i:]:
-                self.products[at] += ratio * other
+                self.products[at] += weight * ratio * other
                 at += 1
 
     def observe_decode(self, elapsed_s: float, expected_s: float) -> None:

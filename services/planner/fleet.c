@@ -31,7 +31,7 @@ typedef struct {
     double kv_token_nbytes, out_bytes_per_s, in_bytes_per_s, round_trip_s;
     double itl_bound_s, request_weight;
     double token_s[2];  // what a queued prompt token takes, on a prefill and on a decode worker
-    double max_queue_s, stall_weight, patience;
+    double max_queue_s, stall_weight, patience, dispatch_s;
     int64_t decode_computes;
 } Fleet;
 
@@ -227,13 +227,22 @@ static void rank(Run *run, Worker *w) {
     }
 }
 
+static void start_step(Run *run, Worker *w);
+
+static void has_come(Run *run, Worker *w, int32_t request) {
+    append(run, &w->waiting, &w->waiting_last, request);
+    start_step(run, w);
+}
+
 // Room on a decode worker is set aside when a request is sent there, on a prefill worker when its prompt is begun.  A prompt
 // counts as ahead of others' as a whole, until its end is known.
 static void send(Run *run, Worker *reader, Worker *computer, int32_t request) {
     run->reader[request] = (int32_t)(reader - run->workers);
     reader->kv_used += kept_tokens(run, reader, request);
     reader->num_requests++;
-    append(run, &computer->waiting, &computer->waiting_last, request);
+    double dispatch_s = run->fleet->dispatch_s;
+    if (dispatch_s > 0) push(run, &run->events, run->now_s + dispatch_s, (int32_t)(computer - run->workers), request);
+    else has_come(run, computer, request);
     computer->queued_tokens += uncached(run, request);
     rank(run, reader);
     if (computer == reader) return;
@@ -355,7 +364,6 @@ static void serve_line(Run *run) {
         if (!fits(run, reader, request)) return;
         pop(&run->line);
         send(run, reader, computer, request);
-        start_step(run, computer);
     }
 }
 
@@ -496,6 +504,8 @@ __attribute__((visibility("default"))) int kvp_run(const Fleet *fleet, int64_t n
         Worker *w = &run.workers[event.worker];
         if (event.request == NOBODY) {
             end_step(&run, w);
+        } else if (run.done[event.request] < run.num_input[event.request]) {
+            has_come(&run, w, event.request);
         } else {  // written and committed
             Worker *reader = &run.workers[run.reader[event.request]];
             leave(&run, w, event.request);

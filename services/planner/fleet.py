@@ -62,12 +62,13 @@ class Gateway:
     """``max_queue_s``: so much prompt work may wait on a worker before the rest does in the line.  ``decode_computes``:
     whether decode workers beside prefill workers may compute a prompt themselves; ``stall_weight``: what a second counts
     that their streams lose to it.  ``patience``: in the line a request lets others go first until it has waited so many
-    times what its own prompt takes."""
+    times what its own prompt takes.  ``dispatch_s``: until a worker has what was sent to it, and its caller hears of it."""
 
     max_queue_s: float = Objectives().max_queue_s
     decode_computes: bool = True
     stall_weight: float = STALL_WEIGHT
     patience: float = PATIENCE
+    dispatch_s: float = 0.0
 
 
 # Others' gateways: who comes is sent at once where there is KV, in the order of arrival, and beside prefill workers decode
@@ -149,7 +150,7 @@ class _Fleet(Structure):
         ("prefill", _Pool), ("decode", _Pool), ("kv_token_nbytes", c_double), ("out_bytes_per_s", c_double),
         ("in_bytes_per_s", c_double), ("round_trip_s", c_double), ("itl_bound_s", c_double),
         ("request_weight", c_double), ("token_s", c_double * 2), ("max_queue_s", c_double),
-        ("stall_weight", c_double), ("patience", c_double), ("decode_computes", c_int64),
+        ("stall_weight", c_double), ("patience", c_double), ("dispatch_s", c_double), ("decode_computes", c_int64),
     ]  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def simulate(fleet: Fleet, traffic: Traffic, itl_bound_s: float = float("inf")) 
         _pool(prefill) if prefill else _Pool(), _pool(fleet.decode), link.kv_token_nbytes, link.out_bytes_per_s,
         link.in_bytes_per_s, link.round_trip_s, itl_bound_s, _request_weight(fleet, traffic, token_s[1]),
         (c_double * 2)(*token_s), fleet.gateway.max_queue_s, fleet.gateway.stall_weight,
-        fleet.gateway.patience, fleet.gateway.decode_computes,
+        fleet.gateway.patience, fleet.gateway.dispatch_s, fleet.gateway.decode_computes,
     )  # fmt: skip
     given: list[NDArray[np.float64] | NDArray[np.int32]] = [
         np.ascontiguousarray(traffic.arrive_s, np.float64),

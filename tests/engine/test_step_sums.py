@@ -30,12 +30,12 @@ def test_the_sums_are_those_of_the_steps(steps: list[tuple[list[Piece], list[Pie
     shares = np.array([shares_of(prefill, decode) for prefill, decode, *_ in steps])
     times = np.array([elapsed_s for *_, elapsed_s, _ in steps])
     expected = times * [1 if early is None else early for *_, early in steps]
-    ratios = shares / expected[:, None]
+    ratios, weights = shares / expected[:, None], 1 + shares[:, 3]
     assert sums.seconds == pytest.approx(times.sum())
     assert sums.shares == pytest.approx(shares.sum(axis=0))
-    assert sums.ratios == pytest.approx((ratios * (times / expected)[:, None]).sum(axis=0))
-    assert sums.squares == pytest.approx(((times / expected) ** 2).sum())
-    assert sums.products == pytest.approx((ratios.T @ ratios)[np.triu_indices(NUM_SHARES)])
+    assert sums.ratios == pytest.approx((ratios * (weights * times / expected)[:, None]).sum(axis=0))
+    assert sums.squares == pytest.approx((weights * (times / expected) ** 2).sum())
+    assert sums.products == pytest.approx((ratios.T @ (weights[:, None] * ratios))[np.triu_indices(NUM_SHARES)])
     assert sums.scatter == [0, 0, 0, 0]
 
 
@@ -43,7 +43,7 @@ def test_a_step_that_was_stopped_counts_for_no_more_than_ten_times() -> None:
     stopped, usual = StepSums(), StepSums()
     stopped.observe([], [Piece(1, 10, 1)], 5.0, 0.01)
     usual.observe([], [Piece(1, 10, 1)], 5.0, 0.5)
-    assert (stopped.products, stopped.squares) == (usual.products, 100)
+    assert (stopped.products, stopped.squares) == (usual.products, 2 * 100)
 
 
 def test_how_far_decode_steps_were_from_what_was_expected() -> None:

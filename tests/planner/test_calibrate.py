@@ -66,9 +66,11 @@ Sums = tuple[float, list[float], list[float], list[float], float]
 
 def sums_of(steps: Sequence[Shares], times: Sequence[float], expected: Sequence[float] | None = None) -> Sums:
     matrix, seconds, expecting = np.array(steps), np.array(times), np.array(expected or times)
-    ratios, late = matrix / expecting[:, None], seconds / expecting
-    products = (ratios.T @ ratios)[np.triu_indices(matrix.shape[1])].tolist()
-    return float(seconds.sum()), matrix.sum(axis=0).tolist(), (late @ ratios).tolist(), products, float(late @ late)
+    ratios, late, weights = matrix / expecting[:, None], seconds / expecting, 1 + matrix[:, 3]
+    weighed = weights[:, None] * ratios
+    products = (ratios.T @ weighed)[np.triu_indices(matrix.shape[1])].tolist()
+    squares = float(weights @ late**2)
+    return float(seconds.sum()), matrix.sum(axis=0).tolist(), (late @ weighed).tolist(), products, squares
 
 
 @given(st.tuples(PRICES, PRICES, PRICES, PRICES, PRICES))

@@ -51,6 +51,16 @@ def test_a_request_alone_takes_what_its_steps_take() -> None:
     assert run.end_s[0] - run.first_s[0] == pytest.approx(2 * (0.01 + 0.001) + (301 + 302) * 1e-6)
 
 
+@pytest.mark.parametrize("num_prefill", [0, 1])
+def test_a_request_is_on_its_way_to_its_worker_for_so_long(num_prefill: int) -> None:
+    load = traffic([(1.0, 300, 3, 0), (9.0, 300, 3, 0)])
+    at_once, sent = (
+        simulate(fleet(num_prefill, 1, gateway=Gateway(dispatch_s=dispatch_s)), load) for dispatch_s in (0.0, 0.25)
+    )
+    assert sent.ttft_s == pytest.approx(at_once.ttft_s + 0.25)
+    assert sent.e2e_s == pytest.approx(at_once.e2e_s + 0.25)
+
+
 def test_steps_scatter_about_what_they_cost() -> None:
     """One answer of 20,000 tokens; its steps take 11 ms on the average, a tenth of which is no step's own."""
     asks = traffic([(0.0, 16, 20_000, 0)])
@@ -189,7 +199,7 @@ def loads(draw: st.DrawFn) -> list[Ask]:
 @settings(max_examples=60)
 @given(
     loads(), st.integers(0, 3), st.integers(1, 3), st.sampled_from([800, 2000, 64000]), st.floats(0.005, 0.1),
-    st.booleans(), st.sampled_from([AT_ONCE, Gateway(), Gateway(0.0)]),
+    st.booleans(), st.sampled_from([AT_ONCE, Gateway(), Gateway(0.0), Gateway(dispatch_s=0.05)]),
 )  # fmt: skip
 def test_every_token_is_computed_once_and_every_gap_counted(
     asks: list[Ask],
@@ -230,8 +240,10 @@ def poisson(count: int, rate: float) -> list[Ask]:
     return asks
 
 
-@pytest.mark.parametrize(("shape", "rate"), [((0, 2), 2.0), ((1, 1), 1.5), ((2, 1), 3.0)])
-def test_as_the_fine_simulator(shape: tuple[int, int], rate: float) -> None:
+@pytest.mark.parametrize(
+    ("shape", "rate", "dispatch_s"), [((0, 2), 2.0, 0.0), ((1, 1), 1.5, 0.0), ((2, 1), 3.0, 0.0), ((1, 1), 1.5, 0.05)]
+)
+def test_as_the_fine_simulator(shape: tuple[int, int], rate: float, dispatch_s: float) -> None:
     """The real schedulers and pools, routed to whoever has least to do: within 5 % at the median, 10 % at p90."""
     asks = poisson(150, rate)
     limits = Limits(block_size=16, context_length=8192, max_waiting=1000)
@@ -242,8 +254,8 @@ def test_as_the_fine_simulator(shape: tuple[int, int], rate: float) -> None:
         Arrival(f"r{n}", at_s, tuple(words.randrange(60000) for _ in range(prompt)), answer)
         for n, (at_s, prompt, answer, _) in enumerate(asks)
     ]
-    fine = Cluster(specs, COSTS, Policy.KV_AWARE, ViewDelays(0.0, 0.0)).run(arrivals)
-    coarse: Run = simulate(fleet(*shape, gateway=Gateway()), traffic(asks))
+    fine = Cluster(specs, COSTS, Policy.KV_AWARE, ViewDelays(0.0, 0.0, dispatch_s)).run(arrivals)
+    coarse: Run = simulate(fleet(*shape, gateway=Gateway(dispatch_s=dispatch_s)), traffic(asks))
     for ours, theirs in ((coarse.ttft_s, [s.ttft_s for s in fine]), (coarse.tpot_s, [s.itl_s for s in fine])):
         for rank, bound in ((50, 0.05), (90, 0.1)):
             assert np.percentile(ours, rank) == pytest.approx(np.percentile(theirs, rank), rel=bound)

@@ -23,12 +23,13 @@ SHAPES = [(2, 2), (0, 4)]
 
 
 def cluster(
-    policy: Policy | Oracle, shape: tuple[int, int], num_blocks: int = 400, objectives: Objectives | None = IN_LINE
-) -> Cluster:
+    policy: Policy | Oracle, shape: tuple[int, int], num_blocks: int = 400, objectives: Objectives | None = IN_LINE,
+    delays: ViewDelays | None = None,
+) -> Cluster:  # fmt: skip
     roles = [Role.PREFILL] * shape[0] + [Role.DECODE] * shape[1]
     limits = Limits(block_size=16, context_length=4096)
     specs = [WorkerSpec(f"w{n}", r, num_blocks, 300_000, limits) for n, r in enumerate(roles)]
-    return Cluster(specs, COSTS, policy, objectives=objectives)
+    return Cluster(specs, COSTS, policy, delays, objectives)
 
 
 def hit_rate(served: list[Served]) -> float:
@@ -82,6 +83,18 @@ def test_whoever_computed_the_prompt_tells_the_first_token_before_the_others_mov
     assert served.token_at_s == [served.first_s, served.token_at_s[1], served.ended_s]
 
 
+@pytest.mark.parametrize("shape", [(0, 1), (1, 1)])
+def test_a_request_is_on_its_way_to_its_worker_for_so_long(shape: tuple[int, int]) -> None:
+    load = [Arrival("a", 1.0, tuple(range(300)), 3), Arrival("b", 9.0, tuple(range(500, 800)), 3)]
+    at_once, sent = (
+        cluster(Policy.ROUND_ROBIN, shape, delays=ViewDelays(dispatch_s=dispatch_s)).run(load)
+        for dispatch_s in (0, 0.25)
+    )
+    for one, other in zip(at_once, sent, strict=True):
+        assert other.ttft_s == pytest.approx(one.ttft_s + 0.25)
+        assert other.ended_s - other.first_s == pytest.approx(one.ended_s - one.first_s)
+
+
 def test_where_gaps_are_promised_a_first_token_is_told_when_its_answer_goes_on() -> None:
     load = [Arrival("a", 1.0, tuple(range(300)), 3)]
     (at_once,), (held,) = (
@@ -121,6 +134,18 @@ def test_what_workers_have_no_room_for_waits_in_the_line(shape: tuple[int, int],
     assert served[first].first_s - served["20.0"].first_s == pytest.approx(200 * COSTS.prefill_token_s, rel=0.5)
     if shape[0]:
         assert served[first].first_s < served["20.2"].first_s, "which came before"
+
+
+def test_who_comes_to_the_head_of_the_line_need_not_wait_for_a_worker_to_report() -> None:
+    """A short prompt behind a long one, which waits for another long one: the decode worker takes it at once."""
+    words = iter(range(100_000))
+    load = [
+        Arrival(f"{at_s:g}", at_s, tuple(next(words) for _ in range(size)), 2)
+        for at_s, size in ((0.0, 900), (20.0, 900), (20.1, 900), (20.2, 20))
+    ]
+    served = {s.id: s for s in cluster(Policy.KV_AWARE, (1, 1)).run(load)}
+    assert served["20.1"].first_s > 21.8, "it waits for the first"
+    assert served["20.2"].ttft_s == pytest.approx(0.01 + 20 * 0.001 + 20 * 10 * 1e-7)
 
 
 @pytest.mark.parametrize(("host", "cached"), [("one", [0, 0, 992, 992]), ("", [0, 0, 0, 992])])

@@ -44,7 +44,8 @@ def fit(steps: Sequence[Shares], seconds: Sequence[float]) -> Fit:
 
 @dataclass(frozen=True, slots=True)
 class SumsFit:
-    """``rms_error``: root of the mean squared error of the steps, each as a share of what was expected of it."""
+    """``rms_error``: root of the mean squared error of the steps, each as a share of what was expected of it, and as often
+    as it counts in the sums."""
 
     prices: Shares
     rms_error: float
@@ -63,7 +64,7 @@ def fit_sums(
     even, target = gram / np.outer(scale, scale), wanted / scale
     found = _non_negative(lambda kept: np.linalg.lstsq(even[np.ix_(kept, kept)], target[kept], rcond=_RANK)[0]) / scale
     found *= seconds / float(found @ total)
-    square = float(found @ gram @ found - 2 * found @ wanted + squares) / total[0]
+    square = float(found @ gram @ found - 2 * found @ wanted + squares) / (total[0] + total[3])
     return SumsFit(_shares(found), max(0.0, square) ** 0.5)
 
 

@@ -35,10 +35,12 @@ ROLE_LOOK_S = 0.05
 @dataclass(frozen=True, slots=True)
 class ViewDelays:
     """``events_s`` from a change of a cache, or a load report, to the gateway's view; a load is reported at most once in
-    ``report_every_s``.  Zeros: the gateway sees everything as it is."""
+    ``report_every_s``.  Zeros: the gateway sees everything as it is.  ``dispatch_s`` from the gateway's choice until
+    whoever computes the prompt has it, and the gateway hears of that."""
 
     events_s: float = 0.01
     report_every_s: float = 1.0
+    dispatch_s: float = 0.0
 
 
 # A gateway's that promises nothing.
@@ -166,8 +168,10 @@ class Cluster:
         if not self._line and self._let_in(request, route):
             return
         assert self._objectives is not None, "without a line everybody goes at once"
-        now_s = self.queue.now_s
-        self._line.join(request, "", now_s=now_s, due_s=now_s + self._objectives.patience_s(route))
+        now_s, best = self.queue.now_s, self._objectives.with_room(route, 0) or route
+        ticket = self._line.join(request, "", now_s=now_s, due_s=now_s + self._objectives.patience_s(best))
+        if self._line.first() is ticket:
+            self._look_soon()  # there may be room for it that was too little for the first before it
 
     def _look_soon(self) -> None:
         """Whether the first of the line may go, when all that happens now has happened."""
@@ -214,7 +218,7 @@ class Cluster:
         if prefill is not None:
             request.pending.append((prefill.key, self._pending.add(prefill.key, num_tokens)))
         if (pull := route.chosen.pull) is None:
-            self._compute(request)
+            self.queue.after(self._delays.dispatch_s, lambda: self._compute(request))
             return
         holder, chain = self._by_key[pull.holder.key], request.hashes[: pull.total_blocks]
         self._pulling.pull(prefill or decode, holder, chain, lambda: self._compute(request))

@@ -18,7 +18,7 @@ from services.planner import fleet as coarse
 from services.planner.fleet import Link, Pool
 from services.planner.hardware import Measured
 from services.planner.simulator.arrivals import Arrival
-from services.planner.simulator.cluster import Cluster
+from services.planner.simulator.cluster import Cluster, ViewDelays
 from services.planner.simulator.cost_model import CostModel
 from services.planner.simulator.worker import WorkerSpec
 from services.planner.sizing import attained
@@ -34,7 +34,8 @@ MAX_RUNNING = 64
 @dataclass(frozen=True, slots=True)
 class Serving:
     """What lone requests take beside the engine's steps: ``door_s`` from a client to a worker's first step and from its end
-    back, ``handover_s`` from the end of a prompt on one worker to the first step on another."""
+    back, most of it between gateway and worker; ``handover_s`` from the end of a prompt on one worker to the first step on
+    another."""
 
     door_s: float
     handover_s: float
@@ -74,19 +75,18 @@ def by_plan(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Du
     decode = Pool(
         fleet.num_decode, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING, mixed_tokens=fleet.mixed_tokens
     )
-    made = coarse.Fleet(decode)
+    made = coarse.Fleet(decode, gateway=coarse.Gateway(dispatch_s=served.door_s))
     if fleet.num_prefill:
         rate = costs.transfer_bytes_per_s
         prefill = Pool(fleet.num_prefill, cost, fleet.chunk_tokens, measured.kv_tokens, MAX_RUNNING)
-        made = coarse.Fleet(decode, prefill, Link(measured.kv_token_nbytes, rate, rate, costs.round_trip_s))
+        made = replace(made, prefill=prefill, link=Link(measured.kv_token_nbytes, rate, rate, costs.round_trip_s))
     traffic = Traffic(
         np.array([at_s for at_s, _ in dues]), np.array([ask.num_prompt_tokens for _, ask in dues], np.int32),
         np.array([ask.num_output_tokens for _, ask in dues], np.int32), np.zeros(len(dues), np.int32),
     )  # fmt: skip
     run = coarse.simulate(made, traffic, slo.itl if slo.itl is not None else float("inf"))
-    first_s = slo.ttft - served.door_s if slo.ttft is not None else None
-    ttft_p50, ttft_p90 = (float(np.percentile(run.ttft_s, rank)) + served.door_s for rank in (50, 90))
-    return Figures(ttft_p50, ttft_p90, run.itl_s(50), run.itl_s(90), attained(run, replace(slo, ttft=first_s)).all)
+    ttft_p50, ttft_p90 = (float(np.percentile(run.ttft_s, rank)) for rank in (50, 90))
+    return Figures(ttft_p50, ttft_p90, run.itl_s(50), run.itl_s(90), attained(run, slo).all)
 
 
 def by_cores(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[Due], slo: Slo) -> Figures:
@@ -97,7 +97,7 @@ def by_cores(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[D
     specs = [
         WorkerSpec(f"w{number}", role, num_blocks, measured.block_nbytes, limits) for number, role in enumerate(roles)
     ]
-    cluster = Cluster(specs, served.at(measured.costs), Policy.KV_AWARE)
+    cluster = Cluster(specs, served.at(measured.costs), Policy.KV_AWARE, ViewDelays(dispatch_s=served.door_s))
     answered = cluster.run(
         Arrival(f"r{number}", at_s, tuple(range(1000 * number, 1000 * number + ask.num_prompt_tokens)),
                 ask.num_output_tokens)
@@ -105,10 +105,7 @@ def by_cores(fleet: Fleet, measured: Measured, served: Serving, dues: Sequence[D
     )  # fmt: skip
     cluster.check_integrity()
     return of_records(
-        [
-            Record(s.arrived_s - served.door_s, s.arrived_s, s.ended_s, s.num_prompt, tuple(s.token_at_s))
-            for s in answered
-        ],
+        [Record(s.arrived_s, s.arrived_s, s.ended_s, s.num_prompt, tuple(s.token_at_s)) for s in answered],
         slo,
     )
 

@@ -421,7 +421,8 @@ class StepSums(google.protobuf.message.Message):
     looks is what happened between them. A step has shares x: 1 for itself, its prompt tokens, pairs of a prompt token and one
     that it attends to, sequences that decode, and tokens of their context. It took t seconds, with the wait since the step
     before where there was something to compute; e were expected by the steps before, t/10 at least. Where there were too few
-    of the kind e is t, as for all steps of workers of before.
+    of the kind e is t, as for all steps of workers of before. It counts w times: once, and once for each sequence that decodes
+    in it; once for workers of before.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -434,18 +435,18 @@ class StepSums(google.protobuf.message.Message):
     SQUARES_FIELD_NUMBER: builtins.int
     seconds: builtins.float
     squares: builtins.float
-    """Of (t/e)^2. Left out by workers of before, of which it is the number of steps."""
+    """Of w (t/e)^2. Left out by workers of before, of which it is the number of steps."""
     @property
     def shares(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Of x; the first is the number of steps."""
 
     @property
     def ratios(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Of x t / e^2."""
+        """Of w x t / e^2."""
 
     @property
     def products(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """Of the outer product of x/e with itself: the upper triangle, row by row."""
+        """Of w times the outer product of x/e with itself: the upper triangle, row by row."""
 
     @property
     def scatter(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
