@@ -118,8 +118,9 @@ bench-routing: $(STAMP) ## Routing policies on loads with shared prefixes, simul
 test-gpu: $(STAMP) ## Run what needs an NVIDIA GPU, with torch for CUDA and kvferry[gpu] in .venv
 	@python -m pytest -m gpu tests/gpu $(ARGS)
 
-bench-gpu: $(STAMP) ## Decode and prefill on a GPU against the floors of its bytes and sums (ARGS="--rounds 20")
-	@python -m tests.bench.gpu $(ARGS)
+# With the Python that is there: a machine with a GPU has a torch of its own, and perhaps no network.
+bench-gpu: ## Steps, KV, first tokens and gaps on GPUs against floors and rivals (ARGS="--only decode"; --rehearse needs no GPU)
+	@$(PYTHON) -m tests.bench.gpu $(ARGS)
 
 bench-scale: $(STAMP) ## What requests and changes cost the cores with 10 to 10,000 workers (ARGS="--sizes 1000")
 	@python -m tests.bench.scale $(ARGS)

@@ -19,6 +19,9 @@ from services.worker.share import Share
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+# Most tokens of a step where nothing is said.  A GPU takes many before its sums take longer than reading the weights, which
+# each step does once; a CPU few.
+CPU_CHUNK_TOKENS, GPU_CHUNK_TOKENS = 256, 2048
 # Of a chunk, one of a step in which others decode, on CPUs where nothing is said: one part in.
 MIXED_SHARE = 4
 
@@ -99,7 +102,10 @@ class WorkerConfig(TlsOptions):
     )
     block_size: int = option(16, help="tokens in a KV block", minimum=1)
     chunk_tokens: int = option(
-        256, help="most tokens computed in one step, and so the size of a prefill chunk", minimum=1
+        0,
+        help="most tokens computed in one step, and so the size of a prefill chunk; 0: "
+        f"{CPU_CHUNK_TOKENS} on CPUs, {GPU_CHUNK_TOKENS} on GPUs",
+        minimum=0,
     )
     mixed_chunk_tokens: int = option(
         0,
@@ -157,9 +163,13 @@ class WorkerConfig(TlsOptions):
                 f"--cpus {self.cpus} names {len(cpus)} processors for {num_threads} threads; name more, or lower --threads"
             )
 
+    def num_step_tokens(self, *, on_gpu: bool) -> int:
+        """At most, in one step."""
+        return self.chunk_tokens or (GPU_CHUNK_TOKENS if on_gpu else CPU_CHUNK_TOKENS)
+
     def num_mixed_tokens(self, *, on_gpu: bool) -> int:
         """Of prompts, at most, in a step in which others decode."""
-        return self.mixed_chunk_tokens or max(1, self.chunk_tokens // (1 if on_gpu else MIXED_SHARE))
+        return self.mixed_chunk_tokens or max(1, self.num_step_tokens(on_gpu=on_gpu) // (1 if on_gpu else MIXED_SHARE))
 
     @property
     def compute_cpus(self) -> Cpus:

@@ -207,7 +207,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         limits = Limits(
             block_size=config.block_size,
             context_length=model.context_length,
-            max_step_tokens=config.chunk_tokens,
+            max_step_tokens=config.num_step_tokens(on_gpu=on_gpu),
             max_mixed_tokens=config.num_mixed_tokens(on_gpu=on_gpu),
             max_running=config.max_running,
             max_waiting=config.max_waiting,

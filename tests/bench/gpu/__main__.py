@@ -1,96 +1,165 @@
-"""make bench-gpu, on one NVIDIA GPU: decode steps against the time that their bytes take, prefill against the time of its
-sums, KV between two processes against a copy, and in clusters of real processes TTFT split against one worker, and the gaps
-of streams beside long prompts against without.
+"""make bench-gpu, on NVIDIA GPUs, for the shapes of SmolLM2-135M and Llama-3.1-8B with random weights: decode steps against
+the time that their bytes take, prefill against the time of its sums, KV between two processes against a copy, and in
+clusters of real processes TTFT split against one worker, and the gaps of streams beside long prompts against without.
 
-With --rehearse what needs no kernels runs on the CPU, with shorter prompts: to see that it runs, not to measure.
+Each row is in the files as soon as it is measured; a work that fails is told, and the others go on.  For ttft and itl a
+model's weights are written to the folder for temporary files first, 16 GB for the 8B shape (TMPDIR names another).
+
+With --rehearse everything runs on the CPU, with tiny shapes and a stand-in for the kernels: to see that it runs, not to
+measure.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import signal
 import sys
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from services.engine import flashinfer_kernels
+from services.engine.device import CudaDevice
 from services.engine.model_config import ModelConfig
 from tests.bench.gpu import phases, steps, transfer
-from tests.bench.gpu.floors import SHAPES, decode_nbytes, prefill_flops
-from tests.bench.gpu.rows import Row, write_json, write_png
-from tests.gpu.conftest import why_not
+from tests.bench.gpu.about import describe
+from tests.bench.gpu.floors import SHAPES, tiny
+from tests.bench.gpu.models import saved
+from tests.bench.gpu.rows import Book, NotMeasured, Row
+from tests.engine import fake_flashinfer
+from tests.engine.fake_device import FakeDevice
 
-BATCHES, CONTEXTS, PROMPTS = (1, 16, 64, 256), (512, 4096), (512, 2048, 8192)
-NUM_BLOCKS = 128
-REHEARSED = phases.Load(num_streams=4, num_prompt=32, num_answer=256, num_long=400)
-MOST_KV_SHARE = 0.6  # of the GPU's memory; combinations beyond are left out, and named
-
-
-def measure(config: ModelConfig, rounds: int, rates: tuple[float, float], place: torch.device) -> list[Row]:
-    copied_per_s, flops_per_s = rates
-    limit = torch.cuda.get_device_properties(place).total_memory * MOST_KV_SHARE
-    pairs = [(batch, context) for batch in BATCHES for context in CONTEXTS]
-    fitting = [pair for pair in pairs if decode_nbytes(config, *pair) < limit]
-    for batch, context in sorted(set(pairs) - set(fitting)):
-        print(f"{config.name}: batch {batch} of context {context} does not fit this GPU")
-    num_tokens = [batch * context for batch, context in fitting] + list(PROMPTS)
-    runner = steps.make_runner(config, max(num_tokens) // steps.BLOCK_SIZE, max(BATCHES), place)
-    runner.warm_up()
-    rows = []
-    for batch, context in fitting:
-        step = steps.decode_batch(batch, context)
-        took_s = steps.median_s(lambda step=step: runner.run(step), rounds, place)
-        floor_s = decode_nbytes(config, batch, context) / copied_per_s
-        rows.append(Row(f"{config.name} decode {batch} x {context}", took_s, floor_s))
-    for num_tokens in (n for n in PROMPTS if n <= config.context_length):
-        prompt = steps.prefill_batch(num_tokens)
-        took_s = steps.median_s(lambda prompt=prompt: runner.run(prompt), rounds, place)
-        rows.append(Row(f"{config.name} prefill {num_tokens}", took_s, prefill_flops(config, num_tokens) / flops_per_s))
-    return rows
+DECODE, PREFILL, TRANSFER = "decode", "prefill", "transfer"
+WORKS = (TRANSFER, DECODE, PREFILL, phases.TTFT, phases.ITL)
 
 
-def measure_processes(devices: tuple[str, ...], arguments: argparse.Namespace) -> Iterator[Row]:
-    device = None if arguments.rehearse else 0
-    load = REHEARSED if arguments.rehearse else phases.Load()
-    yield from transfer.measure(device, NUM_BLOCKS, arguments.rounds)
-    yield phases.first_tokens(devices, load.num_long, arguments.rounds)
-    yield from phases.gaps(devices, load)
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """``copy_nbytes`` and ``matmul_side``: of what the machine's rates are measured by."""
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prompts: tuple[int, ...]
+    copy_nbytes: int
+    matmul_side: int
+    moved_nbytes: int
+    load: phases.Load
 
 
-def told(rows: Iterable[Row]) -> Iterator[Row]:
-    for row in rows:
-        print(row, flush=True)
-        yield row
+FULL = Sizes((1, 16, 64, 256), (512, 4096), (512, 2048, 8192), 1 << 30, 8192, 256 << 20, phases.Load())
+REHEARSED = Sizes((1, 5), (40, 70), (33, 100), 1 << 20, 128, 1 << 20, phases.Load(2, 16, 300, 300))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench.gpu", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each kind; medians are told")
-    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=sorted(SHAPES))
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, what needs no GPU")
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """``devices``: of workers, as ``--device`` has them."""
+
+    machine: steps.Machine
+    devices: tuple[str, ...]
+    sizes: Sizes
+    rounds: int
+    only: frozenset[str]
+
+    def rates(self) -> steps.Rates | None:
+        """None: nothing needs them."""
+        if not self.only & {DECODE, PREFILL}:
+            return None
+        return steps.rates(self.sizes.copy_nbytes, self.sizes.matmul_side, self.rounds, self.machine.place)
+
+    def works(
+        self, config: ModelConfig, rates: steps.Rates | None
+    ) -> Iterator[tuple[str, Iterator[Row | NotMeasured]]]:
+        """What is measured together, by name, each when it is iterated over."""
+        sizes, place = self.sizes, self.machine.place
+        if TRANSFER in self.only:
+            device = 0 if place.type == "cuda" else None
+            yield f"{config.name} {TRANSFER}", transfer.measure(config, device, sizes.moved_nbytes, self.rounds)
+        if rates is not None:
+            batches, prompts = (
+                sizes.batches if DECODE in self.only else (),
+                sizes.prompts if PREFILL in self.only else (),
+            )
+            works = steps.Works(batches, sizes.contexts, prompts)
+            yield f"{config.name} steps", steps.measure(config, works, self.rounds, rates, self.machine)
+        if served := self.only & {phases.TTFT, phases.ITL}:
+            yield f"{config.name} {' and '.join(sorted(served))}", self._serve(config)
+
+    def _serve(self, config: ModelConfig) -> Iterator[Row]:
+        with saved(config, self.machine.place) as folder:
+            steps.release(self.machine.place)
+            served = phases.Served(config, folder, self.devices)
+            yield from phases.measure(served, self.sizes.load, self.rounds, self.only)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=20, help="of each work; medians are told (default: 20)")
+    parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), help="works (default: all)")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models (default: all)")
+    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with tiny shapes")
     parser.add_argument("--out", type=Path, default=Path("build/bench-gpu"), help="folder for rows.json and rows.png")
-    arguments = parser.parse_args()
-    rows: list[Row] = []
+    return parser.parse_args(argv)
+
+
+def why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device; ARGS=--rehearse runs it on the CPU"
+    if importlib.util.find_spec("flashinfer") is None:
+        return "FlashInfer is not installed: pip install kvferry[gpu]"
+    return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    only = frozenset(arguments.only)
+    configs = [SHAPES[name] for name in arguments.shapes]
     if arguments.rehearse:
-        device, devices = "a rehearsal on the CPU", ("cpu",)
+        machine = steps.Machine(torch.device("cpu"), fake_flashinfer, FakeDevice)
+        bench = Bench(machine, ("cpu",), REHEARSED, arguments.rounds, only)
+        configs = [tiny(config) for config in configs]
     elif reason := why_not():
-        print(f"bench-gpu skipped: {reason}")
-        return 0
+        print(f"bench-gpu: {reason}", file=sys.stderr)
+        return 1
     else:
         place = torch.device("cuda", 0)
-        device = torch.cuda.get_device_name(place)
         devices = tuple(f"cuda:{n}" for n in range(min(2, torch.cuda.device_count())))
-        rates = steps.bytes_per_s(arguments.rounds, place), steps.flops_per_s(arguments.rounds, place)
-        print(f"{device}: {rates[0] / 1e9:.0f} GB/s copied (read and written), {rates[1] / 1e12:.0f} TFLOP/s")
-        for name in arguments.shapes:
-            rows += told(measure(SHAPES[name], arguments.rounds, rates, place))
-        torch.cuda.empty_cache()  # the processes that follow need room
-    rows += told(measure_processes(devices, arguments))
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    write_json(arguments.out / "rows.json", device, rows)
-    write_png(arguments.out / "rows.png", device, rows)
-    return 0
+        machine = steps.Machine(place, flashinfer_kernels.load(), lambda: CudaDevice(place))
+        bench = Bench(machine, devices, FULL, arguments.rounds, only)
+    return measure(bench, configs, Book(arguments.out, describe(machine.place)))
+
+
+def measure(bench: Bench, configs: Sequence[ModelConfig], book: Book) -> int:
+    """The status to exit with: 1 where a work failed."""
+    for name, value in book.machine.items():
+        print(f"{name}: {value}")
+    rates = bench.rates()
+    if rates is not None:
+        print(rates, flush=True)
+        book.machine |= {
+            "copy_gb_read_and_written_per_s": rates.bytes_per_s / 1e9,
+            "matmul_tflop_per_s": rates.flops_per_s / 1e12,
+        }
+    status = 0
+    for config in configs:
+        for name, rows in bench.works(config, rates):
+            try:
+                for row in rows:
+                    book.add(row)
+            except Exception as error:
+                traceback.print_exc()
+                book.add(NotMeasured(name, f"failed with {type(error).__name__}: {error}"))
+                status = 1
+            steps.release(bench.machine.place)
+    return status
 
 
 if __name__ == "__main__":
+    # Whoever is cut short leaves neither processes nor a folder of 16 GB.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     sys.exit(main())

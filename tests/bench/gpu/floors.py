@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 
 from services.engine.model_config import ModelConfig
 
@@ -18,6 +20,16 @@ SMOLLM2_135M = replace(
 )  # fmt: skip
 SHAPES = {config.name: config for config in (SMOLLM2_135M, LLAMA_8B)}
 ITEM_NBYTES = 2
+BLOCK_SIZE = 16
+
+
+def tiny(config: ModelConfig) -> ModelConfig:
+    """What a CPU computes at once, with as many heads to a KV head, and words enough for the prompts that are asked."""
+    return replace(
+        config, name=f"{config.name}-tiny", hidden_size=64, num_layers=2,
+        num_heads=2 * config.num_heads // config.num_kv_heads, num_kv_heads=2,
+        head_dim=32, intermediate_size=96, vocab_size=40960, context_length=1024,
+    )  # fmt: skip
 
 
 def num_matrix_weights(config: ModelConfig) -> int:
@@ -27,13 +39,28 @@ def num_matrix_weights(config: ModelConfig) -> int:
     return config.num_layers * layer + config.vocab_size * config.hidden_size
 
 
+def weights_nbytes(config: ModelConfig) -> int:
+    """Of a file, but for the norms."""
+    embedding = 0 if config.tied_embeddings else config.vocab_size * config.hidden_size
+    return (num_matrix_weights(config) + embedding) * ITEM_NBYTES
+
+
 def kv_token_nbytes(config: ModelConfig) -> int:
     return config.num_layers * 2 * config.num_kv_heads * config.head_dim * ITEM_NBYTES
 
 
-def decode_nbytes(config: ModelConfig, batch: int, context: int) -> int:
+def decode_nbytes(config: ModelConfig, batch: int, context: float) -> float:
     """Every weight once, and every sequence's KV once."""
     return num_matrix_weights(config) * ITEM_NBYTES + batch * context * kv_token_nbytes(config)
+
+
+def fitting(
+    config: ModelConfig, batches: Iterable[int], contexts: Iterable[int], nbytes: float
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """(batch, context) whose weights and KV are fewer bytes, and those that are left out."""
+    pairs = list(product(batches, contexts))
+    beyond = [pair for pair in pairs if decode_nbytes(config, *pair) >= nbytes]
+    return [pair for pair in pairs if pair not in beyond], beyond
 
 
 def prefill_flops(config: ModelConfig, num_tokens: int) -> int:

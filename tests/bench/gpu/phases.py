@@ -1,4 +1,4 @@
-"""What splitting the phases does to first tokens and to gaps, in clusters of real processes.
+"""What splitting the phases does to first tokens and to gaps, in clusters of real processes that serve random weights.
 
 Where there are two devices, the prefill worker has the first and the decode worker the second; on one they share it, and a
 prompt can only be kept from a stream's steps as far as the device itself does several things at once.
@@ -9,21 +9,27 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 from kvferry import Client
 from kvferry.aio import AsyncClient
 from kvferry.bench.record import percentile
-from kvferry.cli.cluster import LocalCluster
-from kvferry.cli.members import ClusterConfig, clone_root, plan
-from tests.bench.gpu.rows import Row
+from kvferry.cli.cluster import LocalCluster, Timing
+from kvferry.cli.members import ClusterConfig, Role, clone_root, plan
+from services.engine.model_config import ModelConfig
+from tests.bench.gpu.floors import kv_token_nbytes
+from tests.bench.gpu.rows import Row, less_is_better
 from tests.bench.overlap import running
 from tests.bench.system.systems import ROOT
 
 TIMEOUT_S = 600.0
+START_S = 900.0  # the first time on a machine the kernels are compiled
+TTFT_GOAL, ITL_GOAL = 1 / 1.05, 1 / 1.2
+TTFT, ITL = "ttft", "itl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,38 +43,74 @@ class Load:
     num_long: int = 8000
 
 
-def first_tokens(devices: tuple[str, ...], num_tokens: int, rounds: int) -> Row:
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is served, and on which devices, as ``--device`` has them: workers take them in turn."""
+
+    config: ModelConfig
+    folder: Path
+    devices: tuple[str, ...]
+
+    def kv_nbytes(self, load: Load) -> int:
+        """Of a pool: twice what a load holds at once in bfloat16, for on a CPU KV may be float32."""
+        num_tokens = load.num_streams * (load.num_prompt + load.num_answer) + 3 * load.num_long
+        return 2 * num_tokens * kv_token_nbytes(self.config)
+
+
+def measure(served: Served, load: Load, rounds: int, only: Collection[str]) -> Iterator[Row]:
+    """TTFT and ITL of a prefill and a decode worker; ITL of one worker that does both as well.  ``only`` names them."""
+    name = served.config.name
+    with _cluster(served, "split", load) as (split_address, alone_address):
+        if TTFT in only:
+            yield first_tokens(name, split_address, alone_address, load.num_long, rounds)
+        if ITL in only:
+            goal = ITL_GOAL if len(served.devices) > 1 else None
+            yield gaps(f"{name} {_beside(load)}, split", split_address, load, goal)
+    if ITL in only:
+        with _cluster(served, "colocated", load) as (address,):
+            yield gaps(f"{name} {_beside(load)}, colocated", address, load)
+
+
+def first_tokens(name: str, split_address: str, alone_address: str, num_tokens: int, rounds: int) -> Row:
     """Split against the same prompt on one worker, in turn."""
-    cluster, split_address, single_address = running.cluster(devices)
-    with cluster, Client(split_address) as split, Client(single_address) as single:
-        pairs = [running.measure(split, single, num_tokens, split_first=n % 2 == 0) for n in range(rounds + 1)][1:]
-    split_s, single_s = (statistics.median(getattr(pair, which) for pair in pairs) for which in ("split_s", "single_s"))
-    return Row(f"TTFT of {num_tokens} tokens, split; floor: on one worker", split_s, single_s)
+    with Client(split_address) as split, Client(alone_address) as alone:
+        pairs = [running.measure(split, alone, num_tokens, split_first=n % 2 == 0) for n in range(rounds + 1)][1:]
+    split_s, alone_s = (statistics.median(getattr(pair, which) for pair in pairs) for which in ("split_s", "single_s"))
+    return less_is_better(
+        f"{name} TTFT of {num_tokens} tokens, split; peer: on one worker", split_s, alone_s, TTFT_GOAL
+    )
 
 
-def gaps(devices: tuple[str, ...], load: Load) -> list[Row]:
-    """The 99th percentile of the streams' gaps beside long prompts against without: of a prefill and a decode worker, and
-    of one that does both."""
-    rows = []
-    for name, num_prefill in (("split", 1), ("colocated", 0)):
-        with _cluster(name, devices, num_prefill) as address:
-            asyncio.run(_gaps(address, load, beside=True))  # warms up
-            quiet, mixed = (asyncio.run(_gaps(address, load, beside=beside)) for beside in (False, True))
-        beside = f"p99 ITL beside prompts of {load.num_long} tokens, {name}; floor: without"
-        rows.append(Row(beside, percentile(mixed, 99), percentile(quiet, 99)))
-    return rows
+def gaps(work: str, address: str, load: Load, goal: float | None = None) -> Row:
+    """The 99th percentile of the streams' gaps beside long prompts against without."""
+    asyncio.run(_gaps(address, load, beside=True))  # warms up
+    quiet, mixed = (asyncio.run(_gaps(address, load, beside=beside)) for beside in (False, True))
+    return less_is_better(work, percentile(mixed, 99), percentile(quiet, 99), goal)
+
+
+def _beside(load: Load) -> str:
+    return f"p99 ITL beside prompts of {load.num_long}"
 
 
 @contextmanager
-def _cluster(name: str, devices: tuple[str, ...], num_prefill: int) -> Iterator[str]:
-    """Its address."""
+def _cluster(served: Served, kind: str, load: Load) -> Iterator[list[str]]:
+    """The addresses of its gateways: one that splits every prompt and one that splits none, of a decode worker alone just
+    one.  Neither looks at costs, by which a short prompt may stay where it is."""
+    is_split = kind == "split"
     config = ClusterConfig(
-        grpc_port=0, http_port=0, threads=1, kv_memory="1GiB", num_prefill=num_prefill, devices=devices,
-        log_level="warning",
+        model=str(served.folder), devices=served.devices, kv_memory=str(served.kv_nbytes(load)), grpc_port=0, http_port=0,
+        threads=1, num_prefill=int(is_split), num_gateways=1 + is_split, log_level="warning",
     )  # fmt: skip
     planned = plan(config, clone_root())
-    with LocalCluster(planned.members, ROOT / "build/logs/bench-gpu" / name, restart=False):
-        yield planned.grpc_address
+    least = iter((1, running.NEVER_SHIP))
+    members = [
+        replace(member, command=(*member.command, "--routing", "round-robin", "--min-ship-tokens", str(next(least))))
+        if member.role is Role.GATEWAY else member
+        for member in planned.members
+    ]  # fmt: skip
+    logs = ROOT / "build/logs/bench-gpu" / served.config.name / kind
+    with LocalCluster(members, logs, restart=False, timing=Timing(start_s=START_S)):
+        yield planned.grpc_address.split(",")
 
 
 async def _gaps(address: str, load: Load, *, beside: bool) -> list[float]:

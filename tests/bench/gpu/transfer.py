@@ -10,12 +10,14 @@ from contextlib import contextmanager
 import torch
 
 import transport
+from services.engine.model_config import ModelConfig
 from tests.bench.gpu import steps
-from tests.bench.gpu.rows import Row
+from tests.bench.gpu.floors import BLOCK_SIZE, kv_token_nbytes
+from tests.bench.gpu.rows import Row, moved
 from tests.bench.system.systems import ROOT
 from transport import Op
 
-BLOCK_NBYTES = 2 << 20  # 16 tokens of an 8B model's
+GOAL = 0.85
 TIMEOUT_S = 60.0
 
 _OWNER = """
@@ -27,15 +29,17 @@ with transport.create("ucx") as t, t.allocate(int(sys.argv[2]), device) as regio
 """
 
 
-def measure(device: int | None, num_blocks: int, rounds: int) -> list[Row]:
-    """``device``: the GPU of both pools; None: the host.  Blocks lie in another order on either side."""
-    nbytes = num_blocks * BLOCK_NBYTES
-    here = [n * BLOCK_NBYTES for n in range(num_blocks)]
+def measure(config: ModelConfig, device: int | None, nbytes: int, rounds: int) -> Iterator[Row]:
+    """``nbytes`` in blocks of the shape, a block at least.  ``device``: the GPU of both pools; None: the host.  Blocks lie
+    in another order on either side."""
+    block_nbytes = BLOCK_SIZE * kv_token_nbytes(config)
+    num_blocks = max(1, nbytes // block_nbytes)
+    nbytes = num_blocks * block_nbytes
+    here = [n * block_nbytes for n in range(num_blocks)]
     there = here[::-1]
     place = torch.device("cpu") if device is None else torch.device("cuda", device)
     source, target = (torch.ones(nbytes, dtype=torch.uint8, device=place) for _ in range(2))
     copy_s = steps.median_s(lambda: target.copy_(source), rounds, place)
-    rows = []
     with (
         _owner(device, nbytes) as descriptor,
         transport.create("ucx") as t,
@@ -44,11 +48,10 @@ def measure(device: int | None, num_blocks: int, rounds: int) -> list[Row]:
     ):
         for op in (Op.WRITE, Op.READ):
             took_s = steps.median_s(
-                lambda op=op: t.post(op, local, remote, here, there, BLOCK_NBYTES).wait(TIMEOUT_S), rounds, place
+                lambda op=op: t.post(op, local, remote, here, there, block_nbytes).wait(TIMEOUT_S), rounds, place
             )
-            name = f"{op.name.lower()} {nbytes >> 20} MiB to another process ({remote.path.value})"
-            rows.append(Row(name, took_s, copy_s))
-    return rows
+            name = f"{config.name} {op.name.lower()} {num_blocks} blocks of {block_nbytes >> 10} KiB"
+            yield moved(f"{name} to another process ({remote.path.value})", nbytes, took_s, copy_s, GOAL)
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def make_engine(dtype: str, threads: int, kv_nbytes: int, ends: Ends) -> Engine:
     limits = Limits(
         block_size=defaults.block_size,
         context_length=config.context_length,
-        max_step_tokens=defaults.chunk_tokens,
+        max_step_tokens=defaults.num_step_tokens(on_gpu=False),
         max_running=defaults.max_running,
         max_waiting=defaults.max_waiting,
     )
