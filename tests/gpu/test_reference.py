@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 @given(case=cases())
 def test_attention_of_any_batch_equals_the_dense_sum(place: torch.device, case: Case) -> None:
     attended = attend(case, torch_attention(case, place), place, torch.float32, stale=math.nan)
-    assert attended.error < 1e-3
+    assert attended.error < 0.01  # some of torch's kernels multiply in TF32
     assert attended.other_layer.isnan().all()
 
 

@@ -90,6 +90,6 @@ def test_chunks_arrive_elsewhere_while_the_next_ones_compute(
 
     ids = (smollm2.tokenizer.encode(PROMPTS[4], add_special=True) * 50)[: NUM_BLOCKS * 16]
     shipped = ship(make, keep_busy, layout, ids, place.index)
-    assert shipped.num_pending == shipped.num_chunks > 3
+    assert shipped.num_pending >= shipped.num_chunks - 1 > 3  # the first one may have had to compile
     assert shipped.arrived == shipped.sent
     assert any(shipped.arrived[-layout.block_nbytes :])
