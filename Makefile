@@ -115,8 +115,8 @@ bench-overload: $(STAMP) ## Goodput, refusals and memory at three times the sust
 bench-routing: $(STAMP) ## Routing policies on loads with shared prefixes, simulated with measured step times (ARGS="--rates 2")
 	@python -m tests.bench.routing $(ARGS)
 
-test-gpu: $(STAMP) ## Run what needs an NVIDIA GPU, with torch for CUDA and kvferry[gpu] in .venv
-	@python -m pytest -m gpu tests/gpu $(ARGS)
+test-gpu: ## Run what needs an NVIDIA GPU, by a Python with torch for CUDA and kvferry[gpu] (PYTHON=python3 ARGS="-k transfer")
+	@$(PYTHON) -m tests.gpu $(ARGS)
 
 # With the Python that is there: a machine with a GPU has a torch of its own, and perhaps no network.
 bench-gpu: ## Steps, KV, first tokens and gaps on GPUs against floors and rivals (ARGS="--only decode"; --rehearse needs no GPU)

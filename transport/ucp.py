@@ -33,6 +33,9 @@ from transport.segments import CannotMap, Segment, make_segment, mark_offset, op
 from transport.sockets import bound_delivery
 
 OLDEST_UCX = (1, 12)
+# Older ones look for a GPU's memory in another process by the calling thread's CUDA context, of which ferry.c's thread has
+# none, and take TCP instead without a word (https://github.com/openucx/ucx/pull/11194, 11240 for 1.20).
+OLDEST_UCX_FOR_GPUS = (1, 20, 1)
 CONNECT_TIMEOUT_MS = 2000
 
 STALL_TIMEOUT_MS = 10_000
@@ -55,6 +58,8 @@ SETTINGS = {
     "UCX_TCP_CONN_NB": "y",
     # A host that vanished without a word is noticed within seconds, not within 20.
     "UCX_KEEPALIVE_INTERVAL": "1s",
+    # Reads between GPUs' pools go by CUDA IPC on hosts without NVLink too, where UCX would leave them to TCP.
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
     # Crashes stay Python's to report: a library takes over no signals.
     "UCX_ERROR_SIGNALS": "",
     # A peer's death is an outcome here, told as PeerLost, not a line on the terminal.
@@ -126,6 +131,12 @@ class UcpTransport:
         if device is None:
             segment = make_segment(nbytes, self.incarnation)
         else:
+            if not carries_gpus(version := _version(self._lib)):
+                raise BackendUnavailable(
+                    f"UCX {_dotted(version)} would move the KV of GPUs over TCP; a pool on a GPU needs UCX "
+                    f"{_dotted(OLDEST_UCX_FOR_GPUS)} or newer: pip install -U libucx-cu13, or point KVFERRY_UCX_HOME at "
+                    "one, or use --device cpu"
+                )
             segment = DeviceSegment(nbytes, self.incarnation, device)
         try:
             return self._register(segment)
@@ -396,9 +407,14 @@ def may_map(ucx_tls: str) -> bool:
     return ucx_tls.startswith("^") != bool({"posix", "shm", "sm", "all"}.intersection(names))
 
 
+def carries_gpus(version: tuple[int, ...]) -> bool:
+    """Whether a UCX of that version moves blocks between GPUs' pools of two processes as it should.  Pure."""
+    return version >= OLDEST_UCX_FOR_GPUS
+
+
 def ucx_version() -> str:
     """Of the UCX in use, such as 1.22.0.  Raises BackendUnavailable with what to do."""
-    return ".".join(map(str, _version(_load())))
+    return _dotted(_version(_load()))
 
 
 class Memory(Protocol):
@@ -426,6 +442,10 @@ def _copy(function: Callable[..., None], to: Memory, source: Memory, pieces: Pie
     if error := pieces.out_of_bounds(to.nbytes, source.nbytes):
         raise error
     function(to.address, source.address, pieces.packed, pieces.num_blocks, size)
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def _version(lib: ctypes.CDLL) -> tuple[int, int, int]:
@@ -480,7 +500,7 @@ def _load() -> ctypes.CDLL:
     version = _version(lib)
     if version < OLDEST_UCX:
         raise BackendUnavailable(
-            f"UCX {'.'.join(map(str, version))} is too old, kvferry needs {OLDEST_UCX[0]}.{OLDEST_UCX[1]} "
+            f"UCX {_dotted(version)} is too old, kvferry needs {_dotted(OLDEST_UCX)} "
             "or newer: pip install -U libucx-cu13, or point KVFERRY_UCX_HOME at a newer UCX"
         )
     return lib

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.engine.device_sampler import SamplingColumns, choose, drawn_tokens, torch_top_k
+from services.engine.device_sampler import SamplingColumns, TopK, choose, drawn_tokens, torch_top_k
 from services.engine.sampler import draw
 from services.engine.sampling_params import DrawFailed, Drawn, Sample, Sampling
 from tests.engine import fake_flashinfer
@@ -18,14 +18,16 @@ def top_k(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]
     return fake_flashinfer.top_k(logits, count, deterministic=True, tie_break=1)
 
 
-def on_device(logits: torch.Tensor, samples: list[Sample]) -> tuple[list[Drawn | DrawFailed | None], list[int]]:
+def on_device(logits: torch.Tensor, samples: list[Sample], top_k: TopK = top_k
+              ) -> tuple[list[Drawn | DrawFailed | None], list[int]]:  # fmt: skip
+    """What is drawn where ``logits`` are, and the rows that the host had to look at."""
     fetched: list[int] = []
 
     def row(number: int) -> torch.Tensor:
         fetched.append(number)
         return logits[number]
 
-    tokens = choose(logits, SamplingColumns.of(samples), top_k).tolist()
+    tokens = choose(logits, SamplingColumns.of(samples).to(logits.device), top_k).tolist()
     return drawn_tokens(tokens, samples, row), fetched
 
 
@@ -39,22 +41,26 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=150)
-@given(
-    params=st.lists(samplings, min_size=1, max_size=5),
-    vocab=st.sampled_from([40, 256, 3000]),
-    spread=st.sampled_from([0.1, 3.0]),
-    ties=st.booleans(),
-    seed=st.integers(0, 1000),
-)
-def test_draws_are_those_of_the_host(params: list[Sampling], vocab: int, spread: float, ties: bool, seed: int) -> None:
-    random = np.random.default_rng(seed)
-    logits = (random.standard_normal((len(params), vocab)) * spread).astype(np.float32)
-    if ties:
+@st.composite
+def draws(drawing: st.DrawFn, vocabs: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, list[Sample]]:
+    """Logits on the host, flat or steep, with ties (in ``bfloat16`` always), and what to draw of each row."""
+    params = drawing(st.lists(samplings, min_size=1, max_size=5))
+    random = np.random.default_rng(drawing(st.integers(0, 1000)))
+    logits = random.standard_normal((len(params), drawing(st.sampled_from(vocabs)))) * drawing(
+        st.sampled_from([0.1, 3.0])
+    )
+    if drawing(st.booleans()):
         logits = logits.round(1)
-    samples = [Sample(row, p, 5 + row) for row, p in enumerate(params)]
-    found, _ = on_device(torch.from_numpy(logits), samples)
-    assert found == draw(logits, samples)
+    return torch.from_numpy(logits).to(dtype), [Sample(row, p, 5 + row) for row, p in enumerate(params)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@settings(max_examples=100)
+@given(data=st.data())
+def test_draws_are_those_of_the_host(dtype: torch.dtype, data: st.DataObject) -> None:
+    logits, samples = data.draw(draws((40, 256, 3000), dtype))
+    found, _ = on_device(logits, samples)
+    assert found == draw(logits.float().numpy(), samples)
 
 
 def test_peaked_draws_need_no_logits_on_the_host() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +17,11 @@ from services.engine.model_files import ModelFiles
 from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Sequence, SequenceId
-from services.engine.weights import Weights
+from services.engine.weights import Weights, load_weights
 from tests.engine import fake_flashinfer
+from tests.engine.early_chunks import ship
 from tests.engine.fake_device import FakeDevice
-from tests.engine.paging import GREEDY, PagedModel, relative_error
+from tests.engine.paging import GREEDY, PagedModel, assert_likely, decode_together, relative_error
 from tests.engine.test_kernels import make_config, make_weights
 
 CONFIGS = {
@@ -70,6 +73,22 @@ def test_logits_are_the_references(config: ModelConfig, weights: Weights) -> Non
     ours, reference = paged(config, weights, FakeDevice()), paged(config, weights, None)
     for chunk in (None, 5):
         assert relative_error(ours.prompt_logits(ids, chunk), reference.prompt_logits(ids, chunk)) < 1e-5
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2, 3, 5])
+def test_batches_between_the_graphs_sizes_decode_as_others(
+    config: ModelConfig, weights: Weights, num_sequences: int
+) -> None:
+    ours, reference = paged(config, weights, FakeDevice()), paged(config, weights, None)
+    texts = prompts(num_sequences, config.vocab_size)
+    found = decode_together(ours.runner.run, texts, GREEDY, 20, 8)
+    assert found == decode_together(reference.runner.run, texts, GREEDY, 20, 8)
+    assert ours.runner.num_foreseen == 18  # the first decode comes behind a prompt
+    for text, drawn in zip(texts, found, strict=True):
+        assert_likely(reference, text, drawn)
+        worst = int(reference.prompt_logits([*text, *drawn[:-1]]).argmin())
+        with pytest.raises(AssertionError, match="token 19 of"):
+            assert_likely(reference, text, [*drawn[:-1], worst])
 
 
 def test_a_batch_too_large_for_the_graphs_is_computed_without(config: ModelConfig, weights: Weights) -> None:
@@ -193,6 +212,24 @@ def test_a_step_that_draws_waits_once_and_one_that_draws_nothing_waits_for_the_o
     assert model.runner.ready is None
 
 
+def test_chunks_arrive_elsewhere_while_the_next_ones_compute() -> None:
+    config = make_config(sharing=2)
+    weights = make_weights(config)
+    layout = paged(config, weights, None).layout
+    device = FakeDevice(is_busy=True)
+
+    def make(arena: torch.Tensor) -> FlashInferRunner:
+        return FlashInferRunner(
+            config, weights, layout, arena, fake_flashinfer, device, max_running=1, returns_early=True
+        )
+
+    ids = prompts(1, config.vocab_size)[0] * 20
+    shipped = ship(make, lambda: None, layout, ids, None)
+    assert shipped.num_pending == shipped.num_chunks > 3
+    assert shipped.arrived == shipped.sent
+    assert any(shipped.arrived[-layout.block_nbytes :])
+
+
 def test_a_step_that_may_not_return_early_does_not() -> None:
     config = make_config(sharing=2)
     device = FakeDevice()
@@ -209,6 +246,21 @@ def test_a_layer_of_a_pool_is_what_flashinfer_calls_a_cache() -> None:
     arena = torch.empty((5, *layout.block_shape), dtype=torch.bfloat16)
     keys, values = arena[:, 1].unbind(1)
     assert keys.stride() == values.stride() == (4 * 2 * 16 * 2 * 64, 2 * 64, 64, 1)
+
+
+def test_smollm2_in_bfloat16_draws_what_float32_finds_likely(smollm2: ModelFiles, smollm2_weights: Weights) -> None:
+    config = smollm2.config
+    reference = PagedModel(config, smollm2_weights, num_blocks=16)
+    layout = replace(reference.layout, dtype="bfloat16")
+    arena = torch.zeros((16, *layout.block_shape), dtype=torch.bfloat16)
+    weights = load_weights(config, smollm2.path, "bfloat16")
+    runner = FlashInferRunner(
+        config, weights, layout, arena, fake_flashinfer, FakeDevice(), max_running=2, returns_early=False
+    )
+    runner.warm_up()
+    texts = [smollm2.tokenizer.encode(text, add_special=True) for text in ("The capital of France is", "1, 2, 3,")]
+    for text, drawn in zip(texts, decode_together(runner.run, texts, GREEDY, 24, 16), strict=True):
+        assert_likely(reference, text, drawn)
 
 
 def test_smollm2_gives_its_tokens(smollm2: ModelFiles, smollm2_weights: Weights) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from services.engine.attention.flashinfer_attention import AttentionShape, Flash
 from services.engine.attention.paged_plan import plan_pages
 from services.engine.attention.torch_attention import TorchAttention
 from services.engine.batch import Batch, Entry, build_batch
+from services.engine.flashinfer_kernels import FlashInfer
 from tests.engine import fake_flashinfer
 
 F64 = npt.NDArray[np.float64]
@@ -36,14 +38,28 @@ class Case:
     page_size: int
 
 
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """``error``: how far any number is from the dense sum.  ``other_layer``: of the pool, which nobody should touch."""
+
+    error: float
+    other_layer: torch.Tensor
+
+
+GROUPS = (1, 3, 4, 7, 8)
+WINDOWS = (None, None, 1, 9, 1000)
+NUMS_NEW = (1, 1, 1, 2, 19)
+
+
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, groups: Sequence[int] = GROUPS, head_dims: Sequence[int] = (64, 128),
+          windows: Sequence[int | None] = WINDOWS, nums_new: Sequence[int] = NUMS_NEW) -> Case:  # fmt: skip
     """Sequences in the scheduler's order or in any other; some begin with blocks of the first one, all of them computed.
     Whatever is not a token computed before is NaN: the new ones' places, too."""
-    group, num_kv_heads = draw(st.sampled_from([1, 3, 4, 7, 8])), draw(st.sampled_from([1, 2]))
-    head_dim, page_size = draw(st.sampled_from([64, 128])), draw(st.sampled_from([8, 16, 32]))
-    window = draw(st.sampled_from([None, None, 1, 9, 1000]))
-    shapes = draw(st.lists(st.tuples(st.integers(0, 70), st.sampled_from([1, 1, 1, 2, 19])), min_size=1, max_size=6))
+    group, num_kv_heads = draw(st.sampled_from(groups)), draw(st.sampled_from([1, 2]))
+    head_dim, page_size = draw(st.sampled_from(head_dims)), draw(st.sampled_from([8, 16, 32]))
+    window = draw(st.sampled_from(windows))
+    shapes = draw(st.lists(st.tuples(st.integers(0, 70), st.sampled_from(nums_new)), min_size=1, max_size=6))
     if draw(st.booleans()):
         shapes.sort(key=lambda shape: shape[1] > 1)
     random = np.random.default_rng(draw(st.integers(0, 1000)))
@@ -70,12 +86,27 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(batch, arena, texts, torch.from_numpy(queries), window, page_size)
 
 
-def attention_of(case: Case, kind: str) -> Attention:
-    if kind == "torch":
-        return TorchAttention(block_size=case.page_size, sliding_window=case.window)
+def torch_attention(case: Case, place: torch.device) -> TorchAttention:
+    return TorchAttention(block_size=case.page_size, sliding_window=case.window, device=place)
+
+
+def flashinfer_attention(case: Case, dtype: torch.dtype, kernels: FlashInfer, workspace: torch.Tensor
+                         ) -> FlashInferAttention:  # fmt: skip
+    """Where ``workspace`` is."""
     num_kv_heads, head_dim = case.arena.shape[-2:]
-    shape = AttentionShape(case.queries.shape[1], num_kv_heads, head_dim, case.page_size, case.window, torch.float32)
-    return FlashInferAttention(shape, fake_flashinfer, CPU, torch.zeros(16, dtype=torch.uint8))
+    shape = AttentionShape(case.queries.shape[1], num_kv_heads, head_dim, case.page_size, case.window, dtype)
+    return FlashInferAttention(shape, kernels, workspace.device, workspace)
+
+
+def attend(case: Case, attention: Attention, place: torch.device, dtype: torch.dtype, *, stale: float) -> Attended:
+    """``stale``: in every slot that holds no token."""
+    plan = attention.plan(case.batch)
+    new = np.concatenate([text[:, text.shape[1] - num_new :] for text, num_new in case.texts], axis=1)
+    key, value = torch.from_numpy(new).to(place, dtype)
+    arena = case.arena.nan_to_num(stale).to(place, dtype)
+    plan.append(key, value, arena[:, LAYER])
+    found = plan.run(case.queries.to(place, dtype), arena[:, LAYER])
+    return Attended(float(np.abs(found.double().cpu().numpy() - dense_sum(case)).max()), arena[:, 1 - LAYER])
 
 
 def dense_sum(case: Case) -> F64:
@@ -102,14 +133,12 @@ def dense_sum(case: Case) -> F64:
 @settings(max_examples=60)
 @given(case=cases())
 def test_any_batch_equals_the_dense_sum(kind: str, case: Case) -> None:
-    plan = attention_of(case, kind).plan(case.batch)
-    new = np.concatenate([text[:, text.shape[1] - num_new :] for text, num_new in case.texts], axis=1)
-    key, value = torch.from_numpy(new.astype(np.float32))
-    arena = case.arena.clone()
-    plan.append(key, value, arena[:, LAYER])
-    found = plan.run(case.queries, arena[:, LAYER])
-    assert np.abs(found.numpy() - dense_sum(case)).max() < 1e-4
-    assert arena[:, 1 - LAYER].isnan().all()
+    attention: Attention = torch_attention(case, CPU)
+    if kind == "flashinfer":
+        attention = flashinfer_attention(case, torch.float32, fake_flashinfer, torch.zeros(16, dtype=torch.uint8))
+    attended = attend(case, attention, CPU, torch.float32, stale=math.nan)
+    assert attended.error < 1e-4
+    assert attended.other_layer.isnan().all()
 
 
 @settings(max_examples=60)

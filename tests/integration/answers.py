@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
 
-from kvferry import AsyncClient, Completion
+from kvferry import AsyncClient, Client, Completion
 from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
 from tests.decode_calls import DecodeCall
@@ -74,3 +74,13 @@ async def lone_answers(address: str, prompts: Sequence[Sequence[int]]) -> list[l
             return [event.token.id for event in events if event.HasField("token")]
 
         return list(await asyncio.gather(*map(one, prompts)))
+
+
+def one_by_one(address: str, worker: str, texts: Sequence[str]) -> Iterator[tuple[Completion, list[int]]]:
+    """Each answer split, from the cluster, and then from one worker of it alone, with nothing beside it: both are of the
+    same steps, so that rounded numbers, too, give the same tokens."""
+    with Client(address) as client:
+        for text in texts:
+            split = client.generate(text, **OPTIONS).result()
+            (alone,) = asyncio.run(lone_answers(worker, [client.tokenize(text)]))
+            yield split, alone

@@ -17,7 +17,7 @@ from kvferry import Client
 from kvferry.api.directory.v1 import directory_pb2
 from kvferry.api.inference.v1 import inference_pb2, inference_pb2_grpc
 from kvferry.api.worker.v1 import worker_pb2, worker_pb2_grpc
-from kvferry.cli.cluster import LocalCluster
+from kvferry.cli.cluster import LocalCluster, Timing
 from kvferry.cli.members import ClusterConfig, clone_root, plan
 from tests.integration.reference import Reference
 
@@ -93,14 +93,17 @@ class Running:
 
 
 @contextmanager
-def started(log_dir: Path, environment: Mapping[str, str] = ENVIRONMENT, **settings: Any) -> Iterator[Running]:
+def started(log_dir: Path, environment: Mapping[str, str] = ENVIRONMENT, *, timing: Timing | None = None,
+            **settings: Any) -> Iterator[Running]:  # fmt: skip
     """A cluster of a config's settings; those of ``environment`` outlive a restart of a member."""
     config = ClusterConfig(
         **{"grpc_port": 0, "http_port": 0, "threads": 1, "kv_memory": "512MiB", "dtype": "float32", **settings}
     )
     planned = plan(config, clone_root())
     members = [replace(m, environment={**m.environment, **environment}) for m in planned.members]
-    local = LocalCluster(members, log_dir, grpc_address=planned.grpc_address, http_url=planned.http_url)
+    local = LocalCluster(
+        members, log_dir, grpc_address=planned.grpc_address, http_url=planned.http_url, timing=timing
+    )  # fmt: skip
     local.start()
     try:
         yield Running(local)

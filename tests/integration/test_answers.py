@@ -12,7 +12,7 @@ from kvferry.api.common.v1 import common_pb2
 from kvferry.api.worker.v1 import worker_pb2
 from services.engine.model_files import ModelFiles
 from tests.decode_calls import BlockingDecodeCall
-from tests.integration.answers import CHATS, NUM_TOKENS, RAW, lone_answers, split_answers
+from tests.integration.answers import CHATS, NUM_TOKENS, RAW, lone_answers, one_by_one, split_answers
 from tests.integration.conftest import Running
 from tests.integration.reference import Reference
 
@@ -52,6 +52,13 @@ def test_split_equals_alone_equals_transformers(
     assert answer.text == smollm2.tokenizer.decode(answer.token_ids)
     assert greedy.continuation_is_greedy(prompts[number], answer.token_ids)
     assert alone[number] == list(answer.token_ids)
+
+
+def test_split_equals_alone_one_by_one(cluster: Running) -> None:
+    """As tests/gpu asks it, where the numbers are rounded."""
+    for answer, alone in one_by_one(cluster.address, cluster.local.address("decode-0"), RAW[4:6]):
+        assert answer.timeline.prefill_worker == "prefill-0"
+        assert list(answer.token_ids) == alone
 
 
 def test_the_reference_decodes_by_itself_to_the_same(client: Client, greedy: Reference) -> None:

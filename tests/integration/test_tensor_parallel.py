@@ -35,7 +35,7 @@ class Ranked:
     reference: Any
 
 
-@pytest.fixture(scope="module", params=[(2, 1), (1, 3)], ids=["2 to 1", "1 to 3"])
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2), (1, 3)], ids=["2 to 1", "1 to 2", "1 to 3"])
 def ranked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranked]:
     model, logs = tmp_path_factory.mktemp("tiny"), tmp_path_factory.mktemp("logs")
     save_tiny_model(model)

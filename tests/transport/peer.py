@@ -24,15 +24,15 @@ class InProcessPeer:
         self._transport = transport.create(backend)
         self._region: Region | None = None
 
-    def allocate(self, nbytes: int) -> bytes:
+    def allocate(self, nbytes: int, device: int | None = None) -> bytes:
         if self._region is not None:
             self._region.release()
-        self._region = self._transport.allocate(nbytes)
+        self._region = self._transport.allocate(nbytes, device)
         return self._region.descriptor
 
     def read(self, offset: int, nbytes: int) -> bytes:
         assert self._region is not None
-        return bytes(self._region.view[offset : offset + nbytes])
+        return bytes(self._region.fetch([offset], nbytes))
 
     def fill(self, offset: int, data: bytes) -> None:
         assert self._region is not None
@@ -59,8 +59,8 @@ class ProcessPeer:
             env={**os.environ, **environment},
         )
 
-    def allocate(self, nbytes: int) -> bytes:
-        return bytes.fromhex(self._ask(do="allocate", nbytes=nbytes))
+    def allocate(self, nbytes: int, device: int | None = None) -> bytes:
+        return bytes.fromhex(self._ask(do="allocate", nbytes=nbytes, device=device))
 
     def read(self, offset: int, nbytes: int) -> bytes:
         return bytes.fromhex(self._ask(do="read", offset=offset, nbytes=nbytes))
@@ -108,7 +108,7 @@ def serve(backend: str) -> None:
         request = json.loads(line)
         match request["do"]:
             case "allocate":
-                answer = peer.allocate(request["nbytes"]).hex()
+                answer = peer.allocate(request["nbytes"], request["device"]).hex()
             case "read":
                 answer = peer.read(request["offset"], request["nbytes"]).hex()
             case "fill":

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import transport
-from transport import BackendUnavailable, Op, OutOfMemory, RegionBusy, Transport, TransportError, cuda
+from transport import BackendUnavailable, Op, OutOfMemory, RegionBusy, Transport, TransportError, cuda, ucp
 from transport import Path as Way
 
 MIB = 1 << 20
@@ -129,6 +129,32 @@ def test_a_gpu_that_is_not_there_is_refused(gpus: ctypes.CDLL, ours: Transport) 
     assert cuda.device_count() == 2
     with pytest.raises(TransportError, match="GPU 2: no such GPU: invalid device ordinal"):
         ours.allocate(MIB, device=2)
+
+
+@pytest.mark.parametrize(
+    ("version", "carries"),
+    [
+        ((1, 12, 0), False),
+        ((1, 19, 9), False),
+        ((1, 20, 0), False),
+        ((1, 20, 1), True),
+        ((1, 22, 0), True),
+        ((2, 0, 0), True),
+    ],
+)
+def test_since_when_ucx_carries_gpus(version: tuple[int, int, int], carries: bool) -> None:
+    assert ucp.carries_gpus(version) is carries
+
+
+def test_a_ucx_that_would_take_tcp_has_pools_of_the_host_alone(
+    gpus: ctypes.CDLL, ours: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ucp, "OLDEST_UCX_FOR_GPUS", (99, 0, 1))
+    ours.allocate(MIB).release()
+    with pytest.raises(
+        BackendUnavailable, match=r"UCX \d+\.\d+\.\d+ would .* over TCP; .* needs UCX 99\.0\.1 or newer: pip"
+    ):
+        ours.allocate(MIB, device=0)
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -107,6 +107,7 @@ def test_of_a_sound_host_nothing_is_to_be_changed(facts: Facts) -> None:
         (on(RDMA_HOST, replace(RDMA_UCX, offers=TCP)), Level.WARNING, "ucx_info -d"),
         (on(replace(RDMA_HOST, locked_limit_nbytes=8 << 20), RDMA_UCX), Level.WARNING, "ulimit -l unlimited"),
         (on(CUDA_HOST, replace(UCX, modules=("cma",))), Level.WARNING, "Install a UCX with CUDA"),
+        (replace(with_trial(ucx_version="1.20.0"), host=CUDA_HOST), Level.WARNING, "Install UCX 1.20.1 or newer"),
         (on(CUDA_HOST), Level.WARNING, "libcuda.so.1"),
         (on(replace(HOST, available_nbytes=1 << 29)), Level.WARNING, "Free memory"),
         (small_pages(shmem_huge_pages="deny"), Level.WARNING, "instead of deny"),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import transport
+from tests.transport.exchange import exchange
 from tests.transport.peer import InProcessPeer, ProcessPeer
 from transport import BackendUnavailable, Op, OutOfBounds, TransferCancelled, Transport, TransportClosed, ucp
 
@@ -71,6 +72,14 @@ def test_memcpy_moves_what_it_is_told_to(ours: Transport) -> None:
         for offsets in ([32], [0]), ([0], [60]):
             with pytest.raises(OutOfBounds):
                 ucp.memcpy(to, source, *offsets, 8)
+
+
+def test_ucx_tells_which_way_it_takes() -> None:
+    """As tests/gpu asks it; what is mapped UCX does not carry."""
+    assert exchange(None, None) == {}
+    ways = exchange(None, None, **TCP)
+    assert ways.keys() == {("write", "host"), ("read", "host")}
+    assert all(taken.startswith("tcp/") for taken in ways.values())
 
 
 def test_opening_over_tcp_to_a_peer_that_hangs_ends_and_holds_up_nobody() -> None:

@@ -10,19 +10,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import transport
-from services.engine.batch import Entry, build_batch
+from services.engine.batch import Batch, Entry, build_batch
 from services.engine.layout import KvLayout
 from services.engine.model_files import ModelFiles, open_model
 from services.engine.parallel.frames import Setup
 from services.engine.parallel.leader import LeadingRunner
 from services.engine.parallel.shard import Shard
 from services.engine.runners import create_shard_runner
-from services.engine.sampling_params import Drawn, Sampling
+from services.engine.sampling_params import Sampling
+from services.engine.steps import Draws
 from services.engine.weights import load_weights
 from services.worker.ranks import RankLostError, Ranks
+from tests.engine.paging import decode_together
 from transport import Region
 
 NUM_BLOCKS, BLOCK_SIZE, SIZE = 32, 16, 2
@@ -44,20 +45,9 @@ def setup(files: ModelFiles, dtype: str, region: Region) -> Setup:
     )  # fmt: skip
 
 
-def tokens(files: ModelFiles, run: Callable[[Any], list[Any]], sampling: Sampling) -> list[list[int]]:
-    """The first step computes the prompts, each further one a token of each."""
+def tokens(files: ModelFiles, run: Callable[[Batch], Draws], sampling: Sampling) -> list[list[int]]:
     prompts = [files.tokenizer.encode(text, add_special=True) for text in PROMPTS]
-    tables = [list(range(8 * i, 8 * i + 8)) for i in range(len(prompts))]
-    texts, computed = [list(prompt) for prompt in prompts], [0] * len(prompts)
-    for _ in range(NUM_TOKENS):
-        entries = [
-            Entry(text[done:], done, table, sampling) for text, done, table in zip(texts, computed, tables, strict=True)
-        ]
-        computed = [len(text) for text in texts]
-        for text, drawn in zip(texts, run(build_batch(entries, BLOCK_SIZE)), strict=True):
-            assert isinstance(drawn, Drawn)
-            text.append(drawn.token_id)
-    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
+    return decode_together(run, prompts, sampling, NUM_TOKENS, BLOCK_SIZE)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from enum import Enum
 
 from transport.base import Path
 from transport.doctor.facts import Facts, Host, Rate, Trial, Ucx
-from transport.ucp import SETTINGS, may_map
+from transport.ucp import OLDEST_UCX_FOR_GPUS, SETTINGS, carries_gpus, may_map
 
 HUGE_PAGES_SINCE = (6, 1)
 FEW_OPEN_FILES = 1024
@@ -46,7 +46,7 @@ def judge(facts: Facts) -> tuple[Finding, ...]:
         *_variables(facts.host),
         *_neighbours(facts),
         *_other_hosts(facts.host, facts.ucx),
-        *_cuda(facts.host, facts.ucx),
+        *_cuda(facts),
         *_memory(facts),
         *_limits(facts.host),
         *_speed(facts.trials),
@@ -183,7 +183,8 @@ def _rdma(section: str, host: Host, ucx: Ucx) -> Finding:
     return Finding(section, Level.OK, f"RDMA by {rates}")
 
 
-def _cuda(host: Host, ucx: Ucx | None) -> Iterator[Finding]:
+def _cuda(facts: Facts) -> Iterator[Finding]:
+    host, ucx = facts.host, facts.ucx
     if not host.cuda_devices:
         yield Finding("CUDA", Level.NOTE, "no CUDA device: pools lie in host memory")
         return
@@ -193,6 +194,12 @@ def _cuda(host: Host, ucx: Ucx | None) -> Iterator[Finding]:
     if "cuda" not in ucx.modules:
         change = "Install a UCX with CUDA: pip install libucx-cu13, or point KVFERRY_UCX_HOME at one."
         yield Finding("CUDA", Level.WARNING, f"{text}, but this UCX was built without CUDA", change)
+        return
+    version = facts.trials[0].ucx_version
+    if version and not carries_gpus(tuple(map(int, version.split(".")))):
+        oldest = ".".join(map(str, OLDEST_UCX_FOR_GPUS))
+        change = f"Install UCX {oldest} or newer: pip install -U libucx-cu13, or point KVFERRY_UCX_HOME at one."
+        yield Finding("CUDA", Level.WARNING, f"{text}, but UCX {version} would move their KV over TCP", change)
         return
     if ucx.offers is None:
         yield Finding("CUDA", Level.NOTE, text)
