@@ -14,7 +14,7 @@ def why_not() -> str | None:
     import torch
 
     if not torch.cuda.is_available():
-        return "no CUDA device, or a torch without CUDA: nothing of tests/gpu has run"
+        return "no CUDA device, or a torch without CUDA"
     if find_spec("flashinfer") is None:
         return "FlashInfer is not installed: pip install kvferry[gpu]"
     return None

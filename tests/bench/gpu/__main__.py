@@ -12,7 +12,6 @@ measure.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import signal
 import sys
 import traceback
@@ -32,6 +31,7 @@ from tests.bench.gpu.models import saved
 from tests.bench.gpu.rows import Book, NotMeasured, Row
 from tests.engine import fake_flashinfer
 from tests.engine.fake_device import FakeDevice
+from tests.gpu.needs import why_not
 
 DECODE, PREFILL, TRANSFER = "decode", "prefill", "transfer"
 WORKS = (TRANSFER, DECODE, PREFILL, phases.TTFT, phases.ITL)
@@ -107,14 +107,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def why_not() -> str | None:
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA device; ARGS=--rehearse runs it on the CPU"
-    if importlib.util.find_spec("flashinfer") is None:
-        return "FlashInfer is not installed: pip install kvferry[gpu]"
-    return None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     only = frozenset(arguments.only)
@@ -124,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(machine, ("cpu",), REHEARSED, arguments.rounds, only)
         configs = [tiny(config) for config in configs]
     elif reason := why_not():
-        print(f"bench-gpu: {reason}", file=sys.stderr)
+        print(f"bench-gpu: {reason}; ARGS=--rehearse runs it on the CPU", file=sys.stderr)
         return 1
     else:
         place = torch.device("cuda", 0)
