@@ -10,7 +10,8 @@ from transport.errors import OutOfMemory
 
 
 class CudaCopier:
-    """See ``Copier``.  Never run on a device; tests/gpu has what is to hold there."""
+    """See ``Copier``.  Its stream says which device: no thread's current one matters.  Never run on a device; tests/gpu
+    has what is to hold there."""
 
     def __init__(self, arena: torch.Tensor, num_slots: int) -> None:
         """``arena``: [num_blocks, ...] on the device.  Blocks while the host's memory is pinned.  Raises OutOfMemory."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -11,10 +12,15 @@ from services.engine.ready import Ready
 
 
 class Device(Protocol):
-    """What is asked of it happens in the order of asking, in one stream, and nobody waits for it."""
+    """What is asked of it happens in the order of asking, in one stream, and nobody waits for it.  All but ``place`` and
+    ``current`` is asked while that is open."""
 
     @property
     def place(self) -> torch.device: ...
+
+    def current(self) -> AbstractContextManager[object]:
+        """While it is open, kernels, streams, events and graphs that this thread makes or calls are this device's also
+        where no tensor says which.  Each thread has a current device of its own, the first GPU unless told."""
 
     def mark(self) -> Ready:
         """Is done when all that was asked so far is."""
@@ -33,6 +39,9 @@ class CudaDevice:
     def __init__(self, place: torch.device) -> None:
         self.place = place
         self._graphs = torch.cuda.graph_pool_handle()
+
+    def current(self) -> AbstractContextManager[object]:
+        return torch.cuda.device(self.place)
 
     def mark(self) -> CudaMark:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a wait leaves the processor to others

@@ -155,8 +155,6 @@ def create_shard_runner(model: ModelConfig, weights: Weights, layout: KvLayout, 
 
     config, own_layout = shard.config(model), layout.of_rank(shard.rank)
     place = torch.device("cpu") if pool.device is None else torch.device("cuda", pool.device)
-    if pool.device is not None:
-        torch.cuda.set_device(place)
     group = TorchGroup(shard.rank, shard.size, Path(store), place)
     log.info("rank_joined", rank=shard.rank, size=shard.size, kv_heads=len(shard.kv_heads))
     if pool.device is None:
@@ -183,7 +181,6 @@ def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, 
     assert pool.device is not None
     kernels = flashinfer_kernels.load()
     place = torch.device("cuda", pool.device)
-    torch.cuda.set_device(place)
     arena = cuda_arena(pool.address, num_blocks, layout, place, pool)
     runner = FlashInferRunner(
         config, weights_on(weights, place), layout, arena, kernels, CudaDevice(place),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,6 @@ from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Sequence, SequenceId
 from services.engine.weights import Weights
-from tests.engine import fake_flashinfer
 from tests.engine.fake_device import FakeDevice
 from tests.engine.paging import GREEDY, PagedModel, relative_error
 from tests.engine.test_kernels import make_config, make_weights
@@ -44,7 +45,7 @@ def paged(config: ModelConfig, weights: Weights, device: FakeDevice | None, *, m
     if device is not None:
         arena = torch.frombuffer(made.arena, dtype=torch.float32).view(num_blocks, *made.layout.block_shape)
         made.runner = FlashInferRunner(
-            config, weights, made.layout, arena, fake_flashinfer, device,
+            config, weights, made.layout, arena, device.kernels, device,
             max_running=max_running, returns_early=returns_early,
         )  # type: ignore[assignment]  # fmt: skip
         made.runner.warm_up()
@@ -160,6 +161,24 @@ def test_a_step_that_was_foreseen_and_did_not_come_is_forgotten(config: ModelCon
         answers.append(model.runner.run(build_batch([alone], 8)))
     assert answers[0] == answers[1]
     assert ours.runner.num_foreseen == 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 9], ids=["by a graph", "without"])
+@pytest.mark.parametrize("sampling", [None, GREEDY, Sampling(num_logprobs=2)], ids=["no draw", "a draw", "logprobs"])
+@pytest.mark.parametrize("call", ["run", "follow", "logits"])
+def test_whatever_thread_asks_a_step_is_computed_by_the_runners_gpu(
+    call: str, sampling: Sampling | None, num_tokens: int
+) -> None:
+    """Of several GPUs each thread has a current one, and the threads that start a worker are not those that step."""
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    batch = chunk(model, model.table(16), 0, num_tokens, sampling)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(getattr(model.runner, call), batch).result()
+        thread.submit(model.runner.warm_up).result()
+        with pytest.raises(AssertionError, match="current device is another"):
+            thread.submit(device.mark).result()
 
 
 def chunk(model: PagedModel, table: list[int], start: int, num_tokens: int, sampling: Sampling | None) -> Batch:
