@@ -32,10 +32,9 @@ class FakeDevice:
     until a mark behind it is done.  Fails where it, or one of its ``kernels``, is asked on a thread on which it is not
     current: there another GPU would do it, or none."""
 
-    place = torch.device("cpu")
-
-    def __init__(self, *, is_busy: bool = False) -> None:
+    def __init__(self, *, is_busy: bool = False, place: str = "cpu") -> None:
         self.is_busy = is_busy
+        self.place = torch.device(place)
         self.kernels = _Kernels(self)
         self.marks: list[FakeMark] = []
         self.num_replays = 0
