@@ -10,6 +10,9 @@ import torch
 
 from services.engine.ready import Ready
 
+# Kinds of devices that fetch from the host's memory by themselves where it is pinned.
+PINNED_FOR = frozenset({"cuda"})
+
 
 class Device(Protocol):
     """What is asked of it happens in the order of asking, in one stream, and nobody waits for it.  All but ``place`` and
@@ -64,6 +67,11 @@ class CudaDevice:
         with torch.cuda.graph(graph, pool=self._graphs):
             result = compute()
         return result, graph.replay
+
+
+def pinned(host: torch.Tensor, place: torch.device) -> torch.Tensor:
+    """The same numbers, to be copied to ``place`` by ``non_blocking``: from other memory, that may wait for the device."""
+    return host.pin_memory() if place.type in PINNED_FOR else host
 
 
 class CudaMark:

@@ -88,11 +88,11 @@ class FlashInferRunner:
         """As ``TorchRunner.run``, save for what ``returns_early`` says."""
         with self._computing():
             before, self.ready = self.ready, None
-            columns = SamplingColumns.of(batch.samples).to(self._device.place)
             logits = self._forward(batch)
             if not batch.samples:
                 self._wait_unless_early(before)
                 return []
+            columns = SamplingColumns.of(batch.samples).to(self._device.place)  # made while the device computes
             chosen = self._device.fetch(choose(logits, columns, self._top_k))
             drawn = self._device.mark()
             self._foresee(batch)

@@ -10,6 +10,7 @@ import torch
 
 from services.engine.batch import Batch, Entry, build_batch
 from services.engine.blocks import BlockPool
+from services.engine.device_sampler import SamplingColumns
 from services.engine.flashinfer_runner import FlashInferRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
@@ -179,6 +180,18 @@ def test_whatever_thread_asks_a_step_is_computed_by_the_runners_gpu(
         thread.submit(model.runner.warm_up).result()
         with pytest.raises(AssertionError, match="current device is another"):
             thread.submit(device.mark).result()
+
+
+def test_what_draws_depend_on_is_made_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    replays: list[int] = []
+    of = SamplingColumns.of
+    monkeypatch.setattr(SamplingColumns, "of", lambda samples: replays.append(device.num_replays) or of(samples))
+    before = device.num_replays
+    model.runner.run(chunk(model, model.table(1), 0, 1, Sampling(temperature=1.0, seed=1)))
+    assert replays == [before + 1]
 
 
 def chunk(model: PagedModel, table: list[int], start: int, num_tokens: int, sampling: Sampling | None) -> Batch:
