@@ -24,6 +24,9 @@ class OnlyOn(TorchDispatchMode):
         """From another place to this one."""
         assert func.overloadpacket is aten._to_copy, f"{func} mixes places"
 
+    def check_call(self, func: Any, args: tuple[Any, ...]) -> None:
+        """With a tensor of this place, before it is made."""
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -32,8 +35,11 @@ class OnlyOn(TorchDispatchMode):
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
+        given = _places((args, kwargs))
+        if self._place in given:
+            self.check_call(func, args)
         result = func(*args, **kwargs)
-        given, made = (_places((args, kwargs)), _places(result))
+        made = _places(result)
         if self._place in made and given - {self._place}:
             self.check_copy(func, args, kwargs)
             self.num_copies += 1

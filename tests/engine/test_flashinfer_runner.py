@@ -194,6 +194,58 @@ def test_what_draws_depend_on_is_made_while_the_device_computes(monkeypatch: pyt
     assert replays == [before + 1]
 
 
+@pytest.mark.parametrize("call", ["run", "follow"])
+def test_a_decode_waits_for_the_device_once_and_the_next_ones_metadata_is_there_before(call: str) -> None:
+    """A first and two that were foreseen.  Of marks, one is waited for that was made behind the step; the other, of what
+    the plan before copied, is in the stream before it."""
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    device.is_busy = True
+    table = model.table(24)
+    getattr(model.runner, call)(chunk(model, table, 0, 9, GREEDY))
+    for number, position in enumerate((9, 10, 11)):
+        device.log.clear()
+        first = len(device.marks)
+        getattr(model.runner, call)(chunk(model, table, position, 1, GREEDY))
+        uploaded, computed, foreseen = range(first - 1 if number else first, first + 2 if number else first + 3)
+        prepare = [] if number else [f"wait {first - 2}", "plan", f"mark {uploaded}"]
+        fetch = ["fetch"] if call == "run" else []
+        assert device.log == [
+            *prepare, "replay", *fetch, f"mark {computed}", f"wait {uploaded}", "plan", f"mark {foreseen}",
+            f"wait {computed}",
+        ]  # fmt: skip
+    assert model.runner.num_foreseen == 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, None])
+def test_a_chunk_waits_for_the_device_once(sampling: Sampling | None) -> None:
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    device.is_busy = True
+    device.log.clear()
+    first = len(device.marks)
+    model.runner.run(chunk(model, model.table(9), 0, 9, sampling))
+    fetch = [] if sampling is None else ["fetch"]
+    assert device.log == ["plan", f"mark {first}", *fetch, f"mark {first + 1}", f"wait {first + 1}"]
+
+
+def test_a_chunk_that_returns_early_is_not_planned_over_copies_of_the_one_before() -> None:
+    """The planners copy from memory that they use again."""
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device, returns_early=True)
+    device.is_busy = True
+    first = len(device.marks)
+    table = model.table(16)
+    for start in (0, 8):
+        device.log.clear()
+        model.runner.run(chunk(model, table, start, 8, None))
+    copied, ready = first, first + 1
+    assert device.log == [f"wait {copied}", "plan", f"mark {first + 2}", f"mark {first + 3}", f"wait {ready}"]
+
+
 def chunk(model: PagedModel, table: list[int], start: int, num_tokens: int, sampling: Sampling | None) -> Batch:
     return build_batch([Entry([3] * num_tokens, start, table, sampling)], 8)
 
