@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +13,14 @@ import torch
 from kvferry.errors import InvalidRequestError
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelError
-from services.engine.runners import choose_cuda_dtype, create_cuda_runner
+from services.engine.model_files import open_model
+from services.engine.runners import choose_cuda_dtype
 from services.engine.weights import weights_on
+from services.worker.compute import Compute
+from services.worker.config import Kernels, WorkerConfig
 from services.worker.device import choose_devices, pick_device, spread
 from tests.engine.test_kernels import make_config, make_weights
+from tests.tiny_model import save_tiny_model
 
 
 @pytest.mark.parametrize(
@@ -77,14 +84,30 @@ def test_torch_on_a_gpu_has_every_type_but_int8_and_heads_of_any_size() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_torch_that_reaches_no_gpu_says_what_to_do() -> None:
-    config = make_config()
-    layout = KvLayout(config.revision, "float32", 16, config.num_layers, config.num_kv_heads, config.head_dim)
-    pool: Any = SimpleNamespace(device=0)
-    with pytest.raises(ModelError, match="reaches no GPU; install one built for CUDA, or use --device cpu"):
-        create_cuda_runner(
-            config, make_weights(config), layout, pool, 4, compiled=False, max_running=4, returns_early=False
-        )
+@pytest.mark.parametrize(
+    ("kernels", "says"),
+    [
+        (Kernels.TORCH, "reaches no GPU; install one built for CUDA, or use --device cpu"),
+        pytest.param(
+            Kernels.COMPILED, r"needs FlashInfer .*pip install kvferry\[gpu\]`, or use --kernels torch",
+            marks=pytest.mark.skipif(find_spec("flashinfer") is not None, reason="FlashInfer is installed"),
+        ),
+    ],
+)  # fmt: skip
+async def test_what_is_to_compute_on_a_gpu_and_cannot_says_what_to_do(
+    kernels: Kernels, says: str, tmp_path: Path
+) -> None:
+    save_tiny_model(tmp_path)
+    files = open_model(str(tmp_path))
+    model = files.config
+    layout = KvLayout(model.revision, "float32", 16, model.num_layers, model.num_kv_heads, model.head_dim)
+    on_gpu: Any = SimpleNamespace(device=0)
+    compute = Compute(
+        files, "float32", layout, (on_gpu,), 4, WorkerConfig(kernels=kernels), log_name="prefill", returns_early=False
+    )
+    async with AsyncExitStack() as stack:
+        with pytest.raises(ModelError, match=says):
+            await compute.start(stack, lambda _: None)
 
 
 @pytest.mark.parametrize("tied", [True, False])
