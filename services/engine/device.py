@@ -49,7 +49,7 @@ class CudaDevice:
     def mark(self) -> CudaMark:
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # a wait leaves the processor to others
         event.record(torch.cuda.current_stream(self.place))
-        return CudaMark(event)
+        return CudaMark(event, self.place)
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -75,11 +75,15 @@ def pinned(host: torch.Tensor, place: torch.device) -> torch.Tensor:
 
 
 class CudaMark:
-    def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+    """Asked on a thread that has another GPU current, or none, it takes no memory of that one for a context."""
+
+    def __init__(self, event: torch.cuda.Event, place: torch.device) -> None:
+        self._event, self._place = event, place
 
     def done(self) -> bool:
-        return bool(self._event.query())  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._place):
+            return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
-        self._event.synchronize()
+        with torch.cuda.device(self._place):
+            self._event.synchronize()
