@@ -10,7 +10,8 @@ from transport.errors import OutOfMemory
 
 
 class CudaCopier:
-    """See ``Copier``.  Never run on a device; tests/gpu has what is to hold there."""
+    """See ``Copier``.  While its stream is a thread's current one, so is its device.  Never run on a device; tests/gpu has
+    what is to hold there."""
 
     def __init__(self, arena: torch.Tensor, num_slots: int) -> None:
         """``arena``: [num_blocks, ...] on the device.  Blocks while the host's memory is pinned.  Raises OutOfMemory."""
@@ -29,12 +30,11 @@ class CudaCopier:
         self._copy(self._blocks, blocks, self._slots, slots)
 
     def _copy(self, to: torch.Tensor, to_rows: Sequence[int], source: torch.Tensor, rows: Sequence[int]) -> None:
-        # What steps were asked to compute may still write blocks that are copied down, or read those that are copied into.
-        place = self._blocks.device
-        self._stream.wait_stream(torch.cuda.default_stream(place))
         with torch.cuda.stream(self._stream):
+            # What steps were asked to compute may still write blocks that are copied down, or read those copied into.
+            self._stream.wait_stream(torch.cuda.default_stream(self._blocks.device))
             for to_row, row in zip(to_rows, rows, strict=True):
                 to[to_row].copy_(source[row], non_blocking=True)
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record(self._stream)
-        event.synchronize()
+            event.synchronize()

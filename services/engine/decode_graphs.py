@@ -21,7 +21,7 @@ from services.engine.attention.flashinfer_attention import (
 from services.engine.attention.paged_plan import PagedPlan, plan_pages
 from services.engine.batch import I32, Batch, Entry, build_batch
 from services.engine.buckets import bucket_for, pad
-from services.engine.device import Device
+from services.engine.device import Device, pinned
 from services.engine.flashinfer_kernels import DecodeWrapper, FlashInfer
 from services.engine.model import Inputs, LlamaModel
 from services.engine.sampling_params import Sampling
@@ -78,14 +78,12 @@ class DecodeGraphs:
         the next run."""
         graph = self._graphs[size]
         token_ids = torch.from_numpy(pad(batch, size).token_ids.astype(np.int32))
-        host = token_ids.pin_memory() if self._device.place.type == "cuda" else token_ids
-        graph.token_ids.copy_(host, non_blocking=True)
+        graph.token_ids.copy_(pinned(token_ids, self._device.place), non_blocking=True)
         graph.replay()
         return graph.logits[: batch.num_sequences]
 
     def _store(self, size: int, arrays: list[I32]) -> None:
-        host = torch.from_numpy(np.concatenate(arrays))
-        host = host.pin_memory() if self._device.place.type == "cuda" else host
+        host = pinned(torch.from_numpy(np.concatenate(arrays)), self._device.place)
         self._buffer[size : size + len(host)].copy_(host, non_blocking=True)
 
     def _plan(self, wrapper: DecodeWrapper, appended: Appended, pages: PagedPlan) -> None:

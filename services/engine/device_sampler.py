@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from services.engine.device import pinned
 from services.engine.sampler import draw, uniform
 from services.engine.sampling_params import DrawFailed, Drawn, Sample
 
@@ -30,7 +31,7 @@ class SamplingColumns:
 
     @classmethod
     def of(cls, samples: Sequence[Sample]) -> SamplingColumns:
-        """On the host.  Needs nothing of the step that it is for."""
+        """On the host.  Needs nothing of what the step computes."""
         rows = [
             (p.temperature, p.top_k, p.top_p, uniform(p.seed, position) if p.temperature else 0.0)
             for _, p, position, _ in samples
@@ -39,8 +40,7 @@ class SamplingColumns:
         return cls(values, all(sample.sampling.temperature == 0 for sample in samples))
 
     def to(self, device: torch.device) -> SamplingColumns:
-        host = self.values.pin_memory() if device.type == "cuda" else self.values
-        return SamplingColumns(host.to(device, non_blocking=True), self.greedy)
+        return SamplingColumns(pinned(self.values, device).to(device, non_blocking=True), self.greedy)
 
 
 def choose(logits: torch.Tensor, columns: SamplingColumns, top_k: TopK) -> torch.Tensor:

@@ -122,7 +122,7 @@ def load() -> FlashInfer:
         return cast(FlashInfer, importlib.import_module("flashinfer"))
     except ImportError as e:
         raise ModelError(
-            f"a CUDA device needs FlashInfer ({e}); run `pip install kvferry[gpu]`, or use --device cpu"
+            f"a CUDA device needs FlashInfer ({e}); run `pip install kvferry[gpu]`, or use --kernels torch or --device cpu"
         ) from e
     except OSError as e:
         raise ModelError(

@@ -5,6 +5,8 @@ Never run on a device: tests run it on CPU, with stand-ins for the kernels and f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -67,14 +69,15 @@ class FlashInferRunner:
             DTYPES[layout.dtype],
         )  # fmt: skip
         place = device.place
-        workspace = torch.zeros(WORKSPACE_NBYTES, dtype=torch.uint8, device=place)
         self._kv_arena = kv_arena
-        self._model = LlamaModel(config, weights, FlashInferOperations(config, kernels, place), group)
-        self._attention = FlashInferAttention(shape, kernels, place, workspace)
-        self._graphs = DecodeGraphs(
-            self._model, kv_arena, shape, kernels, device, workspace, bucket_sizes(max_running),
-            -(-config.context_length // layout.block_size),
-        )  # fmt: skip
+        with device.current():
+            workspace = torch.zeros(WORKSPACE_NBYTES, dtype=torch.uint8, device=place)
+            self._model = LlamaModel(config, weights, FlashInferOperations(config, kernels, place), group)
+            self._attention = FlashInferAttention(shape, kernels, place, workspace)
+            self._graphs = DecodeGraphs(
+                self._model, kv_arena, shape, kernels, device, workspace, bucket_sizes(max_running),
+                -(-config.context_length // layout.block_size),
+            )  # fmt: skip
         self._prepared: _Prepared | None = None
         self._uploaded: Ready | None = None
 
@@ -83,13 +86,13 @@ class FlashInferRunner:
 
     def run(self, batch: Batch) -> Draws:
         """As ``TorchRunner.run``, save for what ``returns_early`` says."""
-        with torch.inference_mode():
+        with self._computing():
             before, self.ready = self.ready, None
-            columns = SamplingColumns.of(batch.samples).to(self._device.place)
             logits = self._forward(batch)
             if not batch.samples:
                 self._wait_unless_early(before)
                 return []
+            columns = SamplingColumns.of(batch.samples).to(self._device.place)  # made while the device computes
             chosen = self._device.fetch(choose(logits, columns, self._top_k))
             drawn = self._device.mark()
             self._foresee(batch)
@@ -98,7 +101,7 @@ class FlashInferRunner:
 
     def follow(self, batch: Batch) -> None:
         """As ``TorchRunner.follow``; with ``returns_early`` a step that draws nothing may still run when it returns."""
-        with torch.inference_mode():
+        with self._computing():
             before, self.ready = self.ready, None
             self._forward(batch)
             if not batch.samples:
@@ -110,20 +113,26 @@ class FlashInferRunner:
 
     def logits(self, batch: Batch) -> F32:
         """As ``TorchRunner.logits``."""
-        with torch.inference_mode():
+        with self._computing():
             return np.asarray(self._forward(batch).float().cpu().numpy(), dtype=np.float32)
 
     def warm_up(self) -> None:
         """Compiles what kernels are missing, minutes at the first time on a machine, and captures the graphs.  On a pool of
         its own, or on a block that it puts back as it was."""
         place = self._device.place
-        with torch.inference_mode():
+        with self._computing():
             scratch = torch.zeros((WARM_UP_BLOCKS, *self._layout.block_shape), dtype=self._kv_arena.dtype, device=place)
             for batch in warm_up_batches(self._layout.block_size):
                 logits = self._model.forward(self._inputs(batch), scratch, self._attention.plan(batch))
                 choose(logits, SamplingColumns.of(batch.samples).to(place), self._top_k)
                 self._device.mark().wait()
             self._graphs.capture()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """On whatever thread calls: the first calls are often another's than the steps'."""
+        with self._device.current(), torch.inference_mode():
+            yield
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """[samples, vocab], on the device; started, no more."""

@@ -64,13 +64,17 @@ def choose_dtype(config: ModelConfig, dtype: str, *, compiled: bool) -> str:
     return "int8" if compiled and _kernels_missing(config, "int8") is None else "float32"
 
 
-def choose_cuda_dtype(config: ModelConfig, dtype: str) -> str:
-    """As ``choose_dtype``, on a GPU.  Raises ModelError for a type or a model that FlashInfer's kernels have not."""
-    from services.engine import flashinfer_kernels
-
+def choose_cuda_dtype(config: ModelConfig, dtype: str, *, compiled: bool) -> str:
+    """As ``choose_dtype``, on a GPU, where FlashInfer's are the compiled kernels.  Raises ModelError for a type or a model
+    that they have not, or torch has not."""
     chosen = "bfloat16" if dtype == AUTO else dtype
-    if reason := flashinfer_kernels.why_not(config.head_dim, chosen):
-        raise ModelError(reason)
+    if chosen not in TORCH_DTYPES:
+        raise ModelError(f"no kernels for GPUs have {chosen}; use --dtype bfloat16 or float16")
+    if compiled:
+        from services.engine import flashinfer_kernels
+
+        if reason := flashinfer_kernels.why_not(config.head_dim, chosen):
+            raise ModelError(f"{reason}; or --kernels torch, which is slower")
     return chosen
 
 
@@ -144,10 +148,10 @@ def create_runner(config: ModelConfig, weights: Weights | PackedWeights, layout:
 
 
 def create_shard_runner(model: ModelConfig, weights: Weights, layout: KvLayout, pool: Region | BorrowedMemory,
-                        num_blocks: int, shard: Shard, store: str, *, num_threads: int, max_running: int,
-                        returns_early: bool) -> ShardRunner:  # fmt: skip
+                        num_blocks: int, shard: Shard, store: str, *, compiled: bool, num_threads: int,
+                        max_running: int, returns_early: bool) -> ShardRunner:  # fmt: skip
     """Of one rank, over its region of a pool of ``layout``; blocks until all ranks are here.  ``store``: see
-    ``TorchGroup``, and for its failures too."""
+    ``TorchGroup``, and for its failures too.  ``compiled``: on GPUs, for on CPUs plain torch computes."""
     import torch
 
     from services.engine.parallel.group import TorchGroup
@@ -155,41 +159,48 @@ def create_shard_runner(model: ModelConfig, weights: Weights, layout: KvLayout, 
 
     config, own_layout = shard.config(model), layout.of_rank(shard.rank)
     place = torch.device("cpu") if pool.device is None else torch.device("cuda", pool.device)
-    if pool.device is not None:
-        torch.cuda.set_device(place)
     group = TorchGroup(shard.rank, shard.size, Path(store), place)
     log.info("rank_joined", rank=shard.rank, size=shard.size, kv_heads=len(shard.kv_heads))
     if pool.device is None:
         return TorchRunner(config, weights, own_layout, pool.view, num_blocks, num_threads, group)
     return create_cuda_runner(
         config, weights, own_layout, pool, num_blocks,
-        max_running=max_running, returns_early=returns_early, group=group,
+        compiled=compiled, max_running=max_running, returns_early=returns_early, group=group,
     )  # fmt: skip
 
 
 def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, pool: Region | BorrowedMemory,
-                       num_blocks: int, *, max_running: int, returns_early: bool,
+                       num_blocks: int, *, compiled: bool, max_running: int, returns_early: bool,
                        group: Group | None = None) -> ShardRunner:  # fmt: skip
-    """On the GPU whose memory ``pool`` is; the weights, on the host so far, go there.  ``returns_early``: see
-    ``FlashInferRunner``.  Raises ModelError."""
+    """On the GPU whose memory ``pool`` is, by FlashInfer's kernels where ``compiled``, or else by plain torch; the weights,
+    on the host so far, go there.  ``max_running``, ``returns_early``: see ``FlashInferRunner``; torch needs no such thing.
+    Raises ModelError."""
     import torch
 
     from services.engine import flashinfer_kernels
     from services.engine.device import CudaDevice
     from services.engine.flashinfer_runner import FlashInferRunner, cuda_arena
     from services.engine.parallel.group import ALONE
+    from services.engine.runner import DeviceTorchRunner
     from services.engine.weights import weights_on
 
     assert pool.device is not None
-    kernels = flashinfer_kernels.load()
+    kernels = flashinfer_kernels.load() if compiled else None
+    if not torch.cuda.is_available():
+        raise ModelError(f"torch {torch.__version__} reaches no GPU; install one built for CUDA, or use --device cpu")
     place = torch.device("cuda", pool.device)
-    torch.cuda.set_device(place)
     arena = cuda_arena(pool.address, num_blocks, layout, place, pool)
-    runner = FlashInferRunner(
-        config, weights_on(weights, place), layout, arena, kernels, CudaDevice(place),
-        max_running=max_running, returns_early=returns_early, group=group or ALONE,
-    )  # fmt: skip
-    log.info("flashinfer_kernels", device=torch.cuda.get_device_name(place))
+    weights, group = weights_on(weights, place), group or ALONE
+    runner: ShardRunner
+    if kernels is None:
+        runner = DeviceTorchRunner(config, weights, layout, arena, CudaDevice(place), group)
+    else:
+        runner = FlashInferRunner(
+            config, weights, layout, arena, kernels, CudaDevice(place),
+            max_running=max_running, returns_early=returns_early, group=group,
+        )  # fmt: skip
+    event = "plain_torch" if kernels is None else "flashinfer_kernels"
+    log.info(event, device=torch.cuda.get_device_name(place))
     return runner
 
 

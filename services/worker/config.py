@@ -63,7 +63,8 @@ class WorkerConfig(TlsOptions):
         help="what computes and holds the KV pool: cpu, cuda, cuda:N, or auto: a GPU where there is one",
     )
     kernels: Kernels = option(
-        Kernels.COMPILED, help="what computes: compiled, or plain torch, slower on CPUs and without int8"
+        Kernels.COMPILED,
+        help="what computes: compiled, which on a GPU are FlashInfer's, or plain torch, slower and without int8",
     )
     speculate: Speculate = option(
         Speculate.OFF,

@@ -158,13 +158,13 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         files = await asyncio.to_thread(open_model, config.model)
         model = files.config
         Shard.of(model, 0, config.tp)  # or it cannot be cut so
-        devices = choose_devices(config.device, config.tp)
+        compiled = config.kernels is Kernels.COMPILED
+        devices = choose_devices(config.device, config.tp, compiled=compiled)
         on_gpu = devices[0] is not None
         if on_gpu:
-            dtype = choose_cuda_dtype(model, config.dtype)
+            dtype = choose_cuda_dtype(model, config.dtype, compiled=compiled)
         else:
-            compiled = config.kernels is Kernels.COMPILED and config.tp == 1
-            dtype = await asyncio.to_thread(choose_dtype, model, config.dtype, compiled=compiled)
+            dtype = await asyncio.to_thread(choose_dtype, model, config.dtype, compiled=compiled and config.tp == 1)
         _confine_ucx(split_address(config.listen)[0])
         transport = create_transport("ucx")
     except (Error, TransportError) as e:
@@ -184,7 +184,8 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     async with AsyncExitStack() as stack:
         stack.callback(transport.close)
         num_blocks = _num_blocks(config, layout)
-        returns_early = role.kind == common_pb2.WORKER_ROLE_PREFILL  # whose blocks no peer writes
+        by_flashinfer = on_gpu and compiled
+        returns_early = by_flashinfer and role.kind == common_pb2.WORKER_ROLE_PREFILL  # whose blocks no peer writes
         try:
             # Never released: the arena's tensors live as long as the process, and the kernel takes it back with that.
             region, *further_regions = [
@@ -212,7 +213,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             max_running=config.max_running,
             max_waiting=config.max_waiting,
             max_pinned=num_blocks // PINNED_SHARE,
-            look_ahead=on_gpu,
+            look_ahead=by_flashinfer,
         )
         copies = None
         if num_slots := _num_host_slots(config, layout):
@@ -245,7 +246,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
             identity, model, layout, transport, region, engine, router, pins,
             further_regions=tuple(further_regions), speculates=speculates, paths=paths,
             labels={"host": platform.node(), **parse_labels(config.label)},
-            holds_role="its steps on a GPU return while they run" if on_gpu and returns_early else "",
+            holds_role="its steps on a GPU return while they run" if returns_early else "",
         )  # fmt: skip
 
 

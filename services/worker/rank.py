@@ -86,7 +86,8 @@ def _begin(pipe: Pipe, setup: Setup) -> ShardRunner:
     _next(pipe, Kind.JOIN)
     runner = create_shard_runner(
         model, weights, layout, pool, setup.num_blocks, shard, setup.store,
-        num_threads=setup.threads, max_running=setup.max_running, returns_early=setup.returns_early,
+        compiled=setup.compiled, num_threads=setup.threads, max_running=setup.max_running,
+        returns_early=setup.returns_early,
     )  # fmt: skip
     runner.warm_up()
     pipe.send(Kind.READY)

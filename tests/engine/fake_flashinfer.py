@@ -1,8 +1,9 @@
 """FlashInfer's kernels in plain torch, on any device: what calls them runs in the tests, and gives the reference's tokens.
 
 Refuses what the package refuses (types, lengths, a batch that does not fit its CUDA graph's buffers), and reads what is on
-the device when it runs, not when it plans, as the kernels do.  Types and head dimensions are left open, so that tests can
-be exact.
+the device when it runs, not when it plans, as the kernels do.  What it plans with it copies there as the package does,
+without waiting.  Types and head dimensions are left open, so that tests can be exact; on torch's meta device it computes
+shapes.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ class _Paged:
         assert q.stride(-1) == cache.stride(-1) == 1
         assert cache.shape[1:] == (2, page_size, num_kv_heads, head_dim)
         out = torch.empty_like(q) if out is None else out
+        if q.is_meta:
+            return out
         indptr, last = self.indptr.tolist(), self.last_page_len.tolist()
         for number in range(len(last)):
             rows = slice(qo_indptr[number], qo_indptr[number + 1])
@@ -99,7 +102,10 @@ class BatchPrefillWithPagedKVCacheWrapper(_Paged):
         assert len(qo_indptr) == len(paged_kv_indptr)
         assert int(qo_indptr[0]) == 0
         self.qo_indptr = qo_indptr.tolist()
-        self.indptr, self.indices, self.last_page_len = paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len
+        _, self.indptr, self.indices, self.last_page_len = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        )
         self.window_left = window_left
 
     def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -146,16 +152,19 @@ class BatchDecodeWithPagedKVCacheWrapper(_Paged):
         assert self.use_tensor_cores or num_qo_heads // num_kv_heads in CUDA_CORE_GROUPS
         if self.use_cuda_graph:
             assert len(last_page_len) == len(self.last_page_len), "the batch size of a CUDA graph is fixed"
-            self.indptr.copy_(indptr)
-            self.last_page_len.copy_(last_page_len)
-            self.indices[: len(indices)].copy_(indices)
-            self.planned = [tensor.tolist() for tensor in (indptr, last_page_len, indices)]
+            self.indptr.copy_(indptr, non_blocking=True)
+            self.last_page_len.copy_(last_page_len, non_blocking=True)
+            self.indices[: len(indices)].copy_(indices, non_blocking=True)
+            if not indices.is_meta:
+                self.planned = [tensor.tolist() for tensor in (indptr, last_page_len, indices)]
         else:
-            self.indptr, self.indices, self.last_page_len = indptr, indices, last_page_len
+            self.indptr, self.indices, self.last_page_len = (
+                tensor.to(self.device, non_blocking=True) for tensor in (indptr, indices, last_page_len)
+            )
         self.window_left = window_left
 
     def run(self, q: torch.Tensor, paged_kv_cache: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        if self.use_cuda_graph:
+        if self.use_cuda_graph and not q.is_meta:
             buffers = (self.indptr, self.last_page_len, self.indices[: int(self.indptr[-1])])
             assert [tensor.tolist() for tensor in buffers] == self.planned, "computed by a plan for another step"
         return self._attend(q, paged_kv_cache, list(range(len(q) + 1)), self.window_left, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 from services.engine.batch import Batch, Entry, build_batch
 from services.engine.blocks import BlockPool
+from services.engine.device_sampler import SamplingColumns
 from services.engine.flashinfer_runner import FlashInferRunner
 from services.engine.layout import KvLayout
 from services.engine.model_config import ModelConfig
@@ -18,7 +20,6 @@ from services.engine.sampling_params import Drawn, Sampling
 from services.engine.scheduler import Limits, Scheduler
 from services.engine.sequence import Sequence, SequenceId
 from services.engine.weights import Weights, load_weights
-from tests.engine import fake_flashinfer
 from tests.engine.early_chunks import ship
 from tests.engine.fake_device import FakeDevice
 from tests.engine.paging import GREEDY, PagedModel, assert_likely, decode_together, relative_error
@@ -47,7 +48,7 @@ def paged(config: ModelConfig, weights: Weights, device: FakeDevice | None, *, m
     if device is not None:
         arena = torch.frombuffer(made.arena, dtype=torch.float32).view(num_blocks, *made.layout.block_shape)
         made.runner = FlashInferRunner(
-            config, weights, made.layout, arena, fake_flashinfer, device,
+            config, weights, made.layout, arena, device.kernels, device,
             max_running=max_running, returns_early=returns_early,
         )  # type: ignore[assignment]  # fmt: skip
         made.runner.warm_up()
@@ -181,6 +182,88 @@ def test_a_step_that_was_foreseen_and_did_not_come_is_forgotten(config: ModelCon
     assert ours.runner.num_foreseen == 0
 
 
+@pytest.mark.parametrize("num_tokens", [1, 9], ids=["by a graph", "without"])
+@pytest.mark.parametrize("sampling", [None, GREEDY, Sampling(num_logprobs=2)], ids=["no draw", "a draw", "logprobs"])
+@pytest.mark.parametrize("call", ["run", "follow", "logits"])
+def test_whatever_thread_asks_a_step_is_computed_by_the_runners_gpu(
+    call: str, sampling: Sampling | None, num_tokens: int
+) -> None:
+    """Of several GPUs each thread has a current one, and the threads that start a worker are not those that step."""
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    batch = chunk(model, model.table(16), 0, num_tokens, sampling)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(getattr(model.runner, call), batch).result()
+        thread.submit(model.runner.warm_up).result()
+        with pytest.raises(AssertionError, match="current device is another"):
+            thread.submit(device.mark).result()
+
+
+def test_what_draws_depend_on_is_made_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    replays: list[int] = []
+    of = SamplingColumns.of
+    monkeypatch.setattr(SamplingColumns, "of", lambda samples: replays.append(device.num_replays) or of(samples))
+    before = device.num_replays
+    model.runner.run(chunk(model, model.table(1), 0, 1, Sampling(temperature=1.0, seed=1)))
+    assert replays == [before + 1]
+
+
+@pytest.mark.parametrize("call", ["run", "follow"])
+def test_a_decode_waits_for_the_device_once_and_the_next_ones_metadata_is_there_before(call: str) -> None:
+    """A first and two that were foreseen.  Of marks, one is waited for that was made behind the step; the other, of what
+    the plan before copied, is in the stream before it."""
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    device.is_busy = True
+    table = model.table(24)
+    getattr(model.runner, call)(chunk(model, table, 0, 9, GREEDY))
+    for number, position in enumerate((9, 10, 11)):
+        device.log.clear()
+        first = len(device.marks)
+        getattr(model.runner, call)(chunk(model, table, position, 1, GREEDY))
+        uploaded, computed, foreseen = range(first - 1 if number else first, first + 2 if number else first + 3)
+        prepare = [] if number else [f"wait {first - 2}", "plan", f"mark {uploaded}"]
+        fetch = ["fetch"] if call == "run" else []
+        assert device.log == [
+            *prepare, "replay", *fetch, f"mark {computed}", f"wait {uploaded}", "plan", f"mark {foreseen}",
+            f"wait {computed}",
+        ]  # fmt: skip
+    assert model.runner.num_foreseen == 2
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, None])
+def test_a_chunk_waits_for_the_device_once(sampling: Sampling | None) -> None:
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device)
+    device.is_busy = True
+    device.log.clear()
+    first = len(device.marks)
+    model.runner.run(chunk(model, model.table(9), 0, 9, sampling))
+    fetch = [] if sampling is None else ["fetch"]
+    assert device.log == ["plan", f"mark {first}", *fetch, f"mark {first + 1}", f"wait {first + 1}"]
+
+
+def test_a_chunk_that_returns_early_is_not_planned_over_copies_of_the_one_before() -> None:
+    """The planners copy from memory that they use again."""
+    config = make_config(sharing=2)
+    device = FakeDevice()
+    model = paged(config, make_weights(config), device, returns_early=True)
+    device.is_busy = True
+    first = len(device.marks)
+    table = model.table(16)
+    for start in (0, 8):
+        device.log.clear()
+        model.runner.run(chunk(model, table, start, 8, None))
+    copied, ready = first, first + 1
+    assert device.log == [f"wait {copied}", "plan", f"mark {first + 2}", f"mark {first + 3}", f"wait {ready}"]
+
+
 def chunk(model: PagedModel, table: list[int], start: int, num_tokens: int, sampling: Sampling | None) -> Batch:
     return build_batch([Entry([3] * num_tokens, start, table, sampling)], 8)
 
@@ -220,7 +303,7 @@ def test_chunks_arrive_elsewhere_while_the_next_ones_compute() -> None:
 
     def make(arena: torch.Tensor) -> FlashInferRunner:
         return FlashInferRunner(
-            config, weights, layout, arena, fake_flashinfer, device, max_running=1, returns_early=True
+            config, weights, layout, arena, device.kernels, device, max_running=1, returns_early=True
         )
 
     ids = prompts(1, config.vocab_size)[0] * 20
@@ -254,8 +337,9 @@ def test_smollm2_in_bfloat16_draws_what_float32_finds_likely(smollm2: ModelFiles
     layout = replace(reference.layout, dtype="bfloat16")
     arena = torch.zeros((16, *layout.block_shape), dtype=torch.bfloat16)
     weights = load_weights(config, smollm2.path, "bfloat16")
+    device = FakeDevice()
     runner = FlashInferRunner(
-        config, weights, layout, arena, fake_flashinfer, FakeDevice(), max_running=2, returns_early=False
+        config, weights, layout, arena, device.kernels, device, max_running=2, returns_early=False
     )
     runner.warm_up()
     texts = [smollm2.tokenizer.encode(text, add_special=True) for text in ("The capital of France is", "1, 2, 3,")]

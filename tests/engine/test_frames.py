@@ -16,7 +16,8 @@ from services.engine.sampling_params import Sampling
 
 SETUP = Setup(
     rank=1, size=2, model="/m", revision="r", dtype="float32", block_size=16, num_blocks=8, max_running=4, threads=1,
-    cpus=(2, 3), device=None, pool="00ff", store="/s", log_name="decode-0", log_level="info", returns_early=False,
+    cpus=(2, 3), device=None, compiled=True, pool="00ff", store="/s", log_name="decode-0", log_level="info",
+    returns_early=False,
 )  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from services.engine.parallel.shard import Shard
 from services.engine.runner import TorchRunner
 from services.engine.sampling_params import Drawn
 from services.engine.weights import load_weights
-from tests.engine import fake_flashinfer
 from tests.engine.fake_device import FakeDevice
 from tests.engine.paging import PagedModel, relative_error
 from tests.engine.test_kernels import make_config
@@ -52,7 +51,7 @@ class ShardedModel(PagedModel):
             self.runner = TorchRunner(own, weights, self.layout, memoryview(self.arena), NUM_BLOCKS, 1, group)
         else:
             self.runner = FlashInferRunner(
-                own, weights, self.layout, self.kv, fake_flashinfer, device,
+                own, weights, self.layout, self.kv, device.kernels, device,
                 max_running=6, returns_early=False, group=group,
             )  # type: ignore[assignment]  # fmt: skip
             self.runner.warm_up()

@@ -41,7 +41,7 @@ def setup(files: ModelFiles, dtype: str, region: Region) -> Setup:
     return Setup(
         rank=1, size=SIZE, model=str(files.path), revision=files.config.revision, dtype=dtype,
         block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, max_running=8, threads=1, cpus=(), device=region.device,
-        pool=region.lend().hex(), store="", log_name="test/1", log_level="warning", returns_early=False,
+        compiled=True, pool=region.lend().hex(), store="", log_name="test/1", log_level="warning", returns_early=False,
     )  # fmt: skip
 
 
@@ -65,7 +65,7 @@ def leading(files: ModelFiles, dtype: str, *, gpu: bool, on_lost: Callable[[Rank
         ranks.join()
         own = create_shard_runner(
             files.config, weights, whole, regions[0], NUM_BLOCKS, shard, str(ranks.store),
-            num_threads=1, max_running=8, returns_early=False,
+            compiled=True, num_threads=1, max_running=8, returns_early=False,
         )  # fmt: skip
         runner = LeadingRunner(own, ranks.tell, ranks.broken)
         runner.warm_up()

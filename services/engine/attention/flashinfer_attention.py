@@ -14,6 +14,7 @@ import torch
 
 from services.engine.attention.paged_plan import PagedPlan, PagedRows, plan_pages
 from services.engine.batch import I32, Batch
+from services.engine.device import pinned
 
 if TYPE_CHECKING:
     from services.engine.flashinfer_kernels import DecodeWrapper, FlashInfer, PrefillWrapper
@@ -43,8 +44,8 @@ class AttentionShape:
 
 
 class FlashInferAttention:
-    """Not thread-safe.  ``plan`` copies to the device without waiting for it: what it is given on the host is read by the
-    kernels' planners there and then, and indices alone travel."""
+    """Not thread-safe.  ``plan`` copies to the device without waiting for it: the kernels' planners read what is on the
+    host there and then, and what travels does so from pinned memory."""
 
     def __init__(
         self, shape: AttentionShape, kernels: FlashInfer, device: torch.device, workspace: torch.Tensor
@@ -69,11 +70,14 @@ class FlashInferAttention:
         if pages.prefill is not None:
             rows = pages.prefill
             indices = appended.kv_indices[len(appended.kv_indices) - len(rows.kv_indices) :]
+            qo_indptr, kv_indptr, last_page_len = stage(
+                [rows.qo_indptr, rows.kv_indptr, rows.kv_last_page_len], self._device
+            )
             self._prefill.plan(
-                torch.from_numpy(rows.qo_indptr),
-                torch.from_numpy(rows.kv_indptr),
+                qo_indptr,
+                kv_indptr,
                 indices,
-                torch.from_numpy(rows.kv_last_page_len),
+                last_page_len,
                 self._shape.num_heads,
                 self._shape.num_kv_heads,
                 self._shape.head_dim,
@@ -90,10 +94,11 @@ class FlashInferAttention:
 
 def plan_decode(wrapper: DecodeWrapper, rows: PagedRows, indices: torch.Tensor, shape: AttentionShape) -> None:
     """``indices``: kv_indices where the kernels run; the other arrays are wanted on the host."""
+    kv_indptr, last_page_len = stage([rows.kv_indptr, rows.kv_last_page_len], indices.device)
     wrapper.plan(
-        torch.from_numpy(rows.kv_indptr),
+        kv_indptr,
         indices,
-        torch.from_numpy(rows.kv_last_page_len),
+        last_page_len,
         shape.num_heads,
         shape.num_kv_heads,
         shape.head_dim,
@@ -127,12 +132,18 @@ def appended_arrays(pages: PagedPlan) -> list[I32]:
 
 
 def upload(arrays: list[I32], device: torch.device) -> list[torch.Tensor]:
-    """On ``device``, behind each other, by one copy, for each has its price; from pinned memory where there is such, so
-    that nobody waits for it."""
-    host = torch.from_numpy(np.concatenate(arrays))
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return list(host.to(device, non_blocking=True).split_with_sizes([len(array) for array in arrays]))
+    """On ``device``, behind each other, by one copy, for each has its price; nobody waits for it."""
+    host = pinned(torch.from_numpy(np.concatenate(arrays)), device)
+    return _split(host.to(device, non_blocking=True), arrays)
+
+
+def stage(arrays: list[I32], device: torch.device) -> list[torch.Tensor]:
+    """On the host, for whoever reads them there and copies them to ``device``, too: nobody waits for that."""
+    return _split(pinned(torch.from_numpy(np.concatenate(arrays)), device), arrays)
+
+
+def _split(whole: torch.Tensor, arrays: list[I32]) -> list[torch.Tensor]:
+    return list(whole.split_with_sizes([len(array) for array in arrays]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class FrameError(Exception):
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What a rank is told at its start.  ``pool``: how it gets at its region, in hex; ``device`` None is the CPU;
-    ``store``: see ``TorchGroup``; ``cpus``: processors to compute on, none: any."""
+    ``compiled``, ``store``: see ``create_shard_runner``; ``cpus``: processors to compute on, none: any."""
 
     rank: int
     size: int
@@ -50,6 +50,7 @@ class Setup:
     threads: int
     cpus: tuple[int, ...]
     device: int | None
+    compiled: bool
     pool: str
     store: str
     log_name: str
