@@ -52,7 +52,7 @@ def _told(kit: Path) -> bool:
     """Prints what this Python has.  False where FlashInfer, or what is used of it, cannot be had."""
     seen = torch.cuda.is_available()
     print(f"Python {sys.version.split()[0]}, torch {torch.__version__}")
-    print(f"GPU: {torch.cuda.get_device_name(0) if seen else 'none seen: tests/gpu will be skipped'}")
+    print(f"GPU: {torch.cuda.get_device_name(0) if seen else 'none seen'}")
     spec = importlib.util.find_spec("flashinfer")
     try:
         kernels = flashinfer_kernels.load()

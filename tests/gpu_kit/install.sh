@@ -18,6 +18,9 @@ expected=$(sed -n 's/^python //p' "$kit/manifest")
 found=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "there is no $python: name one with PYTHON="
 [ "$found" = "$expected" ] || fail "these wheels are for Python $expected, $python is $found: make gpu-kit ARGS='--python $found'"
 
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' \
+  || fail "$python has no torch: name the Python that has it with PYTHON="
+
 # Sets ``parts`` to their paths, in order.
 find_parts() {
   local word name nbytes digest

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from packaging.version import Version
 
 # A machine with torch for CUDA has these.  The small ones of what torch brings travel all the same, in versions that fit.
 WITH_TORCH = frozenset({
@@ -59,7 +58,7 @@ class There:
     def __init__(self, names: Iterable[str] = (), freeze: str = "") -> None:
         self._names = WITH_TORCH | {canonicalize_name(name) for name in names}
         lines = (line.partition("==") for line in freeze.splitlines() if not line.startswith(("#", "-")))
-        self._versions = {canonicalize_name(name): Version(version) for name, equals, version in lines if equals}
+        self._versions = {canonicalize_name(name): version for name, equals, version in lines if equals}
 
     def has(self, asked: Requirement) -> bool:
         name = canonicalize_name(asked.name)

@@ -63,17 +63,16 @@ def test_the_same_files_give_the_same_parts_and_none_of_before_stays(
     assert [path.name for path in kit.glob("part-*")] == ["part-1"]
 
 
-def wheel(folder: Path, name: str, package: str, source: str) -> tuple[str, Path]:
+def write_wheel(folder: Path, name: str, package: str, source: str, requires: str = "") -> Path:
     path = folder / f"{name}-1.0-py3-none-any.whl"
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr(f"{package}/__init__.py", source)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        archive.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{requires}")
+        tags = "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        archive.writestr(f"{info}/WHEEL", tags)
         archive.writestr(f"{info}/RECORD", "")
-    return f"wheels/{path.name}", path
+    return path
 
 
 @pytest.fixture
@@ -88,10 +87,11 @@ def kit(tmp_path: Path) -> Path:
     for library in (ROOT / "build").glob("*.so"):
         (clone / "build" / library.name).symlink_to(library)
     names = "".join(f"{name} = '1.0'\n" for name in (*USED, "__version__"))
-    held = [
-        wheel(tmp_path, "flashinfer_python", "flashinfer", names),
-        wheel(tmp_path, "kit_probe", "kit_probe", f"FILLING = {os.urandom(60_000).hex()!r}\n"),
+    paths = [
+        write_wheel(tmp_path, "flashinfer_python", "flashinfer", names),
+        write_wheel(tmp_path, "kit_probe", "kit_probe", f"FILLING = {os.urandom(60_000).hex()!r}\n"),
     ]
+    held = [(f"wheels/{path.name}", path) for path in paths]
     parts = write_parts(held, kit, MOST)
     assert len(parts) > 2
     (kit / "manifest").write_text(manifest_of(parts, PYTHON, [(name, path.stat().st_size) for name, path in held]))
@@ -100,7 +100,7 @@ def kit(tmp_path: Path) -> Path:
 
 
 def test_a_slim_wheel_lacks_what_is_unused_and_does_not_list_it(tmp_path: Path) -> None:
-    _, whole = wheel(tmp_path, "library", "library", "")
+    whole = write_wheel(tmp_path, "library", "library", "")
     with zipfile.ZipFile(whole, "a") as archive:
         for name in ("library/lib/libx.so", "library/lib/libx.so.0", "library/lib/libx.a"):
             entry = zipfile.ZipInfo(name)
@@ -118,8 +118,8 @@ def test_a_slim_wheel_lacks_what_is_unused_and_does_not_list_it(tmp_path: Path) 
     assert slim(whole, ("*.a", "*.so"), tmp_path / "again").read_bytes() == made.read_bytes()
 
 
-def install(kit: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable}
+def install(kit: Path, python: str | Path = sys.executable) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": str(python)}
     return subprocess.run(
         [kit / "install.sh"], env=environment, capture_output=True, text=True, check=False, timeout=280
     )
@@ -159,6 +159,14 @@ def test_a_kit_for_another_python_is_refused(kit: Path) -> None:
     done = install(kit)
     assert done.returncode == 1
     assert f"for Python 3.99, {sys.executable} is {PYTHON}" in done.stderr
+
+
+def test_a_python_without_torch_is_refused(kit: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True, timeout=60)
+    done = install(kit, bare / "bin/python")
+    assert done.returncode == 1
+    assert "has no torch" in done.stderr
 
 
 def test_modules_go_where_flashinfer_looks_for_their_version_and_device_alone(tmp_path: Path) -> None:
