@@ -7,7 +7,7 @@ SECONDS_LIMIT ?= 600
 PROMPT ?= Why is the sky blue? Answer in two sentences.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help setup demo serve test test-fast images images-twice test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-validate bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-overload bench-gateway bench-gpu test-gpu wheel release-check clean
+.PHONY: help setup demo serve test test-fast images images-twice test-containers chaos soak fuzz check format lint types imports protos protos-check bench-transport bench-overlap bench-pull bench-engine bench-system bench-directory bench-plan bench-validate bench-published bench-routing bench-scale bench-split bench-autoscale bench-load bench-overload bench-gateway bench-gpu test-gpu gpu-kit wheel release-check clean
 
 help: ## Show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ test-gpu: ## Run what needs an NVIDIA GPU, by a Python with torch for CUDA and k
 # With the Python that is there: a machine with a GPU has a torch of its own, and perhaps no network.
 bench-gpu: ## Steps, KV, first tokens and gaps on GPUs against floors and rivals (ARGS="--only decode"; --rehearse needs no GPU)
 	@$(PYTHON) -m tests.bench.gpu $(ARGS)
+
+gpu-kit: $(STAMP) ## Files for a GPU machine without a network, into build/gpu-kit (docs/gpu.md; ARGS="--help")
+	@python -m tests.gpu_kit $(ARGS)
 
 bench-scale: $(STAMP) ## What requests and changes cost the cores with 10 to 10,000 workers (ARGS="--sizes 1000")
 	@python -m tests.bench.scale $(ARGS)
