@@ -23,7 +23,7 @@ from services.engine.batch import Batch, following, same_places
 from services.engine.buckets import bucket_sizes
 from services.engine.decode_graphs import DecodeGraphs
 from services.engine.device import Device
-from services.engine.device_sampler import SamplingColumns, choose, drawn_tokens
+from services.engine.device_sampler import SamplingColumns, TopK, choose, drawn_tokens
 from services.engine.flashinfer_kernels import FlashInfer
 from services.engine.layout import KvLayout
 from services.engine.model import Inputs, LlamaModel
@@ -63,7 +63,8 @@ class FlashInferRunner:
         self.ready: Ready | None = None
         self.num_foreseen = 0  # steps whose metadata was there before they came
         self._layout = layout
-        self._kernels, self._device, self._returns_early = kernels, device, returns_early
+        self._top_k = top_k_of(kernels)
+        self._device, self._returns_early = device, returns_early
         shape = AttentionShape(
             config.num_heads, config.num_kv_heads, config.head_dim, layout.block_size, config.sliding_window,
             DTYPES[layout.dtype],
@@ -187,8 +188,14 @@ class FlashInferRunner:
         (rows,) = upload([np.array([sample.row for sample in batch.samples], np.int32)], self._device.place)
         return rows
 
-    def _top_k(self, logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._kernels.top_k(logits, count, sorted=False, deterministic=True, tie_break=1)
+
+def top_k_of(kernels: FlashInfer) -> TopK:
+    """Of equals at the edge the lower ids, and the same every time."""
+
+    def top_k(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return kernels.top_k(logits, count, sorted=False, deterministic=True, tie_break=1)
+
+    return top_k
 
 
 class _CudaMemory:

@@ -69,7 +69,8 @@ def choose_cuda_dtype(config: ModelConfig, dtype: str, *, compiled: bool) -> str
     that they have not, or torch has not."""
     chosen = "bfloat16" if dtype == AUTO else dtype
     if chosen not in TORCH_DTYPES:
-        raise ModelError(f"no kernels for GPUs have {chosen}; use --dtype bfloat16 or float16")
+        others = "bfloat16 or float16" if compiled else "float32, bfloat16 or float16"
+        raise ModelError(f"no kernels for GPUs have {chosen}; use --dtype {others}")
     if compiled:
         from services.engine import flashinfer_kernels
 
@@ -189,14 +190,16 @@ def create_cuda_runner(config: ModelConfig, weights: Weights, layout: KvLayout, 
     if not torch.cuda.is_available():
         raise ModelError(f"torch {torch.__version__} reaches no GPU; install one built for CUDA, or use --device cpu")
     place = torch.device("cuda", pool.device)
-    arena = cuda_arena(pool.address, num_blocks, layout, place, pool)
-    weights, group = weights_on(weights, place), group or ALONE
+    device, group = CudaDevice(place), group or ALONE
+    with device.current():
+        arena = cuda_arena(pool.address, num_blocks, layout, place, pool)
+        weights = weights_on(weights, place)
     runner: ShardRunner
     if kernels is None:
-        runner = DeviceTorchRunner(config, weights, layout, arena, CudaDevice(place), group)
+        runner = DeviceTorchRunner(config, weights, layout, arena, device, group)
     else:
         runner = FlashInferRunner(
-            config, weights, layout, arena, kernels, CudaDevice(place),
+            config, weights, layout, arena, kernels, device,
             max_running=max_running, returns_early=returns_early, group=group,
         )  # fmt: skip
     event = "plain_torch" if kernels is None else "flashinfer_kernels"
@@ -215,8 +218,9 @@ def create_host_copier(pool: Region, layout: KvLayout, num_blocks: int, num_slot
     from services.engine.cuda_copier import CudaCopier
     from services.engine.flashinfer_runner import cuda_arena
 
-    arena = cuda_arena(pool.address, num_blocks, layout, torch.device("cuda", pool.device), pool)
-    return CudaCopier(arena, num_slots)
+    place = torch.device("cuda", pool.device)
+    with torch.cuda.device(place):
+        return CudaCopier(cuda_arena(pool.address, num_blocks, layout, place, pool), num_slots)
 
 
 def _kernels_missing(config: ModelConfig, dtype: str) -> str | None:

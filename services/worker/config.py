@@ -55,8 +55,8 @@ class WorkerConfig(TlsOptions):
     )
     dtype: str = option(
         "auto",
-        help="type of weights and KV: float32, bfloat16, float16, int8 (weights alone; KV is bfloat16), or auto: int8 with "
-        "the compiled kernels, float32 without, bfloat16 on a GPU",
+        help="type of weights and KV: float32, bfloat16, float16, int8 (weights alone; KV is bfloat16), or auto: int8 on "
+        "CPUs with the compiled kernels, float32 without, bfloat16 on a GPU",
     )
     device: str = option(
         "cpu",
@@ -69,8 +69,8 @@ class WorkerConfig(TlsOptions):
     speculate: Speculate = option(
         Speculate.OFF,
         help="guess tokens from the text so far and verify several a step, where a request does not say: auto is on with "
-        "the compiled kernels, whose answers it does not change; with torch, sums and so now and then a token depend on "
-        "how many are computed at once",
+        "the compiled kernels of CPUs, whose answers it does not change; elsewhere sums and so now and then a token depend "
+        "on how many are computed at once",
     )
     tp: int = option(
         1,

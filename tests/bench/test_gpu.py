@@ -16,7 +16,7 @@ from services.engine.model_config import ModelConfig
 from services.engine.model_files import ModelFiles, open_model
 from services.engine.weights import load_weights
 from tests.bench.gpu import models, steps, transfer
-from tests.bench.gpu.__main__ import main
+from tests.bench.gpu.bench import main
 from tests.bench.gpu.floors import (
     BLOCK_SIZE,
     LLAMA_8B,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import astuple
+from math import inf
 
 from kvferry.bench import slo
 from kvferry.bench.record import Record
@@ -40,5 +41,10 @@ def test_who_queues_together_is_drawn_together() -> None:
 
 
 def test_what_is_never_kept_is_known() -> None:
-    late = [record(float(n), [0.004], 2.0) for n in range(50)]
+    late = [record(float(n), [0.004], 2.0) for n in range(100)]
     assert known_to(late, OBJECTIVES).good == 0
+
+
+def test_a_short_load_cannot_tell() -> None:
+    short = [record(float(n), [0.004] * 10) for n in range(90)]
+    assert set(astuple(known_to(short, OBJECTIVES))) == {inf}

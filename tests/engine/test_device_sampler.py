@@ -9,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.device_sampler import SamplingColumns, TopK, choose, drawn_tokens, torch_top_k
+from services.engine.flashinfer_runner import top_k_of
 from services.engine.sampler import draw
 from services.engine.sampling_params import DrawFailed, Drawn, Sample, Sampling
 from tests.engine import fake_flashinfer
 
-
-def top_k(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return fake_flashinfer.top_k(logits, count, deterministic=True, tie_break=1)
+top_k = top_k_of(fake_flashinfer)
 
 
 def on_device(logits: torch.Tensor, samples: list[Sample], top_k: TopK = top_k

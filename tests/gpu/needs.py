@@ -7,10 +7,17 @@ from importlib.util import find_spec
 TOOLS = ("pytest", "pytest_asyncio", "pytest_timeout", "hypothesis")
 
 
-def why_not() -> str | None:
-    """One sentence, None where nothing is missing.  Without looking at whether kernels compile."""
+def no_torch() -> str | None:
+    """One sentence, None where it is there."""
     if find_spec("torch") is None:
         return "torch is not installed: name a Python that has it for CUDA by PYTHON="
+    return None
+
+
+def why_not() -> str | None:
+    """As ``no_torch``, of all that computes.  Without looking at whether kernels compile."""
+    if reason := no_torch():
+        return reason
     import torch
 
     if not torch.cuda.is_available():

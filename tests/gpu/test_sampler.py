@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.flashinfer_kernels import FlashInfer
+from services.engine.flashinfer_runner import top_k_of
 from services.engine.sampler import draw
 from tests.engine.test_device_sampler import draws, on_device
 
@@ -20,9 +21,6 @@ pytestmark = pytest.mark.gpu
 def test_draws_are_those_of_the_host(
     place: torch.device, kernels: FlashInfer, dtype: torch.dtype, data: st.DataObject
 ) -> None:
-    def top_k(rows: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return kernels.top_k(rows, count, sorted=False, deterministic=True, tie_break=1)
-
     logits, samples = data.draw(draws((3000, 49152), dtype))
-    found, _ = on_device(logits.to(place), samples, top_k)
+    found, _ = on_device(logits.to(place), samples, top_k_of(kernels))
     assert found == draw(logits.float().numpy(), samples)

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 BUILDS = ("transport.build", "services.engine.kernels.build", "services.directory.build", "services.planner.build")
 # Each imports all that it needs before it says anything.
 STARTS = (
-    ("-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/gpu"),
+    # Warnings of what that machine has are not this project's, as for tests.gpu.
+    ("-m", "pytest", "--collect-only", "-q", "-W", "default", "-p", "no:cacheprovider", "tests/gpu"),
     ("-m", "tests.bench.gpu", "--help"),
     *(
         ("-m", service, "--help")

@@ -76,6 +76,6 @@ cd "$root"
 cat <<END
 Ready:
   . ${venv#"$root"/}/bin/activate
-  make test-gpu PYTHON=python
-  make bench-gpu PYTHON=python
+  make test-gpu PYTHON=${venv#"$root"/}/bin/python
+  make bench-gpu PYTHON=${venv#"$root"/}/bin/python
 END

@@ -45,7 +45,7 @@ def fit(steps: Sequence[Shares], seconds: Sequence[float]) -> Fit:
 @dataclass(frozen=True, slots=True)
 class SumsFit:
     """``rms_error``: root of the mean squared error of the steps, each as a share of what was expected of it, and as often
-    as it counts in the sums."""
+    as it counts in the sums; too small for workers of before, of which each counts once."""
 
     prices: Shares
     rms_error: float

@@ -129,7 +129,7 @@ class Cluster:
         self._look_again_after_change(worker, role, then)
 
     def _look_again_after_change(self, worker: SimulatedWorker, role: Role, then: Callable[[], None]) -> None:
-        if worker.scheduler.num_sequences or worker.pulls.num_pulls:
+        if worker.scheduler.num_sequences or worker.pulls.num_pulls or self._pending.of(worker.key).num_requests:
             self.queue.after(ROLE_LOOK_S, lambda: self._look_again_after_change(worker, role, then))
             return
         worker.role, worker.draining = role, False

@@ -27,6 +27,7 @@ from tests.bench.overlap import running
 from tests.bench.system.systems import ROOT
 
 TIMEOUT_S = 600.0
+HEARD_S = 30.0
 START_S = 900.0  # the first time on a machine the kernels are compiled
 TTFT_GOAL, ITL_GOAL = 1 / 1.05, 1 / 1.2
 TTFT, ITL = "ttft", "itl"
@@ -110,7 +111,20 @@ def _cluster(served: Served, kind: str, load: Load) -> Iterator[list[str]]:
     ]  # fmt: skip
     logs = ROOT / "build/logs/bench-gpu" / served.config.name / kind
     with LocalCluster(members, logs, restart=False, timing=Timing(start_s=START_S)):
-        yield planned.grpc_address.split(",")
+        addresses = planned.grpc_address.split(",")
+        for address in addresses:
+            _await_workers(address, 1 + is_split)
+        yield addresses
+
+
+def _await_workers(address: str, count: int) -> None:
+    """A gateway is ready once it knows a decode worker."""
+    until_s = time.monotonic() + HEARD_S
+    with Client(address) as client:
+        while len(client.cluster().workers) < count:
+            if time.monotonic() > until_s:
+                raise TimeoutError(f"the gateway at {address} has not heard of {count} workers within {HEARD_S:g} s")
+            time.sleep(0.05)
 
 
 async def _gaps(address: str, load: Load, *, beside: bool) -> list[float]:
@@ -124,12 +138,16 @@ async def _gaps(address: str, load: Load, *, beside: bool) -> list[float]:
                 running.prompt_of(load.num_prompt), max_tokens=load.num_answer, temperature=0, ignore_eos=True,
                 timeout=TIMEOUT_S,
             )  # fmt: skip
-            async with asked as answer:
-                async for chunk in answer:
-                    if chunk.tokens:
-                        times.append(time.perf_counter())
-                        if len(times) == 1:
-                            begun.release()
+            try:
+                async with asked as answer:
+                    async for chunk in answer:
+                        if chunk.tokens:
+                            times.append(time.perf_counter())
+                            if len(times) == 1:
+                                begun.release()
+            finally:
+                if not times:  # nobody waits for one that has failed
+                    begun.release()
             return times
 
         async def prompts() -> None:

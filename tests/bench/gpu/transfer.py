@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 
 import torch
 
@@ -14,19 +12,11 @@ from services.engine.model_config import ModelConfig
 from tests.bench.gpu import steps
 from tests.bench.gpu.floors import BLOCK_SIZE, kv_token_nbytes
 from tests.bench.gpu.rows import Row, moved
-from tests.bench.system.systems import ROOT
+from tests.transport.peer import ProcessPeer
 from transport import Op
 
 GOAL = 0.85
 TIMEOUT_S = 60.0
-
-_OWNER = """
-import sys, transport
-device = None if sys.argv[1] == "host" else int(sys.argv[1])
-with transport.create("ucx") as t, t.allocate(int(sys.argv[2]), device) as region:
-    print(region.descriptor.hex(), flush=True)
-    sys.stdin.readline()
-"""
 
 
 def measure(config: ModelConfig, device: int | None, nbytes: int, rounds: int) -> Iterator[Row]:
@@ -41,10 +31,10 @@ def measure(config: ModelConfig, device: int | None, nbytes: int, rounds: int) -
     source, target = (torch.ones(nbytes, dtype=torch.uint8, device=place) for _ in range(2))
     copy_s = steps.median_s(lambda: target.copy_(source), rounds, place)
     with (
-        _owner(device, nbytes) as descriptor,
+        closing(ProcessPeer("ucx")) as peer,
         transport.create("ucx") as t,
         t.allocate(nbytes, device) as local,
-        t.open(descriptor) as remote,
+        t.open(peer.allocate(nbytes, device)) as remote,
     ):
         for op in (Op.WRITE, Op.READ):
             took_s = steps.median_s(
@@ -52,18 +42,3 @@ def measure(config: ModelConfig, device: int | None, nbytes: int, rounds: int) -
             )
             name = f"{config.name} {op.name.lower()} {num_blocks} blocks of {block_nbytes >> 10} KiB"
             yield moved(f"{name} to another process ({remote.path.value})", nbytes, took_s, copy_s, GOAL)
-
-
-@contextmanager
-def _owner(device: int | None, nbytes: int) -> Iterator[bytes]:
-    """A process with a pool that is described; it ends with the context."""
-    command = [sys.executable, "-c", _OWNER, "host" if device is None else str(device), str(nbytes)]
-    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as owner:
-        assert owner.stdin is not None
-        assert owner.stdout is not None
-        try:
-            if not (line := owner.stdout.readline()):
-                raise RuntimeError("the other process has no pool; its words are above")
-            yield bytes.fromhex(line)
-        finally:
-            owner.stdin.close()

@@ -17,9 +17,9 @@ NUM_STEPS = 4
 NEVER_SHIP = 1_000_000
 
 
-def cluster(devices: tuple[str, ...] = ()) -> tuple[LocalCluster, str, str]:
+def cluster() -> tuple[LocalCluster, str, str]:
     """Not started yet, with the addresses of the gateway that splits and of the one that does not."""
-    config = ClusterConfig(grpc_port=0, http_port=0, threads=1, kv_memory="1GiB", devices=devices)
+    config = ClusterConfig(grpc_port=0, http_port=0, threads=1, kv_memory="1GiB")
     planned = plan(config, clone_root())
     splits = planned.members[-1]
     single, http = (join(LOOPBACK, port) for port in pick_free(2))

@@ -17,6 +17,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import product
+from math import isfinite
 from pathlib import Path
 
 from rich.console import Console
@@ -69,7 +70,7 @@ def take(options: argparse.Namespace, objectives: Slo, console: Console) -> None
     ):  # fmt: skip
 
         def loads(probes: Sequence[Probe], costs: CostModel, fleet: Fleet = fleet) -> list[tuple[float, list[Due]]]:
-            served = serving(costs, probes, fleet)
+            served = serving(probes, fleet)
             highest = knee(fleet, replace(before, costs=costs), served, objectives, options.seed)
             say(console, f"{fleet.name}: {highest:.2f} requests/s at the knee, by the plan's simulator; {told(costs)}; "
                          f"door {1e3 * served.door_s:.1f} ms, handover {1e3 * served.handover_s:.1f} ms")  # fmt: skip
@@ -99,7 +100,7 @@ def compare(
     drawn = Table("fleet", "requests/s", "simulator", "costs", *Figures.__dataclass_fields__)
     sure: list[bool] = []  # of each measured figure
     for each in found:
-        served = serving(each.costs, each.probes, each.fleet)
+        served = serving(each.probes, each.fleet)
         for number, loaded in enumerate(each.loads):
             other = each.loads[2 if number == 1 else 1]
             say(console, f"{each.fleet.name}, {loaded.rate:.2f}/s: {told(loaded.costs)}")
@@ -136,7 +137,7 @@ def compare(
 
 
 def _figure(value: float, off: float) -> str:
-    return f"{value:.4g} ± {off:.0%}"
+    return f"{value:.4g} ± {f'{off:.0%}' if isfinite(off) else '?'}"
 
 
 def _ratio(value: float) -> str:
@@ -146,7 +147,7 @@ def _ratio(value: float) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench-validate", description=__doc__)
     parser.add_argument("--slo", default="ttft=5s,itl=300ms", help="what a good request keeps (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of each load (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="of the calibration")
     parser.add_argument(
         "--mixed", type=int, default=MIXED, help="prompt tokens in a step beside streams (default: %(default)s)"

@@ -38,10 +38,13 @@ KV_NBYTES = 1 << 30  # of each worker's pool, as tests.bench.split.fleets starts
 
 @dataclass(frozen=True, slots=True)
 class Probe:
+    """``costs``: fitted to its own steps."""
+
     num_streams: int
     num_prompt: int
     num_output: int
     records: tuple[Record, ...]
+    costs: CostModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +97,15 @@ def costs_of(calibrations: Sequence[dict[str, Any]]) -> Measured:
 async def probe(address: str, probes: Sequence[tuple[int, int, int, int]] = PROBES) -> list[Probe]:
     found = []
     for number, (num_streams, num_prompt, num_output, times) in enumerate(probes):
-        ask = Ask(0.0, num_prompt, num_output)
-        records: list[Record] = []
-        for turn in range(times + 1):
-            sent = await send(address, [(0.0, ask)] * num_streams, 1_000_000 + 1000 * number + turn)
-            records += sent if turn else []  # the first time warms up
-        found.append(Probe(num_streams, num_prompt, num_output, tuple(records)))
+        dues, seed = [(0.0, Ask(0.0, num_prompt, num_output))] * num_streams, 1_000_000 + 1000 * number
+        await send(address, dues, seed)  # warms up
+        records, costs = await in_service(address, _in_turn(address, dues, seed + 1, times))
+        found.append(Probe(num_streams, num_prompt, num_output, tuple(records), costs))
     return found
+
+
+async def _in_turn(address: str, dues: Sequence[Due], seed: int, times: int) -> list[Record]:
+    return [record for turn in range(times) for record in await send(address, dues, seed + turn)]
 
 
 async def in_service(address: str, work: Awaitable[T]) -> tuple[T, CostModel]:
@@ -153,7 +158,9 @@ def read(path: Path) -> tuple[list[dict[str, Any]], list[FleetFound]]:
 
 
 def _fleet(read: dict[str, Any]) -> FleetFound:
-    probes = tuple(Probe(**{**each, "records": _records(each)}) for each in read["probes"])
+    probes = tuple(
+        Probe(**{**each, "records": _records(each), "costs": CostModel(**each["costs"])}) for each in read["probes"]
+    )
     loads = tuple(
         Loaded(
             each["rate"],

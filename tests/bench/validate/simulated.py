@@ -55,10 +55,10 @@ class Figures:
     good: float
 
 
-def serving(costs: CostModel, probes: Sequence[Probe], fleet: Fleet) -> Serving:
-    """``costs``: of the probes' own steps."""
+def serving(probes: Sequence[Probe], fleet: Fleet) -> Serving:
+    """By the first, of lone requests, and what its own steps cost: a line through other steps too may be off by more."""
     first = probes[0]
-    engine = calibrated(costs)
+    engine = calibrated(first.costs)
     begins = range(0, first.num_prompt, fleet.chunk_tokens)
     prompt_s = sum(engine.step_s(chunk(min(fleet.chunk_tokens, first.num_prompt - at), at)) for at in begins)
     ttft_s = statistics.median(r.ttft_s for r in first.records if r.ttft_s is not None)
