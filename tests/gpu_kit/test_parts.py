@@ -130,7 +130,7 @@ def test_a_kit_installs_over_what_python_has_and_a_second_time_looks_alone(kit: 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "import all that they need" in done.stdout
     assert "FlashInfer 1.0" in done.stdout
-    assert "make test-gpu PYTHON=python" in done.stdout
+    assert "make test-gpu PYTHON=build/gpu-kit/venv/bin/python" in done.stdout
     probe = "import kit_probe, torch, kvferry; print(kit_probe.__file__)"
     where = subprocess.run([kit / "venv/bin/python", "-c", probe], cwd="/", capture_output=True, text=True, check=True)
     assert where.stdout.startswith(str(kit / "venv"))
