@@ -16,6 +16,7 @@ from services.engine.attention.flashinfer_attention import (
     AttentionShape,
     FlashInferPlan,
     appended_arrays,
+    joined,
     plan_decode,
 )
 from services.engine.attention.paged_plan import PagedPlan, plan_pages
@@ -83,7 +84,7 @@ class DecodeGraphs:
         return graph.logits[: batch.num_sequences]
 
     def _store(self, size: int, arrays: list[I32]) -> None:
-        host = pinned(torch.from_numpy(np.concatenate(arrays)), self._device.place)
+        host = joined(arrays, self._device.place)
         self._buffer[size : size + len(host)].copy_(host, non_blocking=True)
 
     def _plan(self, wrapper: DecodeWrapper, appended: Appended, pages: PagedPlan) -> None:

@@ -24,9 +24,8 @@ class StepSums:
     row by row, of w times the outer product of x/e with itself, and ``squares`` w (t/e)².  So a step counts by what such
     steps take: by what it took itself, those that were not delayed would count most, and a fit would be too low.  And it
     counts w times, once and for each sequence that decodes in it: where steps of many take longer than a line through
-    those of few has it, many have long gaps.  ``scatter``, of steps
-    that decode and nothing else: how many, the seconds that they took themselves, and the sums of ln(t/e), of these, and of
-    its square."""
+    those of few has it, many have long gaps.  ``scatter``, of steps that decode and nothing else: how many, the seconds
+    that they took themselves, and the sums of ln(t/e), of these, and of its square."""
 
     def __init__(self) -> None:
         self.seconds = 0.0

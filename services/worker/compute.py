@@ -29,7 +29,7 @@ from services.engine.runners import (
     why_torch,
 )
 from services.runtime.cpus import Cpus, format_cpus, pinned
-from services.worker.config import Kernels, WorkerConfig, weights_cache_folder
+from services.worker.config import WorkerConfig, weights_cache_folder
 from services.worker.ranks import RankLostError, Ranks
 from transport import Region
 
@@ -73,10 +73,6 @@ class Compute:
         return StartedRunner(runner, False, self._unpacked_nbytes)
 
     @property
-    def _compiled(self) -> bool:
-        return self.config.kernels is Kernels.COMPILED
-
-    @property
     def _unpacked_nbytes(self) -> tuple[float, float]:
         return (ITEM_NBYTES[self.dtype],) * 2
 
@@ -94,7 +90,7 @@ class Compute:
         config = self.config
         return load_for_runner(
             self.files.config, self.files.path, self.dtype,
-            compiled=self.regions[0].device is None and self._compiled,
+            compiled=self.regions[0].device is None and config.compiled,
             cache_folder=weights_cache_folder(config.weights_cache), shard=shard,
         )  # fmt: skip
 
@@ -106,7 +102,7 @@ class Compute:
         else:
             runner = create_cuda_runner(
                 model, weights, self.layout, region, self.num_blocks,
-                compiled=self._compiled, max_running=config.max_running, returns_early=self.returns_early,
+                compiled=config.compiled, max_running=config.max_running, returns_early=self.returns_early,
             )  # fmt: skip
         runner.warm_up()
         return runner
@@ -117,7 +113,7 @@ class Compute:
             own = create_shard_runner(
                 model, weights, self.layout, self.regions[0], self.num_blocks, Shard.of(model, 0, config.tp),
                 str(ranks.store),
-                compiled=self._compiled, num_threads=config.threads, max_running=config.max_running,
+                compiled=config.compiled, num_threads=config.threads, max_running=config.max_running,
                 returns_early=self.returns_early,
             )  # fmt: skip
             own.warm_up()
@@ -159,7 +155,7 @@ class Compute:
         return Setup(
             rank=rank, size=config.tp, model=str(self.files.path), revision=self.files.config.revision,
             dtype=self.dtype, block_size=config.block_size, num_blocks=self.num_blocks, max_running=config.max_running,
-            threads=config.threads, cpus=tuple(sorted(config.compute_cpus)), device=region.device, compiled=self._compiled,
+            threads=config.threads, cpus=tuple(sorted(config.compute_cpus)), device=region.device, compiled=config.compiled,
             pool=region.lend().hex(), store="", log_name=f"{self.log_name}/{rank}", log_level=config.log_level.value,
             returns_early=self.returns_early,
         )  # fmt: skip

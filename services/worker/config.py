@@ -173,6 +173,10 @@ class WorkerConfig(TlsOptions):
         return self.mixed_chunk_tokens or max(1, self.num_step_tokens(on_gpu=on_gpu) // (1 if on_gpu else MIXED_SHARE))
 
     @property
+    def compiled(self) -> bool:
+        return self.kernels is Kernels.COMPILED
+
+    @property
     def compute_cpus(self) -> Cpus:
         """Empty: wherever the system puts them."""
         return parse_cpus(self.cpus)

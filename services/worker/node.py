@@ -45,7 +45,7 @@ from services.runtime.server import add_standard_services, bind, create_inner_se
 from services.runtime.startup import StartupError
 from services.runtime.tier import Tier
 from services.worker.compute import Compute
-from services.worker.config import Kernels, Speculate, WorkerConfig, parse_nbytes
+from services.worker.config import Speculate, WorkerConfig, parse_nbytes
 from services.worker.device import choose_devices
 from services.worker.events import EventRouter
 from services.worker.holdings import Holdings
@@ -158,13 +158,14 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
         files = await asyncio.to_thread(open_model, config.model)
         model = files.config
         Shard.of(model, 0, config.tp)  # or it cannot be cut so
-        compiled = config.kernels is Kernels.COMPILED
-        devices = choose_devices(config.device, config.tp, compiled=compiled)
+        devices = choose_devices(config.device, config.tp, compiled=config.compiled)
         on_gpu = devices[0] is not None
         if on_gpu:
-            dtype = choose_cuda_dtype(model, config.dtype, compiled=compiled)
+            dtype = choose_cuda_dtype(model, config.dtype, compiled=config.compiled)
         else:
-            dtype = await asyncio.to_thread(choose_dtype, model, config.dtype, compiled=compiled and config.tp == 1)
+            dtype = await asyncio.to_thread(
+                choose_dtype, model, config.dtype, compiled=config.compiled and config.tp == 1
+            )
         _confine_ucx(split_address(config.listen)[0])
         transport = create_transport("ucx")
     except (Error, TransportError) as e:
@@ -184,7 +185,7 @@ async def _worker(config: WorkerConfig, role: Role, address: str) -> AsyncIterat
     async with AsyncExitStack() as stack:
         stack.callback(transport.close)
         num_blocks = _num_blocks(config, layout)
-        by_flashinfer = on_gpu and compiled
+        by_flashinfer = on_gpu and config.compiled
         returns_early = by_flashinfer and role.kind == common_pb2.WORKER_ROLE_PREFILL  # whose blocks no peer writes
         try:
             # Never released: the arena's tensors live as long as the process, and the kernel takes it back with that.

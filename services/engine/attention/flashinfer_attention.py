@@ -133,13 +133,17 @@ def appended_arrays(pages: PagedPlan) -> list[I32]:
 
 def upload(arrays: list[I32], device: torch.device) -> list[torch.Tensor]:
     """On ``device``, behind each other, by one copy, for each has its price; nobody waits for it."""
-    host = pinned(torch.from_numpy(np.concatenate(arrays)), device)
-    return _split(host.to(device, non_blocking=True), arrays)
+    return _split(joined(arrays, device).to(device, non_blocking=True), arrays)
 
 
 def stage(arrays: list[I32], device: torch.device) -> list[torch.Tensor]:
     """On the host, for whoever reads them there and copies them to ``device``, too: nobody waits for that."""
-    return _split(pinned(torch.from_numpy(np.concatenate(arrays)), device), arrays)
+    return _split(joined(arrays, device), arrays)
+
+
+def joined(arrays: list[I32], device: torch.device) -> torch.Tensor:
+    """One behind the other on the host, where a copy to ``device`` keeps nobody waiting."""
+    return pinned(torch.from_numpy(np.concatenate(arrays)), device)
 
 
 def _split(whole: torch.Tensor, arrays: list[I32]) -> list[torch.Tensor]:

@@ -59,11 +59,8 @@ class Loaded:
 
 @dataclass(frozen=True, slots=True)
 class FleetFound:
-    """``costs``: of the probes' steps."""
-
     fleet: Fleet
     probes: tuple[Probe, ...]
-    costs: CostModel
     loads: tuple[Loaded, ...]
 
 
@@ -144,7 +141,7 @@ def measure(
         for number, (rate, dues) in enumerate(loads(probes, costs)):
             records, load_costs = asyncio.run(in_service(address, send(address, dues, seed + number)))
             found.append(Loaded(rate, tuple(dues), tuple(records), load_costs))
-    return FleetFound(fleet, tuple(probes), costs, tuple(found))
+    return FleetFound(fleet, tuple(probes), tuple(found))
 
 
 def write(path: Path, calibrations: Sequence[dict[str, Any]], found: Sequence[FleetFound]) -> None:
@@ -170,7 +167,7 @@ def _fleet(read: dict[str, Any]) -> FleetFound:
         )
         for each in read["loads"]
     )
-    return FleetFound(Fleet(**read["fleet"]), probes, CostModel(**read["costs"]), loads)
+    return FleetFound(Fleet(**read["fleet"]), probes, loads)
 
 
 def _records(read: dict[str, Any]) -> tuple[Record, ...]:
