@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from gateway.admission import Objectives
@@ -93,6 +95,19 @@ def test_a_request_is_on_its_way_to_its_worker_for_so_long(shape: tuple[int, int
     for one, other in zip(at_once, sent, strict=True):
         assert other.ttft_s == pytest.approx(one.ttft_s + 0.25)
         assert other.ended_s - other.first_s == pytest.approx(one.ended_s - one.first_s)
+
+
+def test_a_worker_keeps_its_role_while_a_prompt_is_on_its_way_to_it() -> None:
+    simulated = cluster(Policy.ROUND_ROBIN, (1, 1), delays=ViewDelays(dispatch_s=0.25))
+    changed_s: list[float] = []
+    change = partial(
+        simulated.change_role, simulated.workers[0], Role.DECODE, lambda: changed_s.append(simulated.queue.now_s)
+    )
+    simulated.queue.at(1.1, change)
+    (served,) = simulated.run([Arrival("a", 1.0, tuple(range(300)), 3)])
+    simulated.check_integrity()
+    assert changed_s
+    assert changed_s[0] > served.first_s
 
 
 def test_where_gaps_are_promised_a_first_token_is_told_when_its_answer_goes_on() -> None:
